@@ -1,0 +1,73 @@
+"""What the kernels are asked to compute: static settings and the arrays around them."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """Static settings of one attention call.
+
+    Attributes:
+        window: keys seen before a query: W back plus itself; None for all of its sequence.
+        num_sinks: first tokens of its sequence that a query always sees.
+        scale: factor of ``q.k``.
+        soft_cap: bound of ``cap * tanh(logit / cap)``, or None.
+        precision: of float32 matrix products, as ``jax.lax.dot_general`` names it.
+    """
+
+    window: int | None
+    num_sinks: int
+    scale: float
+    soft_cap: float | None
+    precision: str | None
+
+
+class KeyRun(NamedTuple):
+    """Keys and values at the consecutive positions ``offset, offset + 1, ...`` of a shard."""
+
+    key: Float[Array, "B S K H"]
+    value: Float[Array, "B S K Hv"]
+    offset: int
+
+
+class SinkRun(NamedTuple):
+    """The first tokens of the sequence that crosses into the shard, in float32.
+
+    Slot p stands at position ``start[:, 0] + p``; slots at positions >= 0 are not looked at.
+    """
+
+    key: Float[Array, "B P K H"]
+    value: Float[Array, "B P K Hv"]
+
+
+class State(NamedTuple):
+    """Attention over the keys seen so far: what one launch leaves to the next.
+
+    ``lse`` is the natural log of the softmax denominator, the learned sink included, and -inf for
+    a query that has seen no key.
+    """
+
+    out: Float[Array, "B T N Hv"]
+    lse: Float[Array, "B N T"]
+
+
+Starts = Int[Array, ""] | Int[Array, "B T"]
+"""Position of the first token of each query's sequence: one for all, or one a query."""
+
+
+def accumulator_dtype(dtype) -> jnp.dtype:
+    """float32 for half precision and float32, float64 for float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def full_like_varying(like: Array, shape: tuple[int, ...], fill: float, dtype) -> Array:
+    """A constant array that varies over the same manual mesh axes as ``like``."""
+    axes = tuple(jax.typeof(like).manual_axis_type.varying)
+    full = jnp.full(shape, fill, dtype)
+    return lax.pcast(full, axes, to="varying") if axes else full

@@ -1,0 +1,19 @@
+"""Tile sizes, apart from the kernels that use them."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Rows of a query tile and of a key tile."""
+
+    query: int
+    key: int
+
+    def __post_init__(self):
+        for name, size in dataclasses.asdict(self).items():
+            if size < 1:
+                raise ValueError(f"{name} tile must have at least one row, got {size}")
+
+
+XLA = Tiles(query=256, key=256)

@@ -1,0 +1,343 @@
+"""Portable implementation in plain XLA: O(T * W) work, no buffer larger than its arguments.
+
+Query tiles in an outer loop, the key tiles that each one sees in an inner loop with an online
+softmax (Milakov and Gimelshein, arXiv:1805.02867; Dao et al., arXiv:2205.14135). Where the tile
+size does not divide a range, its last tile is moved back to end with the range, and what it
+shares with its neighbour is masked, so nothing is padded.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
+
+from pallas_kernels import _tiles
+from pallas_kernels._band import sees, sees_fetched_sink, sink_tiles, window_tiles
+from pallas_kernels._spec import (
+    KeyRun,
+    SinkRun,
+    Spec,
+    Starts,
+    State,
+    accumulator_dtype,
+    full_like_varying,
+)
+
+
+def forward(
+    spec: Spec,
+    query: Float[Array, "B T N H"],
+    runs: tuple[KeyRun, ...],
+    sinks: SinkRun | None,
+    sink_logits: Float[Array, "B N"] | None,
+    start: Starts,
+    state: State,
+    *,
+    rows: tuple[int, int],
+    resume: bool,
+) -> State:
+    """Attend ``runs`` and ``sinks`` from the queries ``rows[0]..rows[1]-1``.
+
+    Args:
+        spec: static settings.
+        query: all queries of the shard.
+        runs: keys, each run with its position.
+        sinks: sinks fetched from other shards.
+        sink_logits: learned sinks, entered into the sum by this launch.
+        start: where the sequence of each query starts.
+        state: overwritten at ``rows`` and kept elsewhere.
+        rows: half-open range of queries.
+        resume: continue from ``state`` at ``rows`` instead of from nothing.
+
+    Returns:
+        The new state, in the dtypes of ``state``.
+    """
+
+    def one_row(query, keys, sinks, sink_logits, start, out, lse):
+        num_kv = keys[0][0].shape[1]
+        q, out, lse = _group(query, num_kv), _group(out, num_kv), _group_rows(lse, num_kv)
+        key_runs = [KeyRun(k, v, run.offset) for (k, v), run in zip(keys, runs, strict=True)]
+        dtype = lse.dtype
+
+        def query_tile(t, state):
+            tile = _query_tile(t, rows, start)
+            q_tile = tile.rows_of(q)
+            out_before = tile.rows_of(state.out)
+            lse_before = tile.rows_of(state.lse, axis=2)
+            if resume:
+                carry = (
+                    jnp.moveaxis(out_before, 0, 2).astype(dtype),
+                    lse_before,
+                    jnp.where(lse_before == -jnp.inf, 0, 1).astype(dtype),
+                )
+            else:
+                carry = _empty_sum(q_tile, out.shape[-1], sink_logits, dtype)
+            for run in key_runs:
+                carry = _over_keys(
+                    spec, tile, run, lambda keys, c: _absorb(spec, q_tile, keys, c), carry
+                )
+            if sinks is not None:
+                carry = _absorb(spec, q_tile, _sink_keys(spec, tile, sinks, start), carry)
+            acc, top, total = carry
+            alive = total > 0
+            total = jnp.where(alive, total, 1)
+            new_out = jnp.moveaxis(jnp.where(alive, 1 / total, 0)[..., None] * acc, 2, 0)
+            new_lse = jnp.where(alive, top + jnp.log(total), -jnp.inf)
+            return State(
+                tile.put(state.out, new_out.astype(out.dtype), out_before),
+                tile.put(state.lse, new_lse, lse_before, axis=2),
+            )
+
+        state = lax.fori_loop(0, _num_query_tiles(rows), query_tile, State(out, lse))
+        return state.out.reshape(*query.shape[:2], -1), state.lse.reshape(query.shape[1], -1)
+
+    return State(
+        *_each_row(one_row, start)(
+            query, [(r.key, r.value) for r in runs], sinks, sink_logits, start, *state
+        )
+    )
+
+
+def backward(
+    spec: Spec,
+    query: Float[Array, "B T N H"],
+    runs: tuple[KeyRun, ...],
+    sinks: SinkRun | None,
+    start: Starts,
+    dout: Float[Array, "B T N Hv"],
+    lse: Float[Array, "B N T"],
+    delta: Float[Array, "B N T"],
+    dquery: Float[Array, "B T N H"],
+    *,
+    rows: tuple[int, int],
+) -> tuple[Array, tuple[tuple[Array, Array], ...], SinkRun | None]:
+    """Gradients that flow through ``runs`` and ``sinks`` from the queries in ``rows``.
+
+    Args:
+        spec: static settings.
+        query: all queries of the shard.
+        runs: keys, each run with its position.
+        sinks: sinks fetched from other shards.
+        start: where the sequence of each query starts.
+        dout: cotangent of the output.
+        lse: log-sum-exp over *all* keys of a query.
+        delta: ``sum(out * dout)`` of each query.
+        dquery: accumulated gradient of the queries, in the accumulator's dtype.
+        rows: half-open range of queries.
+
+    Returns:
+        ``dquery`` with this launch's part added, (dkey, dvalue) of each run and the gradient of
+        the fetched sinks, all in the accumulator's dtype.
+    """
+
+    def one_row(query, keys, sinks, start, dout, lse, delta, dquery):
+        num_kv = keys[0][0].shape[1]
+        q, do, dq = (_group(x, num_kv) for x in (query, dout, dquery))
+        lse, delta = (_group_rows(x, num_kv) for x in (lse, delta))
+        key_runs = [KeyRun(k, v, run.offset) for (k, v), run in zip(keys, runs, strict=True)]
+
+        def zeros(x):
+            return full_like_varying(q, x.shape, 0, dq.dtype)
+
+        def query_tile(t, carry):
+            dq, dkeys, dsinks = carry
+            tile = _query_tile(t, rows, start)
+            dq_before = tile.rows_of(dq)
+            q_tile = tile.rows_of(q)
+            rest = (tile.rows_of(do), tile.rows_of(lse, axis=2), tile.rows_of(delta, axis=2))
+
+            def visit(keys, carry):
+                dq_tile, dk, dv = carry
+                dq_part, dk_part, dv_part = _gradients(spec, q_tile, *rest, keys)
+                return (
+                    dq_tile + dq_part,
+                    _add_rows(dk, dk_part, keys.begin),
+                    _add_rows(dv, dv_part, keys.begin),
+                )
+
+            dq_tile, new_dkeys = dq_before, []
+            for run, dkey in zip(key_runs, dkeys, strict=True):
+                dq_tile, *dkey = _over_keys(spec, tile, run, visit, (dq_tile, *dkey))
+                new_dkeys.append(tuple(dkey))
+            if sinks is not None:
+                dq_tile, *dsinks = visit(_sink_keys(spec, tile, sinks, start), (dq_tile, *dsinks))
+                dsinks = SinkRun(*dsinks)
+            return tile.put(dq, dq_tile, dq_before), tuple(new_dkeys), dsinks
+
+        dq, dkeys, dsinks = lax.fori_loop(
+            0,
+            _num_query_tiles(rows),
+            query_tile,
+            (
+                dq,
+                tuple((zeros(r.key), zeros(r.value)) for r in key_runs),
+                None if sinks is None else SinkRun(*map(zeros, sinks)),
+            ),
+        )
+        return dq.reshape(query.shape), dkeys, dsinks
+
+    return _each_row(one_row, start)(
+        query, [(r.key, r.value) for r in runs], sinks, start, dout, lse, delta, dquery
+    )
+
+
+class _QueryTile(NamedTuple):
+    """A slice of the queries: where it begins, its positions, and which of them are its own."""
+
+    begin: Int[Array, ""]
+    positions: Int[Array, "Q"]
+    start: Int[Array, "Q"] | Int[Array, ""]
+    own: Bool[Array, "Q"]
+
+    def rows_of(self, x, axis=0):
+        return lax.dynamic_slice_in_dim(x, self.begin, self.positions.size, axis)
+
+    def put(self, x, new, before, axis=0):
+        own = self.own.reshape(-1, *[1] * (x.ndim - axis - 1))
+        return lax.dynamic_update_slice_in_dim(x, jnp.where(own, new, before), self.begin, axis)
+
+
+class _Keys(NamedTuple):
+    """Keys and values of one visit, which query sees which, and where they begin in their run."""
+
+    key: Float[Array, "S K H"]
+    value: Float[Array, "S K Hv"]
+    seen: Bool[Array, "Q S"]
+    begin: Int[Array, ""] | int
+
+
+def _each_row(one_row: Callable, start: Starts) -> Callable:
+    """Maps over the batch: at once where rows share their bounds, else one after the other."""
+    if start.ndim:
+        return lambda *args: lax.map(lambda row: one_row(*row), args)
+    return lambda *args: jax.vmap(one_row, [None if a is start else 0 for a in args])(*args)
+
+
+def _group(x, num_kv):
+    return x.reshape(x.shape[0], num_kv, -1, x.shape[-1])
+
+
+def _group_rows(x, num_kv):
+    return x.reshape(num_kv, -1, x.shape[-1])
+
+
+def _num_query_tiles(rows):
+    return -(-(rows[1] - rows[0]) // _tiles.XLA.query)
+
+
+def _query_tile(t, rows, start) -> _QueryTile:
+    size = min(_tiles.XLA.query, rows[1] - rows[0])
+    first = rows[0] + t * size
+    begin = jnp.minimum(first, rows[1] - size)
+    positions = begin + jnp.arange(size)
+    if start.ndim:
+        start = lax.dynamic_slice_in_dim(start, begin, size)
+    return _QueryTile(begin, positions, start, positions >= first)
+
+
+def _over_keys(spec: Spec, tile: _QueryTile, run: KeyRun, visit: Callable, carry):
+    """Folds ``visit`` over the key tiles of ``run`` that the query tile sees."""
+    length = run.key.shape[0]
+    size = min(_tiles.XLA.key, length)
+    num_sinks = spec.num_sinks if run.offset == 0 else 0
+    first, last = tile.positions[0], tile.positions[-1]
+    first_start = tile.start[0] if tile.start.ndim else tile.start
+    begin, end = window_tiles(
+        first, last, first_start, spec.window, offset=run.offset, length=length, tile=size
+    )
+    sink_begin, sink_end = begin, begin
+    if num_sinks:
+        sink_begin, sink_end = sink_tiles(
+            last, first_start, num_sinks, begin, offset=run.offset, tile=size
+        )
+    skipped = begin - sink_end
+
+    def body(index, carry):
+        first_key = jnp.where(index < sink_end, index, index + skipped) * size
+        slice_begin = jnp.minimum(first_key, length - size)
+        local = slice_begin + jnp.arange(size)
+        seen = sees(
+            tile.positions[:, None],
+            run.offset + local,
+            tile.start[..., None],
+            spec.window,
+            num_sinks,
+        )
+        key, value = (
+            lax.dynamic_slice_in_dim(x, slice_begin, size) for x in (run.key, run.value)
+        )
+        seen = seen & tile.own[:, None] & (local >= first_key)
+        return visit(_Keys(key, value, seen, slice_begin), carry)
+
+    return lax.fori_loop(sink_begin, end - skipped, body, carry)
+
+
+def _sink_keys(spec: Spec, tile: _QueryTile, sinks: SinkRun, start) -> _Keys:
+    crossing = start[0] if start.ndim else start
+    positions = crossing + jnp.arange(sinks.key.shape[0])
+    seen = sees_fetched_sink(
+        tile.positions[:, None], positions, tile.start[..., None], spec.window, spec.num_sinks
+    )
+    return _Keys(sinks.key, sinks.value, seen & tile.own[:, None], 0)
+
+
+def _dot(spec: Spec, equation: str, x, y, dtype):
+    return jnp.einsum(equation, x, y, precision=spec.precision, preferred_element_type=dtype)
+
+
+def _logits(spec: Spec, query, key, dtype):
+    """Scaled and capped logits, and the derivative of the cap (None without one)."""
+    logits = _dot(spec, "qkgh,skh->kgqs", query, key, dtype) * spec.scale
+    if spec.soft_cap is None:
+        return logits, None
+    bounded = jnp.tanh(logits / spec.soft_cap)
+    return spec.soft_cap * bounded, 1 - bounded**2
+
+
+def _empty_sum(query, value_dim, sink_logits, dtype):
+    """(weighted values, running maximum, running sum) before any key."""
+    rows, num_kv, groups, _ = query.shape
+    acc = full_like_varying(query, (num_kv, groups, rows, value_dim), 0, dtype)
+    if sink_logits is None:
+        top = full_like_varying(query, acc.shape[:-1], -jnp.inf, dtype)
+        return acc, top, jnp.zeros_like(top)
+    top = jnp.broadcast_to(sink_logits.reshape(num_kv, groups, 1), acc.shape[:-1]).astype(dtype)
+    return acc, top, jnp.ones_like(top)
+
+
+def _absorb(spec: Spec, query, keys: _Keys, carry):
+    """One step of the online softmax."""
+    acc, top, total = carry
+    logits, _ = _logits(spec, query, keys.key, acc.dtype)
+    logits = jnp.where(keys.seen, logits, -jnp.inf)
+    new_top = jnp.maximum(top, logits.max(-1))
+    finite_top = jnp.where(new_top == -jnp.inf, 0, new_top)
+    shrink = jnp.exp(top - finite_top)
+    weights = jnp.exp(logits - finite_top[..., None])
+    values = _dot(spec, "kgqs,skv->kgqv", weights.astype(keys.value.dtype), keys.value, acc.dtype)
+    return shrink[..., None] * acc + values, new_top, shrink * total + weights.sum(-1)
+
+
+def _gradients(spec: Spec, query, dout, lse, delta, keys: _Keys):
+    """(dquery, dkey, dvalue) of one pair of tiles."""
+    dtype = lse.dtype
+    logits, dcap = _logits(spec, query, keys.key, dtype)
+    finite_lse = jnp.where(lse == -jnp.inf, 0, lse)[..., None]
+    weights = jnp.exp(jnp.where(keys.seen, logits - finite_lse, -jnp.inf))
+    dweights = _dot(spec, "qkgv,skv->kgqs", dout, keys.value, dtype)
+    dlogits = weights * (dweights - delta[..., None]) * spec.scale
+    dlogits = (dlogits if dcap is None else dlogits * dcap).astype(keys.key.dtype)
+    weights = weights.astype(keys.value.dtype)
+    return (
+        _dot(spec, "kgqs,skh->qkgh", dlogits, keys.key, dtype),
+        _dot(spec, "kgqs,qkgh->skh", dlogits, query, dtype),
+        _dot(spec, "kgqs,qkgv->skv", weights, dout, dtype),
+    )
+
+
+def _add_rows(total, part, begin):
+    rows = lax.dynamic_slice_in_dim(total, begin, part.shape[0]) + part
+    return lax.dynamic_update_slice_in_dim(total, rows, begin, 0)

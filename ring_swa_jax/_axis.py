@@ -1,0 +1,60 @@
+"""The mesh axis (or axes) over which a sequence is cut."""
+
+import dataclasses
+from collections.abc import Hashable
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+AxisName = Hashable | tuple[Hashable, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceAxis:
+    """A manual mesh axis of ``size`` chunks; ``name=None`` means one chunk, the whole sequence."""
+
+    name: AxisName | None
+    size: int
+
+    @classmethod
+    def named(cls, name: AxisName | None) -> "SequenceAxis":
+        """The axis of this name in the surrounding shard_map.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if name is None:
+            return cls(None, 1)
+        try:
+            return cls(name, lax.axis_size(name))
+        except NameError:
+            manual = tuple(jax.sharding.get_abstract_mesh().manual_axes)
+            raise ValueError(
+                f"axis_name={name!r} is not an axis of a surrounding jax.shard_map "
+                f"(its axes are {manual}); call this function inside jax.shard_map over a mesh "
+                f"with that axis, or pass axis_name=None for a sequence that is here as a whole"
+            ) from None
+
+    def index(self) -> Array:
+        """Which chunk this device holds."""
+        return jnp.int32(0) if self.name is None else lax.axis_index(self.name)
+
+
+def same_varying(axis: SequenceAxis, *trees):
+    """Casts all arrays to vary over the same manual axes, the sequence's among them.
+
+    The transpose of the cast sums a gradient over the devices that share an array.
+    """
+    leaves = jax.tree.leaves(trees)
+    axes: set[Hashable] = set()
+    for leaf in leaves:
+        axes |= jax.typeof(leaf).manual_axis_type.varying
+    if jax.typeof(axis.index()).manual_axis_type.varying:
+        axes |= jax.typeof(axis.index()).manual_axis_type.varying
+
+    def cast(x):
+        missing = tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying, key=str))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, trees)

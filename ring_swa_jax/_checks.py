@@ -1,0 +1,148 @@
+"""Checks of shapes, dtypes and settings, made while tracing and shared by all entry points."""
+
+import math
+import operator
+
+import jax.numpy as jnp
+from jax import Array
+
+
+def check_heads(query: Array, key: Array, value: Array, *, batched: bool = True) -> None:
+    """Checks that query, key and value fit together.
+
+    Raises:
+        ValueError: wrong ranks or sizes.
+        TypeError: not one floating-point dtype.
+    """
+    letters = "[B, T, N, H]" if batched else "[T, N, H]"
+    shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
+    rank = 4 if batched else 3
+    if not query.ndim == key.ndim == value.ndim == rank:
+        raise ValueError(f"query, key and value must have the shape {letters}, got {shapes}")
+    if query.shape[:-2] != key.shape[:-2] or key.shape[:-1] != value.shape[:-1]:
+        raise ValueError(
+            "query, key and value must have the same batch and length, and key and value the "
+            f"same heads, got {shapes}"
+        )
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"query and key must have the same head dim, got {shapes}")
+    if 0 in query.shape or 0 in value.shape:
+        raise ValueError(f"query, key and value must not be empty, got {shapes}")
+    if query.shape[-2] % key.shape[-2]:
+        raise ValueError(
+            f"the {query.shape[-2]} query heads must be a multiple of the {key.shape[-2]} "
+            f"key/value heads, got {shapes}"
+        )
+    dtypes = f"query {query.dtype}, key {key.dtype}, value {value.dtype}"
+    if not query.dtype == key.dtype == value.dtype:
+        raise TypeError(f"query, key and value must share one dtype, got {dtypes}; cast them first")
+    if not jnp.issubdtype(query.dtype, jnp.floating):
+        raise TypeError(f"query, key and value must be floating-point, got {dtypes}")
+
+
+def static_count(name: str, value, *, none_ok: bool = False) -> int | None:
+    """``value`` as a non-negative Python int (or None).
+
+    Raises:
+        TypeError: not a static integer.
+        ValueError: negative.
+    """
+    if value is None and none_ok:
+        return None
+    try:
+        count = operator.index(value)
+    except Exception as error:
+        raise TypeError(
+            f"{name} must be a static Python int{' or None' if none_ok else ''}, got {value!r}; "
+            "under jit, close over it or name it in static_argnames"
+        ) from error
+    if count < 0:
+        raise ValueError(f"{name} must not be negative, got {count}")
+    return count
+
+
+def static_scale(scale, head_dim: int) -> float:
+    """The factor of the logits, ``head_dim ** -0.5`` by default."""
+    return head_dim**-0.5 if scale is None else _static_float("scale", scale)
+
+
+def static_soft_cap(cap) -> float | None:
+    """The bound of the logits, None for no bound.
+
+    Raises:
+        ValueError: not a positive, finite number.
+    """
+    if cap is None:
+        return None
+    bound = _static_float("logits_soft_cap", cap)
+    if not (bound > 0 and math.isfinite(bound)):
+        raise ValueError(f"logits_soft_cap must be positive and finite, or None; got {cap!r}")
+    return bound
+
+
+def _static_float(name: str, value) -> float:
+    try:
+        return float(value)
+    except Exception as error:
+        raise TypeError(f"{name} must be a static Python number, got {value!r}") from error
+
+
+def check_sink_logits(sink_logits: Array | None, num_heads: int) -> None:
+    """Checks one floating-point logit a query head.
+
+    Raises:
+        ValueError: another shape.
+        TypeError: another dtype.
+    """
+    if sink_logits is None:
+        return
+    if sink_logits.shape != (num_heads,):
+        raise ValueError(
+            f"sink_logits must have one number a query head, shape ({num_heads},), "
+            f"got {sink_logits.shape}"
+        )
+    if not jnp.issubdtype(sink_logits.dtype, jnp.floating):
+        raise TypeError(f"sink_logits must be floating-point, got {sink_logits.dtype}")
+
+
+def check_sinks_fit(num_sinks: int, chunk: int, devices: int) -> None:
+    """Checks that a sequence's sinks lie on at most two devices.
+
+    Raises:
+        ValueError: more sinks than a chunk holds, on more than one device.
+    """
+    if devices > 1 and num_sinks > chunk:
+        raise ValueError(
+            f"num_sink_tokens={num_sinks} is longer than the chunk of {chunk} tokens that each of "
+            f"the {devices} devices holds; use fewer sinks, fewer devices or a longer sequence"
+        )
+
+
+def check_cu_seqlens(cu_seqlens: Array) -> None:
+    """Checks the type and rank of cumulative sequence lengths; their values stay unread.
+
+    Raises:
+        ValueError: not a vector of two or more.
+        TypeError: not integers.
+    """
+    if not jnp.issubdtype(cu_seqlens.dtype, jnp.integer):
+        raise TypeError(f"cu_seqlens must be integers, got {cu_seqlens.dtype}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.size < 2:
+        raise ValueError(
+            "cu_seqlens must be a vector [0, end of sequence 1, ..., end of the last sequence], "
+            f"got shape {cu_seqlens.shape}"
+        )
+
+
+def check_segment_ids(segment_ids: Array, shape: tuple[int, ...] | None = None) -> None:
+    """Checks that segment ids are integers of the shape [B, S].
+
+    Raises:
+        ValueError: another shape.
+        TypeError: not integers.
+    """
+    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise TypeError(f"segment_ids must be integers, got {segment_ids.dtype}")
+    if segment_ids.ndim != 2 or (shape is not None and segment_ids.shape != shape):
+        wanted = "[B, S]" if shape is None else f"[B, S] = {shape}"
+        raise ValueError(f"segment_ids must have the shape {wanted}, got {segment_ids.shape}")

@@ -1,0 +1,88 @@
+"""The definition: dense attention with the mask written out."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from ring_swa_jax import _checks
+from ring_swa_jax._segments import segment_starts
+
+
+def reference_attention(
+    q: Float[Array, "B S N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
+    *,
+    window_size: int | None = None,
+    num_sink_tokens: int = 0,
+    segment_ids: Int[Array, "B S"] | None = None,
+    sink_logits: Float[Array, "N"] | None = None,
+    logits_soft_cap: float | None = None,
+    scale: float | None = None,
+) -> Float[Array, "B S N Hv"]:
+    r"""What every implementation computes, by an [S, S] matrix of logits.
+
+    Query i attends key j of its own sequence, which starts at s, iff ``j <= i`` and
+    (``i - j <= window_size`` or ``j - s < num_sink_tokens``):
+
+    .. math:: o_i = \frac{\sum_j e^{s_{ij}} v_j}{e^{z} + \sum_j e^{s_{ij}}}
+
+    with :math:`s_{ij} = q_i \cdot k_j \cdot \mathrm{scale}`, softly capped, and :math:`e^z` only
+    where there are ``sink_logits``. A query without keys (padding) gives zeros.
+
+    Args:
+        q: queries of whole rows, any floating-point dtype; float64 computes in float64, the
+            others in float32.
+        k: keys; N is a multiple of K.
+        v: values.
+        window_size: W; a query sees **W + 1 keys**: the W before it and itself. None: all.
+        num_sink_tokens: how many first tokens of its sequence every query sees.
+        segment_ids: a new sequence starts where the id changes; a negative id is padding.
+        sink_logits: a learned logit a query head that enlarges the denominator.
+        logits_soft_cap: logits become ``cap * tanh(logits / cap)``.
+        scale: factor of ``q.k``, by default ``H**-0.5``.
+
+    Returns:
+        The attended values, in the dtype of q.
+
+    Raises:
+        ValueError: shapes, head counts or settings that do not fit.
+        TypeError: dtypes that differ or are not floating-point.
+    """
+    _checks.check_heads(q, k, v)
+    window = _checks.static_count("window_size", window_size, none_ok=True)
+    num_sinks = _checks.static_count("num_sink_tokens", num_sink_tokens)
+    cap = _checks.static_soft_cap(logits_soft_cap)
+    length, heads = q.shape[1:3]
+    out_dtype = q.dtype
+    dtype = jnp.promote_types(out_dtype, jnp.float32)
+
+    i, j = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
+    start = jnp.zeros((1, length), jnp.int32)
+    if segment_ids is not None:
+        segment_ids = jnp.asarray(segment_ids)
+        _checks.check_segment_ids(segment_ids, q.shape[:2])
+        start = segment_starts(segment_ids)
+    start = start[:, :, None]
+    near = True if window is None else i - j <= window
+    seen = (start <= j) & (j <= i) & (near | (j - start < num_sinks))
+
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
+    k, v = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
+    precision = jax.lax.Precision.HIGHEST
+    logits = jnp.einsum("bihd,bjhd->bhij", q, k, precision=precision)
+    logits = logits * _checks.static_scale(scale, q.shape[-1])
+    if cap is not None:
+        logits = cap * jnp.tanh(logits / cap)
+    seen = seen[:, None]
+    logits = jnp.where(seen, logits, -jnp.inf)
+    if sink_logits is not None:
+        sink_logits = jnp.asarray(sink_logits)
+        _checks.check_sink_logits(sink_logits, heads)
+        learned = jnp.broadcast_to(sink_logits[:, None, None], (*logits.shape[:-1], 1))
+        logits = jnp.concatenate([logits, learned.astype(dtype)], axis=-1)
+    has_key = seen.any(-1, keepdims=True)
+    weights = jax.nn.softmax(jnp.where(has_key, logits, 0), axis=-1)[..., :length]
+    weights = jnp.where(seen, weights, 0)
+    return jnp.einsum("bhij,bjhd->bihd", weights, v, precision=precision).astype(out_dtype)

@@ -1,0 +1,251 @@
+"""Attention on global arrays: makes the shard_map around the per-shard function."""
+
+import dataclasses
+import math
+from collections.abc import Hashable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Float, Int
+
+from ring_swa_jax import _checks
+from ring_swa_jax._axis import AxisName, SequenceAxis
+from ring_swa_jax._ring import attend_chunk
+from ring_swa_jax._segments import from_segment_ids, one_sequence
+
+
+def ring_attention(
+    q: Float[Array, "B S N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
+    *,
+    window_size: int | None = None,
+    num_sink_tokens: int = 0,
+    segment_ids: Int[Array, "B S"] | None = None,
+    sink_logits: Float[Array, "N"] | None = None,
+    logits_soft_cap: float | None = None,
+    scale: float | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
+    seq_axis: AxisName | None = "seq",
+    batch_axis: AxisName | None = None,
+    head_axis: AxisName | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B S N Hv"]:
+    r"""Sliding-window and streaming-LLM attention of whole sequences over the devices of a mesh.
+
+    Query i attends key j of its own sequence, which starts at s, iff ``j <= i`` and
+    (``i - j <= window_size`` or ``j - s < num_sink_tokens``):
+
+    .. math:: o_i = \frac{\sum_j e^{s_{ij}} v_j}{e^{z} + \sum_j e^{s_{ij}}}
+
+    with :math:`s_{ij} = q_i \cdot k_j \cdot \mathrm{scale}`, softly capped, and :math:`e^z` only
+    where there are ``sink_logits``. The sequence is cut into contiguous chunks over ``seq_axis``
+    and each device receives only the keys that its windows reach. Works in and out of jit.
+
+    Args:
+        q: queries of whole rows.
+        k: keys; N is a multiple of K.
+        v: values, in the dtype of q and k.
+        window_size: W; a query sees **W + 1 keys**: the W before it and itself, as
+            FlashAttention's ``(W, 0)``. Hugging Face's ``sliding_window=n`` is ``n - 1`` here.
+            None: all keys before it. Static.
+        num_sink_tokens: how many first tokens of its own sequence a query always sees; at most a
+            chunk on several devices. Static.
+        segment_ids: a new sequence starts where the id changes; a negative id is padding, with
+            zeros as result and gradient. The values are never read on the host.
+        sink_logits: a learned logit a query head that enlarges the denominator.
+        logits_soft_cap: logits become ``cap * tanh(logits / cap)``.
+        scale: factor of ``q.k``, by default ``H**-0.5``.
+        mesh: by default that of ``jax.set_mesh``.
+        seq_axis: mesh axis that cuts the sequence, or a tuple of axes, major first; None: every
+            device has the whole sequence.
+        batch_axis: mesh axis or axes that cut the batch. On Explicit mesh axes None means what
+            the sharding of q says.
+        head_axis: mesh axis or axes that cut the heads, likewise.
+        implementation: "xla", "triton", "mosaic_gpu" or None for the best here.
+
+    Returns:
+        The attended values, in the dtype of q, cut over the mesh as q.
+
+    Raises:
+        ValueError: shapes, head counts, axes, windows or names that do not fit, or an axis that
+            no mesh has.
+        TypeError: dtypes that differ or are not floating-point, settings that are not static.
+        NotImplementedError: the named implementation cannot do this.
+
+    References:
+        Beltagy, Peters and Cohan, Longformer, arXiv:2004.05150; Xiao et al., Efficient Streaming
+        Language Models with Attention Sinks, arXiv:2309.17453; Liu, Zaharia and Abbeel, Ring
+        Attention, arXiv:2310.01889.
+    """
+    q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
+    _checks.check_heads(q, k, v)
+    if segment_ids is not None:
+        segment_ids = jnp.asarray(segment_ids)
+        _checks.check_segment_ids(segment_ids, q.shape[:2])
+    if sink_logits is not None:
+        sink_logits = jnp.asarray(sink_logits)
+        _checks.check_sink_logits(sink_logits, q.shape[2])
+    return _sharded_attention(
+        q,
+        k,
+        v,
+        segment_ids,
+        sink_logits,
+        layout=_Layout.resolve(q, k, mesh, seq_axis, batch_axis, head_axis),
+        window_size=_checks.static_count("window_size", window_size, none_ok=True),
+        num_sink_tokens=_checks.static_count("num_sink_tokens", num_sink_tokens),
+        logits_soft_cap=_checks.static_soft_cap(logits_soft_cap),
+        scale=_checks.static_scale(scale, q.shape[-1]),
+        implementation=implementation,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """Which mesh axes cut which dimension; ``mesh=None`` where no axis cuts anything."""
+
+    mesh: Mesh | AbstractMesh | None
+    seq: AxisName | None
+    batch: AxisName | None
+    head: AxisName | None
+
+    @classmethod
+    def resolve(cls, q, k, mesh, seq_axis, batch_axis, head_axis) -> "_Layout":
+        context = jax.sharding.get_abstract_mesh()
+        mesh = context if mesh is None else mesh
+        batch_axis, head_axis = _axes_of_sharding(q, mesh, seq_axis, batch_axis, head_axis)
+        if seq_axis is None and batch_axis is None and head_axis is None:
+            return cls(None, None, None, None)
+        named = {"seq_axis": seq_axis, "batch_axis": batch_axis, "head_axis": head_axis}
+        used: dict[Hashable, str] = {}
+        for argument, axis in named.items():
+            for name in _names(axis):
+                if name not in mesh.axis_names:
+                    raise ValueError(
+                        f"{argument}={axis!r} is not an axis of the mesh, which has "
+                        f"{mesh.axis_names}; set a mesh with jax.set_mesh(mesh) or pass mesh=..., "
+                        f"or pass {argument}=None if that dimension is not cut"
+                    )
+                if name in context.manual_axes:
+                    raise ValueError(
+                        f"{argument}={axis!r} is already manual in the surrounding jax.shard_map; "
+                        "call ring_sliding_window_attn or ring_streaming_llm_attn there instead"
+                    )
+                if name in used:
+                    raise ValueError(
+                        f"mesh axis {name!r} is named by {used[name]} and by {argument}; an axis "
+                        "can cut one dimension only"
+                    )
+                used[name] = argument
+        layout = cls(mesh, seq_axis, batch_axis, head_axis)
+        layout._check_sizes(q, k)
+        return layout
+
+    def size(self, axis: AxisName | None) -> int:
+        if self.mesh is None:
+            return 1
+        return math.prod(self.mesh.shape[name] for name in _names(axis))
+
+    def _check_sizes(self, q, k):
+        for argument, axis, dimension, length, mend in (
+            (
+                "seq_axis",
+                self.seq,
+                "sequence length",
+                q.shape[1],
+                "pad the sequence and give the padding a negative segment id",
+            ),
+            ("batch_axis", self.batch, "batch size", q.shape[0], "use a multiple of it"),
+            ("head_axis", self.head, "number of query heads", q.shape[2], "use fewer devices"),
+            (
+                "head_axis",
+                self.head,
+                "number of key/value heads",
+                k.shape[2],
+                "repeat each key/value head with jnp.repeat(k, r, axis=2), the same for v, "
+                "or cut the heads over fewer devices",
+            ),
+        ):
+            if length % self.size(axis):
+                raise ValueError(
+                    f"the {dimension} {length} is not divided by the {self.size(axis)} devices "
+                    f"of {argument}={axis!r}; {mend}"
+                )
+
+
+def _names(axis: AxisName | None) -> tuple[Hashable, ...]:
+    if axis is None:
+        return ()
+    return axis if isinstance(axis, tuple) else (axis,)
+
+
+def _axes_of_sharding(q, mesh, seq_axis, batch_axis, head_axis):
+    """Batch and head axes, read from the sharding of q on Explicit axes where not given."""
+    if AxisType.Explicit not in mesh.axis_types:
+        return batch_axis, head_axis
+    spec = (*jax.typeof(q).sharding.spec, None, None, None, None)
+    if seq_axis is None and spec[1] is not None:
+        raise ValueError(
+            f"seq_axis=None, but the sequence of q is cut over {spec[1]!r}; name that axis, or "
+            "gather q, k and v first with jax.sharding.reshard"
+        )
+    return batch_axis or spec[0], head_axis or spec[2]
+
+
+@partial(
+    jax.jit,
+    static_argnames=(
+        "layout",
+        "window_size",
+        "num_sink_tokens",
+        "logits_soft_cap",
+        "scale",
+        "implementation",
+    ),
+)
+def _sharded_attention(q, k, v, segment_ids, sink_logits, *, layout: _Layout, **settings):
+    def attend(q, k, v, segment_ids, sink_logits):
+        axis = SequenceAxis.named(layout.seq)
+        if segment_ids is None:
+            bounds = one_sequence(axis, q.shape[1])
+        else:
+            bounds = from_segment_ids(axis, segment_ids)
+        return attend_chunk(
+            q, k, v, axis=axis, bounds=bounds, sink_logits=sink_logits, **settings
+        )
+
+    arrays = (q, k, v, segment_ids, sink_logits)
+    if layout.mesh is None:
+        return attend(*arrays)
+    heads = P(layout.batch, layout.seq, layout.head)
+    specs = (heads, heads, heads, P(layout.batch, layout.seq), P(layout.head))
+    in_specs = tuple(None if x is None else s for x, s in zip(arrays, specs, strict=True))
+    explicit = {
+        name
+        for name, kind in zip(layout.mesh.axis_names, layout.mesh.axis_types, strict=True)
+        if kind == AxisType.Explicit
+    }
+    if explicit:
+        arrays = tuple(
+            None if x is None else jax.sharding.reshard(x, _only(s, explicit))
+            for x, s in zip(arrays, specs, strict=True)
+        )
+    manual = set(jax.sharding.get_abstract_mesh().manual_axes)
+    return jax.shard_map(
+        attend,
+        mesh=layout.mesh,
+        in_specs=in_specs,
+        out_specs=heads,
+        axis_names=set(layout.mesh.axis_names) - manual,
+    )(*arrays)
+
+
+def _only(spec: P, names: set[Hashable]) -> P:
+    """The spec with the other axes dropped."""
+    kept = [tuple(name for name in _names(axis) if name in names) or None for axis in spec]
+    return P(*kept)
