@@ -31,7 +31,6 @@ from pallas_kernels._spec import (
     Starts,
     State,
     accumulator_dtype,
-    full_like_varying,
 )
 from pallas_kernels._vmap import folds_vmap
 
@@ -100,32 +99,35 @@ def _attend_bwd(spec, halo, forward, backward, residuals, dout):
     delta = jnp.einsum("btnh,btnh->bnt", out.astype(dtype), dout.astype(dtype))
     launch = partial(_launch_backward, spec, backward, query, start, dout, lse, delta)
 
-    dquery = full_like_varying(query, query.shape, 0, dtype)
-    homecoming, done = [], []
-    for hop, length in enumerate(halo.lengths):
+    # The farthest hop first: it reaches the fewest rows, so that dquery only ever grows.
+    dquery = None
+    home: list[tuple[Array, Array]] = []
+    done: list[Array] = []
+    travel = dtype if len(halo.lengths) > 1 else key.dtype
+    for hop in reversed(range(len(halo.lengths))):
         far = _fetch(halo, hop, done, key, value) if kept is None else kept
-        run = KeyRun(*far, _hop_offset(halo, hop))
-        dquery, (dfar,), _ = launch((run,), None, dquery, rows=(0, length))
+        run = _hop_run(halo, hop, far)
+        rows = halo.lengths[hop]
+        dquery, (dfar,), _ = launch((run,), None, dquery, rows, dtype, travel)
         done.append(dquery[:, :1])
-        travel = dtype if len(halo.lengths) > 1 else key.dtype
-        homecoming.append(halo.give_back(hop, *(x.astype(travel) for x in dfar)))
+        home.append(halo.give_back(hop, *dfar))
 
-    dquery, (down,), dsinks = launch(
-        (KeyRun(key, value, 0),), sinks, dquery, rows=(0, query.shape[1])
-    )
-    for home in homecoming:
-        down = tuple(
-            own.at[:, own.shape[1] - x.shape[1] :].add(x.astype(dtype))
-            for own, x in zip(down, home, strict=True)
+    local = KeyRun(key, value, 0)
+    own = dtype if len(halo.lengths) > 1 else key.dtype
+    dquery, (dlocal,), dsinks = launch((local,), sinks, dquery, query.shape[1], query.dtype, own)
+    for dfar in home:
+        dlocal = tuple(
+            x.at[:, x.shape[1] - far.shape[1] :].add(far)
+            for x, far in zip(dlocal, dfar, strict=True)
         )
-    dkey, dvalue = down
+    dkey, dvalue = dlocal
     dsink_logits = None
     if sink_logits is not None:
         alive = lse > -jnp.inf
         share = jnp.where(alive, jnp.exp(sink_logits[:, None] - jnp.where(alive, lse, 0)), 0)
         dsink_logits = -jnp.einsum("bnt,bnt->n", share, delta).astype(sink_logits.dtype)
     return (
-        dquery.astype(query.dtype),
+        dquery,
         dkey.astype(key.dtype),
         dvalue.astype(value.dtype),
         dsinks,
@@ -144,65 +146,112 @@ def _forward(spec, halo, implementation, query, key, value, sinks, sink_logits, 
     lengths = halo.lengths
     local = KeyRun(key, value, 0)
     launch = partial(_launch_forward, spec, implementation, query, start)
-    by_rows = len(lengths) == 1 and 2 * lengths[0] <= rows
-    out_dtype = query.dtype if by_rows or not lengths else dtype
-    state = State(
-        full_like_varying(query, (batch, rows, heads, value.shape[-1]), 0, out_dtype),
-        full_like_varying(query, (batch, heads, rows), 0, dtype),
-    )
     if sink_logits is not None:
         sink_logits = jnp.broadcast_to(sink_logits, (batch, heads)).astype(dtype)
-    fetched: tuple[Array, Array] | None = None
-    if by_rows:
-        (seeing,) = lengths
+    if not lengths:
+        return launch((local,), sinks, sink_logits, None, (0, rows), query.dtype), None
+
+    tile = _implementations.module(implementation).query_tile_rows(spec, query, value)
+    near = -(-lengths[0] // tile) * tile
+    if len(lengths) == 1 and 2 * near <= rows:
         fetched = halo.fetch(0, key, value)
-        far = KeyRun(*fetched, _hop_offset(halo, 0))
-        state = launch((local,), sinks, sink_logits, state, rows=(seeing, rows))
-        state = launch((far, local), sinks, sink_logits, state, rows=(0, seeing))
+        runs = (_hop_run(halo, 0, fetched), local)
+        state = launch((local,), sinks, sink_logits, None, (near, rows), query.dtype)
+        state = launch(runs, sinks, sink_logits, state, (0, near), query.dtype)
         return state, fetched
-    state = launch((local,), sinks, sink_logits, state, rows=(0, rows))
+
+    state = launch((local,), sinks, sink_logits, None, (0, rows), dtype)
     done: list[Array] = []
     for hop, length in enumerate(lengths):
         fetched = _fetch(halo, hop, done, key, value)
-        far = KeyRun(*fetched, _hop_offset(halo, hop))
-        state = launch((far,), None, None, state, rows=(0, length), resume=True)
+        far = _hop_run(halo, hop, fetched)
+        state = launch((far,), None, None, state, (0, length), dtype, resume=True)
         done.append(state.lse[:, :, :1])
     kept = fetched if len(lengths) == 1 else None
     return State(state.out.astype(query.dtype), state.lse), kept
 
 
-def _hop_offset(halo: Halo, hop: int) -> int:
-    return -sum(halo.lengths[: hop + 1])
+def _hop_run(halo: Halo, hop: int, fetched: tuple[Array, Array]) -> KeyRun:
+    key, value = fetched
+    return KeyRun(key, value, -sum(halo.lengths[: hop + 1]))
 
 
 def _fetch(halo: Halo, hop: int, done: list[Array], key: Array, value: Array):
-    """Fetches a hop once the hop before the last is ``done``: two halos are alive at most."""
-    if hop > 1:
-        _, key, value = lax.optimization_barrier((done[hop - 2], key, value))
+    """Fetches a hop when the hop before the last is done: two are alive at most."""
+    if len(done) > 1:
+        _, key, value = lax.optimization_barrier((done[-2], key, value))
     return halo.fetch(hop, key, value)
 
 
 def _launch_forward(
-    spec, implementation, query, start, runs, sinks, sink_logits, state, *, rows, resume=False
+    spec,
+    implementation,
+    query,
+    start,
+    runs,
+    sinks,
+    sink_logits,
+    state,
+    rows,
+    out_dtype,
+    *,
+    resume=False,
 ):
     def launch(query, keys, sinks, sink_logits, start, state):
-        runs_here = tuple(KeyRun(*kv, run.offset) for kv, run in zip(keys, runs, strict=True))
         return _implementations.module(implementation).forward(
-            spec, query, runs_here, sinks, sink_logits, start, state, rows=rows, resume=resume
+            spec,
+            query,
+            _with_offsets(keys, runs),
+            sinks,
+            sink_logits,
+            start,
+            state,
+            rows=rows,
+            resume=resume,
+            out_dtype=out_dtype,
         )
 
-    keys = tuple((run.key, run.value) for run in runs)
-    return folds_vmap(launch)(query, keys, sinks, sink_logits, start, state)
+    return folds_vmap(launch)(query, _without_offsets(runs), sinks, sink_logits, start, state)
 
 
 def _launch_backward(
-    spec, implementation, query, start, dout, lse, delta, runs, sinks, dquery, *, rows
+    spec,
+    implementation,
+    query,
+    start,
+    dout,
+    lse,
+    delta,
+    runs,
+    sinks,
+    dquery,
+    rows,
+    dquery_dtype,
+    dkey_dtype,
 ):
     def launch(query, keys, sinks, start, dout, lse, delta, dquery):
-        runs_here = tuple(KeyRun(*kv, run.offset) for kv, run in zip(keys, runs, strict=True))
         return _implementations.module(implementation).backward(
-            spec, query, runs_here, sinks, start, dout, lse, delta, dquery, rows=rows
+            spec,
+            query,
+            _with_offsets(keys, runs),
+            sinks,
+            start,
+            dout,
+            lse,
+            delta,
+            dquery,
+            rows=rows,
+            dquery_dtype=dquery_dtype,
+            dkey_dtype=dkey_dtype,
         )
 
-    keys = tuple((run.key, run.value) for run in runs)
+    keys = _without_offsets(runs)
     return folds_vmap(launch)(query, keys, sinks, start, dout, lse, delta, dquery)
+
+
+def _without_offsets(runs: tuple[KeyRun, ...]) -> tuple[tuple[Array, Array], ...]:
+    return tuple((run.key, run.value) for run in runs)
+
+
+def _with_offsets(keys, runs: tuple[KeyRun, ...]) -> tuple[KeyRun, ...]:
+    return tuple(KeyRun(k, v, run.offset) for (k, v), run in zip(keys, runs, strict=True))

@@ -3,12 +3,16 @@
 Positions count from the first query of the shard, so keys before the shard have negative
 positions. ``start`` is the position of the first token of a query's own sequence; a padding
 query has ``start > i``. Both ``start`` and the first key in the window, ``max(start, i - W)``,
-never decrease along the queries, so the keys of a query tile form one contiguous range, plus one
-range of sinks before it, whether sequences are packed or not.
+never decrease along the queries. So the keys of a query tile form one contiguous range, plus one
+range of sinks before it; and so do the queries of a key tile, whether sequences are packed or
+not. A plan holds these ranges, in tiles, for every tile of a launch; within its range, a *clear*
+tile is one whose every query sees every key, so that it needs no mask.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Int
 
 
 def in_window(i, j, start, window: int | None):
@@ -33,25 +37,149 @@ def sees_fetched_sink(i, j, start, window: int | None, num_sinks: int):
     return is_sink(i, j, start, num_sinks) & ~in_window(i, j, start, window) & (j < 0)
 
 
-def window_tiles(first, last, start, window: int | None, *, offset: int, length: int, tile: int):
-    """Half-open range of key tiles that hold the windows of queries ``first..last``.
+def key_plan(
+    start: Int[Array, "..."],
+    window: int | None,
+    num_sinks: int,
+    *,
+    rows: tuple[int, int],
+    query_tile: int,
+    offset: int,
+    length: int,
+    key_tile: int,
+) -> Int[Array, "... tiles 6"]:
+    """Key tiles of a run at positions ``offset..offset+length-1``, for each tile of queries.
 
-    ``start`` belongs to query ``first``; the keys stand at positions ``offset..offset+length-1``.
+    Returns:
+        (first sink tile, their end, first window tile, first clear tile, end of the clear ones,
+        end of the window tiles). Sink tiles end before the window tiles begin. One range of
+        sinks is enough: a sequence that begins inside the query tile has its sinks in the
+        window tiles.
     """
-    low = start if window is None else jnp.maximum(start, first - window)
-    low = jnp.maximum(low - offset, 0)
-    high = jnp.minimum(last - offset, length - 1)
+    first, last = _tile_edges(rows, query_tile)
+    first_start, last_start = _at(start, first), _at(start, last)
+    low, high = _windows_begin(first, first_start, window) - offset, last - offset
+    low, high = jnp.maximum(low, 0), jnp.minimum(high, length - 1)
+    begin, end = _tiles_of(low, high, key_tile)
+
+    clear_low = jnp.maximum(_windows_begin(last, last_start, window) - offset, 0)
+    clear_begin = jnp.clip(-(-clear_low // key_tile), begin, end)
+    clear_stop = jnp.minimum(first - offset + 1, length) // key_tile
+    clear_end = jnp.clip(clear_stop, clear_begin, end)
+
+    sink_low = jnp.maximum(first_start - offset, 0)
+    sink_high = jnp.minimum(first_start + num_sinks - 1, last) - offset
+    sink_begin, sink_end = _tiles_of(sink_low, sink_high, key_tile)
+    sink_begin, sink_end = jnp.minimum(sink_begin, begin), jnp.minimum(sink_end, begin)
+    ranges = (sink_begin, sink_end, begin, clear_begin, clear_end, end)
+    return jnp.stack(jnp.broadcast_arrays(*ranges), axis=-1).astype(jnp.int32)
+
+
+def query_plan(
+    start: Int[Array, "..."],
+    window: int | None,
+    num_sinks: int,
+    *,
+    rows: int,
+    query_tile: int,
+    offset: int,
+    length: int,
+    key_tile: int,
+) -> Int[Array, "... tiles 4"]:
+    """Query tiles, among the first ``rows`` queries, that see each tile of keys of a run.
+
+    Returns:
+        (first tile, first clear tile, end of the clear ones, end of all).
+    """
+    first, last = _tile_edges((offset, offset + length), key_tile)
+    stop_of_first, stop_of_last = (
+        _queries_from(start, first, rows),
+        _queries_from(start, last, rows),
+    )
+    high = stop_of_last - 1
+    clear_stop = stop_of_first
+    if window is not None:
+        reach = jnp.minimum(high, last + window)
+        if num_sinks:
+            last_query = jnp.clip(last, 0, rows - 1)
+            holds_sink = _at(start, last_query) + num_sinks - 1 >= first
+            reach = jnp.where(holds_sink, high, reach)
+        high = reach
+        clear_stop = jnp.minimum(clear_stop, first + window + 1)
+    low = jnp.maximum(first, 0)
+    begin, end = _tiles_of(low, jnp.minimum(high, rows - 1), query_tile)
+    clear_begin = jnp.clip(-(-jnp.maximum(last, 0) // query_tile), begin, end)
+    whole = (last - first + 1 == key_tile) & (clear_stop > 0)
+    clear_end = jnp.where(whole, jnp.minimum(clear_stop, rows) // query_tile, 0)
+    ranges = (begin, clear_begin, jnp.clip(clear_end, clear_begin, end), end)
+    return jnp.stack(jnp.broadcast_arrays(*ranges), axis=-1).astype(jnp.int32)
+
+
+def fetched_sink_key_plan(
+    start: Int[Array, "..."],
+    window: int,
+    *,
+    rows: tuple[int, int],
+    query_tile: int,
+    length: int,
+    key_tile: int,
+) -> Int[Array, "... tiles"]:
+    """How many tiles of fetched sinks each tile of queries sees."""
+    first, last = _tile_edges(rows, query_tile)
+    crossing = _crossing(start)
+    before_window = jnp.minimum(last - window - crossing, -crossing)
+    slots = jnp.clip(before_window, 0, length)
+    slots = jnp.where(_at(start, first) == crossing, slots, 0)
+    return (-(-slots // key_tile)).astype(jnp.int32)
+
+
+def fetched_sink_query_plan(
+    start: Int[Array, "..."],
+    window: int,
+    *,
+    rows: int,
+    query_tile: int,
+    length: int,
+    key_tile: int,
+) -> Int[Array, "... tiles 2"]:
+    """Half-open range of query tiles that see each tile of fetched sinks."""
+    first = jnp.arange(0, length, key_tile, dtype=jnp.int32)
+    crossing = _crossing(start)
+    low = jnp.maximum(crossing + first + window + 1, 0)
+    high = _queries_from(start, crossing, rows) - 1
+    high = jnp.where(crossing + first < 0, high, -1)
+    return jnp.stack(_tiles_of(low, high, query_tile), axis=-1).astype(jnp.int32)
+
+
+def _tile_edges(span: tuple[int, int], tile: int):
+    """First and last positions of the tiles of a span."""
+    first = jnp.arange(*span, tile, dtype=jnp.int32)
+    return first, jnp.minimum(first + tile, span[1]) - 1
+
+
+def _at(start, queries):
+    return start[..., queries] if start.ndim else start
+
+
+def _crossing(start):
+    """Start of the sequence that the first query is in, ready to meet a row of tiles."""
+    return start[..., :1] if start.ndim else start[None]
+
+
+def _windows_begin(query, start, window):
+    return start if window is None else jnp.maximum(start, query - window)
+
+
+def _queries_from(start, keys, rows):
+    """How many of the first ``rows`` queries are in a sequence that starts at or before a key."""
+    keys = jnp.broadcast_to(keys, (*start.shape[:-1], keys.shape[-1]))
+    if not start.ndim:
+        return jnp.where(start <= keys, rows, 0)
+    count = jax.vmap(lambda s, k: jnp.searchsorted(s, k, side="right"))(start, keys)
+    return jnp.minimum(count, rows).astype(jnp.int32)
+
+
+def _tiles_of(low, high, tile):
+    """Half-open range of tiles that hold positions ``low..high``, ``low >= 0``."""
     begin = low // tile
     return begin, jnp.where(high < low, begin, high // tile + 1)
-
-
-def sink_tiles(last, start, num_sinks: int, window_begin: Array, *, offset: int, tile: int):
-    """Half-open range of key tiles before ``window_begin`` that hold the first query's sinks.
-
-    One range is enough: a sequence that begins inside the query tile has its sinks in the tile's
-    window range.
-    """
-    low = jnp.maximum(start - offset, 0)
-    high = jnp.minimum(start + num_sinks - 1, last) - offset
-    begin = jnp.minimum(low // tile, window_begin)
-    return begin, jnp.where(high < low, begin, jnp.minimum(high // tile + 1, window_begin))

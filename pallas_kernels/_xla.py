@@ -7,6 +7,7 @@ shares with its neighbour is masked, so nothing is padded.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from pallas_kernels import _tiles
-from pallas_kernels._band import sees, sees_fetched_sink, sink_tiles, window_tiles
+from pallas_kernels._band import key_plan, sees, sees_fetched_sink
 from pallas_kernels._spec import (
     KeyRun,
     SinkRun,
@@ -27,6 +28,12 @@ from pallas_kernels._spec import (
 )
 
 
+def query_tile_rows(spec: Spec, query: Array, value: Array) -> int:
+    """Launches may begin at any row."""
+    del spec, query, value
+    return 1
+
+
 def forward(
     spec: Spec,
     query: Float[Array, "B T N H"],
@@ -34,12 +41,13 @@ def forward(
     sinks: SinkRun | None,
     sink_logits: Float[Array, "B N"] | None,
     start: Starts,
-    state: State,
+    state: State | None,
     *,
     rows: tuple[int, int],
     resume: bool,
+    out_dtype: jnp.dtype,
 ) -> State:
-    """Attend ``runs`` and ``sinks`` from the queries ``rows[0]..rows[1]-1``.
+    """Attends ``runs`` and ``sinks`` from the queries ``rows[0]..rows[1]-1``.
 
     Args:
         spec: static settings.
@@ -48,19 +56,29 @@ def forward(
         sinks: sinks fetched from other shards.
         sink_logits: learned sinks, entered into the sum by this launch.
         start: where the sequence of each query starts.
-        state: overwritten at ``rows`` and kept elsewhere.
+        state: overwritten at ``rows`` and kept elsewhere; None leaves other rows undefined.
         rows: half-open range of queries.
         resume: continue from ``state`` at ``rows`` instead of from nothing.
+        out_dtype: of the output; that of ``state`` where there is one.
 
     Returns:
-        The new state, in the dtypes of ``state``.
+        The new state.
     """
+    dtype = accumulator_dtype(query.dtype)
+    offsets = tuple(run.offset for run in runs)
+    if state is None:
+        batch, length, heads, _ = query.shape
+        out_shape = (batch, length, heads, runs[0].value.shape[-1])
+        state = State(
+            full_like_varying(query, out_shape, 0, out_dtype),
+            full_like_varying(query, (batch, heads, length), 0, dtype),
+        )
 
-    def one_row(query, keys, sinks, sink_logits, start, out, lse):
+    def one_row(bounds, query, keys, sinks, sink_logits, out, lse):
+        start, plans = bounds
         num_kv = keys[0][0].shape[1]
-        q, out, lse = _group(query, num_kv), _group(out, num_kv), _group_rows(lse, num_kv)
-        key_runs = [KeyRun(k, v, run.offset) for (k, v), run in zip(keys, runs, strict=True)]
-        dtype = lse.dtype
+        q, grouped_out = _group(query, num_kv), _group(out, num_kv)
+        grouped_lse = _group_rows(lse, num_kv)
 
         def query_tile(t, state):
             tile = _query_tile(t, rows, start)
@@ -75,12 +93,15 @@ def forward(
                 )
             else:
                 carry = _empty_sum(q_tile, out.shape[-1], sink_logits, dtype)
-            for run in key_runs:
-                carry = _over_keys(
-                    spec, tile, run, lambda keys, c: _absorb(spec, q_tile, keys, c), carry
-                )
+
+            def visit(keys, carry):
+                return _absorb(spec, q_tile, keys, carry)
+
+            for (key, value), offset, plan in zip(keys, offsets, plans, strict=True):
+                run = KeyRun(key, value, offset)
+                carry = _over_keys(spec, tile, run, plan[t], visit, carry)
             if sinks is not None:
-                carry = _absorb(spec, q_tile, _sink_keys(spec, tile, sinks, start), carry)
+                carry = visit(_sink_keys(spec, tile, sinks, start), carry)
             acc, top, total = carry
             alive = total > 0
             total = jnp.where(alive, total, 1)
@@ -91,14 +112,14 @@ def forward(
                 tile.put(state.lse, new_lse, lse_before, axis=2),
             )
 
-        state = lax.fori_loop(0, _num_query_tiles(rows), query_tile, State(out, lse))
-        return state.out.reshape(*query.shape[:2], -1), state.lse.reshape(query.shape[1], -1)
-
-    return State(
-        *_each_row(one_row, start)(
-            query, [(r.key, r.value) for r in runs], sinks, sink_logits, start, *state
+        state = lax.fori_loop(
+            0, _num_query_tiles(rows), query_tile, State(grouped_out, grouped_lse)
         )
-    )
+        return State(state.out.reshape(out.shape), state.lse.reshape(lse.shape))
+
+    bounds = (start, _plans(spec, runs, start, rows))
+    keys = tuple((run.key, run.value) for run in runs)
+    return _each_row(one_row, bounds)(query, keys, sinks, sink_logits, *state)
 
 
 def backward(
@@ -110,11 +131,13 @@ def backward(
     dout: Float[Array, "B T N Hv"],
     lse: Float[Array, "B N T"],
     delta: Float[Array, "B N T"],
-    dquery: Float[Array, "B T N H"],
+    dquery: Float[Array, "B R N H"] | None,
     *,
-    rows: tuple[int, int],
+    rows: int,
+    dquery_dtype: jnp.dtype,
+    dkey_dtype: jnp.dtype,
 ) -> tuple[Array, tuple[tuple[Array, Array], ...], SinkRun | None]:
-    """Gradients that flow through ``runs`` and ``sinks`` from the queries in ``rows``.
+    """Gradients that flow through ``runs`` and ``sinks`` from the first ``rows`` queries.
 
     Args:
         spec: static settings.
@@ -125,26 +148,34 @@ def backward(
         dout: cotangent of the output.
         lse: log-sum-exp over *all* keys of a query.
         delta: ``sum(out * dout)`` of each query.
-        dquery: accumulated gradient of the queries, in the accumulator's dtype.
-        rows: half-open range of queries.
+        dquery: gradient of the first R <= rows queries through other keys, or None.
+        rows: number of queries.
+        dquery_dtype: of the returned gradient of the queries.
+        dkey_dtype: of the returned gradients of keys and values.
 
     Returns:
-        ``dquery`` with this launch's part added, (dkey, dvalue) of each run and the gradient of
-        the fetched sinks, all in the accumulator's dtype.
+        ``dquery`` of the first ``rows`` queries with this launch's part added, (dkey, dvalue) of
+        each run, and the gradient of the fetched sinks in the accumulator's dtype.
     """
+    dtype = lse.dtype
+    offsets = tuple(run.offset for run in runs)
+    batch, _, heads, dim = query.shape
+    total = full_like_varying(query, (batch, rows, heads, dim), 0, dtype)
+    if dquery is not None:
+        total = lax.dynamic_update_slice_in_dim(total, dquery.astype(dtype), 0, 1)
 
-    def one_row(query, keys, sinks, start, dout, lse, delta, dquery):
+    def one_row(bounds, query, keys, sinks, dout, lse, delta, dquery):
+        start, plans = bounds
         num_kv = keys[0][0].shape[1]
         q, do, dq = (_group(x, num_kv) for x in (query, dout, dquery))
         lse, delta = (_group_rows(x, num_kv) for x in (lse, delta))
-        key_runs = [KeyRun(k, v, run.offset) for (k, v), run in zip(keys, runs, strict=True)]
 
         def zeros(x):
-            return full_like_varying(q, x.shape, 0, dq.dtype)
+            return full_like_varying(q, x.shape, 0, dtype)
 
         def query_tile(t, carry):
             dq, dkeys, dsinks = carry
-            tile = _query_tile(t, rows, start)
+            tile = _query_tile(t, (0, rows), start)
             dq_before = tile.rows_of(dq)
             q_tile = tile.rows_of(q)
             rest = (tile.rows_of(do), tile.rows_of(lse, axis=2), tile.rows_of(delta, axis=2))
@@ -159,29 +190,28 @@ def backward(
                 )
 
             dq_tile, new_dkeys = dq_before, []
-            for run, dkey in zip(key_runs, dkeys, strict=True):
-                dq_tile, *dkey = _over_keys(spec, tile, run, visit, (dq_tile, *dkey))
+            for (key, value), offset, plan, dkey in zip(keys, offsets, plans, dkeys, strict=True):
+                run = KeyRun(key, value, offset)
+                dq_tile, *dkey = _over_keys(spec, tile, run, plan[t], visit, (dq_tile, *dkey))
                 new_dkeys.append(tuple(dkey))
             if sinks is not None:
-                dq_tile, *dsinks = visit(_sink_keys(spec, tile, sinks, start), (dq_tile, *dsinks))
+                sink_keys = _sink_keys(spec, tile, sinks, start)
+                dq_tile, *dsinks = visit(sink_keys, (dq_tile, *dsinks))
                 dsinks = SinkRun(*dsinks)
             return tile.put(dq, dq_tile, dq_before), tuple(new_dkeys), dsinks
 
-        dq, dkeys, dsinks = lax.fori_loop(
-            0,
-            _num_query_tiles(rows),
-            query_tile,
-            (
-                dq,
-                tuple((zeros(r.key), zeros(r.value)) for r in key_runs),
-                None if sinks is None else SinkRun(*map(zeros, sinks)),
-            ),
+        begin = (
+            dq,
+            tuple((zeros(key), zeros(value)) for key, value in keys),
+            None if sinks is None else SinkRun(*map(zeros, sinks)),
         )
-        return dq.reshape(query.shape), dkeys, dsinks
+        dq, dkeys, dsinks = lax.fori_loop(0, _num_query_tiles((0, rows)), query_tile, begin)
+        dkeys = tuple((dk.astype(dkey_dtype), dv.astype(dkey_dtype)) for dk, dv in dkeys)
+        return dq.reshape(dquery.shape).astype(dquery_dtype), dkeys, dsinks
 
-    return _each_row(one_row, start)(
-        query, [(r.key, r.value) for r in runs], sinks, start, dout, lse, delta, dquery
-    )
+    bounds = (start, _plans(spec, runs, start, (0, rows)))
+    keys = tuple((run.key, run.value) for run in runs)
+    return _each_row(one_row, bounds)(query, keys, sinks, dout, lse, delta, total)
 
 
 class _QueryTile(NamedTuple):
@@ -209,11 +239,32 @@ class _Keys(NamedTuple):
     begin: Int[Array, ""] | int
 
 
-def _each_row(one_row: Callable, start: Starts) -> Callable:
+def _each_row(one_row: Callable, bounds: tuple[Starts, tuple[Array, ...]]) -> Callable:
     """Maps over the batch: at once where rows share their bounds, else one after the other."""
-    if start.ndim:
-        return lambda *args: lax.map(lambda row: one_row(*row), args)
-    return lambda *args: jax.vmap(one_row, [None if a is start else 0 for a in args])(*args)
+    if bounds[0].ndim:
+        return lambda *args: lax.map(lambda row: one_row(*row), (bounds, *args))
+    return lambda *args: jax.vmap(partial(one_row, bounds))(*args)
+
+
+def _plans(spec: Spec, runs: tuple[KeyRun, ...], start: Starts, rows) -> tuple[Array, ...]:
+    return tuple(
+        key_plan(
+            start,
+            spec.window,
+            _sinks_in(spec, run.offset),
+            rows=rows,
+            query_tile=min(_tiles.XLA.query, rows[1] - rows[0]),
+            offset=run.offset,
+            length=run.key.shape[1],
+            key_tile=min(_tiles.XLA.key, run.key.shape[1]),
+        )
+        for run in runs
+    )
+
+
+def _sinks_in(spec: Spec, offset: int) -> int:
+    """Sinks are looked for among the shard's own keys; the halo holds window keys only."""
+    return spec.num_sinks if offset == 0 else 0
 
 
 def _group(x, num_kv):
@@ -232,43 +283,31 @@ def _query_tile(t, rows, start) -> _QueryTile:
     size = min(_tiles.XLA.query, rows[1] - rows[0])
     first = rows[0] + t * size
     begin = jnp.minimum(first, rows[1] - size)
-    positions = begin + jnp.arange(size)
+    positions = begin + jnp.arange(size, dtype=jnp.int32)
     if start.ndim:
         start = lax.dynamic_slice_in_dim(start, begin, size)
     return _QueryTile(begin, positions, start, positions >= first)
 
 
-def _over_keys(spec: Spec, tile: _QueryTile, run: KeyRun, visit: Callable, carry):
+def _over_keys(spec: Spec, tile: _QueryTile, run: KeyRun, plan, visit: Callable, carry):
     """Folds ``visit`` over the key tiles of ``run`` that the query tile sees."""
     length = run.key.shape[0]
     size = min(_tiles.XLA.key, length)
-    num_sinks = spec.num_sinks if run.offset == 0 else 0
-    first, last = tile.positions[0], tile.positions[-1]
-    first_start = tile.start[0] if tile.start.ndim else tile.start
-    begin, end = window_tiles(
-        first, last, first_start, spec.window, offset=run.offset, length=length, tile=size
-    )
-    sink_begin, sink_end = begin, begin
-    if num_sinks:
-        sink_begin, sink_end = sink_tiles(
-            last, first_start, num_sinks, begin, offset=run.offset, tile=size
-        )
+    sink_begin, sink_end, begin, _, _, end = plan
     skipped = begin - sink_end
 
     def body(index, carry):
         first_key = jnp.where(index < sink_end, index, index + skipped) * size
         slice_begin = jnp.minimum(first_key, length - size)
-        local = slice_begin + jnp.arange(size)
+        local = slice_begin + jnp.arange(size, dtype=jnp.int32)
         seen = sees(
             tile.positions[:, None],
             run.offset + local,
             tile.start[..., None],
             spec.window,
-            num_sinks,
+            _sinks_in(spec, run.offset),
         )
-        key, value = (
-            lax.dynamic_slice_in_dim(x, slice_begin, size) for x in (run.key, run.value)
-        )
+        key, value = (lax.dynamic_slice_in_dim(x, slice_begin, size) for x in run[:2])
         seen = seen & tile.own[:, None] & (local >= first_key)
         return visit(_Keys(key, value, seen, slice_begin), carry)
 
@@ -277,7 +316,7 @@ def _over_keys(spec: Spec, tile: _QueryTile, run: KeyRun, visit: Callable, carry
 
 def _sink_keys(spec: Spec, tile: _QueryTile, sinks: SinkRun, start) -> _Keys:
     crossing = start[0] if start.ndim else start
-    positions = crossing + jnp.arange(sinks.key.shape[0])
+    positions = crossing + jnp.arange(sinks.key.shape[0], dtype=jnp.int32)
     seen = sees_fetched_sink(
         tile.positions[:, None], positions, tile.start[..., None], spec.window, spec.num_sinks
     )

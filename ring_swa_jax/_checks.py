@@ -40,21 +40,33 @@ def check_heads(query: Array, key: Array, value: Array, *, batched: bool = True)
         raise TypeError(f"query, key and value must be floating-point, got {dtypes}")
 
 
-def static_count(name: str, value, *, none_ok: bool = False) -> int | None:
-    """``value`` as a non-negative Python int (or None).
+def static_window(window_size) -> int | None:
+    """``window_size`` as a non-negative Python int, or None for no window.
 
     Raises:
         TypeError: not a static integer.
         ValueError: negative.
     """
-    if value is None and none_ok:
-        return None
+    return None if window_size is None else _static_count("window_size", window_size)
+
+
+def static_sinks(num_sink_tokens) -> int:
+    """``num_sink_tokens`` as a non-negative Python int.
+
+    Raises:
+        TypeError: not a static integer.
+        ValueError: negative.
+    """
+    return _static_count("num_sink_tokens", num_sink_tokens)
+
+
+def _static_count(name: str, value) -> int:
     try:
         count = operator.index(value)
     except Exception as error:
         raise TypeError(
-            f"{name} must be a static Python int{' or None' if none_ok else ''}, got {value!r}; "
-            "under jit, close over it or name it in static_argnames"
+            f"{name} must be a static Python int, got {value!r}; under jit, close over it or name "
+            "it in static_argnames"
         ) from error
     if count < 0:
         raise ValueError(f"{name} must not be negative, got {count}")

@@ -51,8 +51,8 @@ def reference_attention(
         TypeError: dtypes that differ or are not floating-point.
     """
     _checks.check_heads(q, k, v)
-    window = _checks.static_count("window_size", window_size, none_ok=True)
-    num_sinks = _checks.static_count("num_sink_tokens", num_sink_tokens)
+    window = _checks.static_window(window_size)
+    num_sinks = _checks.static_sinks(num_sink_tokens)
     cap = _checks.static_soft_cap(logits_soft_cap)
     length, heads = q.shape[1:3]
     out_dtype = q.dtype
@@ -65,7 +65,7 @@ def reference_attention(
         _checks.check_segment_ids(segment_ids, q.shape[:2])
         start = segment_starts(segment_ids)
     start = start[:, :, None]
-    near = True if window is None else i - j <= window
+    near = i - j <= (length if window is None else window)
     seen = (start <= j) & (j <= i) & (near | (j - start < num_sinks))
 
     q, k, v = (x.astype(dtype) for x in (q, k, v))

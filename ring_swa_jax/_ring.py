@@ -267,8 +267,8 @@ def attend_chunk(
     """What the per-shard functions and ring_attention share: exchange, then attend."""
     chunk = q.shape[1]
     longest_reach = axis.size * chunk - 1
-    window = _checks.static_count("window_size", window_size, none_ok=True)
-    num_sinks = _checks.static_count("num_sink_tokens", num_sink_tokens)
+    window = _checks.static_window(window_size)
+    num_sinks = _checks.static_sinks(num_sink_tokens)
     _checks.check_sinks_fit(num_sinks, chunk, axis.size)
     sink_logits = None if sink_logits is None else jnp.asarray(sink_logits)
     _checks.check_sink_logits(sink_logits, q.shape[2])
@@ -278,7 +278,8 @@ def attend_chunk(
         num_sinks=0 if window is None else min(num_sinks, chunk),
         scale=_checks.static_scale(scale, q.shape[-1]),
         soft_cap=_checks.static_soft_cap(logits_soft_cap),
-        precision=jax.config.jax_default_matmul_precision or "highest",
+        precision=jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+        or "highest",
     )
     name = pallas_kernels.choose(implementation)
 
@@ -287,6 +288,4 @@ def attend_chunk(
     if spec.num_sinks and axis.size > 1:
         sinks = fetch_sinks(axis, k, v, bounds, spec.num_sinks)
     halo = RingHalo.of_window(axis, chunk, window)
-    return pallas_kernels.attend(
-        spec, halo, name, name, q, k, v, sinks, sink_logits, bounds.start
-    )
+    return pallas_kernels.attend(spec, halo, name, name, q, k, v, sinks, sink_logits, bounds.start)

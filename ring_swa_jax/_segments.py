@@ -94,9 +94,7 @@ def from_segment_ids(axis: SequenceAxis, segment_ids: Int[Array, "B T"]) -> Boun
     chunk_begins = jnp.arange(axis.size, dtype=jnp.int32)[:, None] * chunk
     before = jnp.concatenate([first[:1] - 1, last[:-1]])
     begins_new = first != before
-    new_start = jnp.where(
-        change > 0, chunk_begins + change, jnp.where(begins_new, chunk_begins, 0)
-    )
+    new_start = jnp.where(change > 0, chunk_begins + change, jnp.where(begins_new, chunk_begins, 0))
     start_of_last = lax.cummax(new_start, axis=0)
     carried = jnp.concatenate([jnp.zeros_like(start_of_last[:1]), start_of_last[:-1]])
     crossing = jnp.where(begins_new, chunk_begins, carried)

@@ -97,8 +97,8 @@ def ring_attention(
         segment_ids,
         sink_logits,
         layout=_Layout.resolve(q, k, mesh, seq_axis, batch_axis, head_axis),
-        window_size=_checks.static_count("window_size", window_size, none_ok=True),
-        num_sink_tokens=_checks.static_count("num_sink_tokens", num_sink_tokens),
+        window_size=_checks.static_window(window_size),
+        num_sink_tokens=_checks.static_sinks(num_sink_tokens),
         logits_soft_cap=_checks.static_soft_cap(logits_soft_cap),
         scale=_checks.static_scale(scale, q.shape[-1]),
         implementation=implementation,
@@ -215,9 +215,7 @@ def _sharded_attention(q, k, v, segment_ids, sink_logits, *, layout: _Layout, **
             bounds = one_sequence(axis, q.shape[1])
         else:
             bounds = from_segment_ids(axis, segment_ids)
-        return attend_chunk(
-            q, k, v, axis=axis, bounds=bounds, sink_logits=sink_logits, **settings
-        )
+        return attend_chunk(q, k, v, axis=axis, bounds=bounds, sink_logits=sink_logits, **settings)
 
     arrays = (q, k, v, segment_ids, sink_logits)
     if layout.mesh is None:
@@ -231,7 +229,7 @@ def _sharded_attention(q, k, v, segment_ids, sink_logits, *, layout: _Layout, **
         if kind == AxisType.Explicit
     }
     if explicit:
-        arrays = tuple(
+        q, k, v, segment_ids, sink_logits = (
             None if x is None else jax.sharding.reshard(x, _only(s, explicit))
             for x, s in zip(arrays, specs, strict=True)
         )
@@ -242,7 +240,7 @@ def _sharded_attention(q, k, v, segment_ids, sink_logits, *, layout: _Layout, **
         in_specs=in_specs,
         out_specs=heads,
         axis_names=set(layout.mesh.axis_names) - manual,
-    )(*arrays)
+    )(q, k, v, segment_ids, sink_logits)
 
 
 def _only(spec: P, names: set[Hashable]) -> P:
