@@ -2,10 +2,10 @@
 
 from pallas_kernels._attention import Halo as Halo
 from pallas_kernels._attention import attend as attend
+from pallas_kernels._device import interprets as interprets
 from pallas_kernels._implementations import NAMES as IMPLEMENTATIONS
 from pallas_kernels._implementations import choose as choose
-from pallas_kernels._implementations import compiled_platform as compiled_platform
 from pallas_kernels._spec import SinkRun as SinkRun
 from pallas_kernels._spec import Spec as Spec
 
-__all__ = ["IMPLEMENTATIONS", "Halo", "SinkRun", "Spec", "attend", "choose", "compiled_platform"]
+__all__ = ["IMPLEMENTATIONS", "Halo", "SinkRun", "Spec", "attend", "choose", "interprets"]

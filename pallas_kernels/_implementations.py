@@ -1,45 +1,49 @@
 """Which implementation computes a call, forward and backward chosen apart."""
 
+import importlib
 from types import ModuleType
 
-import jax
+from jax import Array
 
-from pallas_kernels import _xla
+from pallas_kernels import _device
+from pallas_kernels._spec import Spec
 
 NAMES = ("xla", "triton", "mosaic_gpu")
-_MODULES: dict[str, ModuleType] = {"xla": _xla}
+_MODULES = {"xla": "pallas_kernels._xla", "triton": "pallas_kernels._triton"}
+_BEST_FIRST = {"gpu": ("triton", "xla")}
 
 
-def compiled_platform() -> str:
-    """The platform that the current trace is compiled for.
-
-    That is the abstract device of the mesh where one is set, which a compile for another machine
-    sets, else the default backend.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = device.platform if device is not None else None
-    return platform or jax.default_backend()
-
-
-def choose(implementation: str | None) -> str:
-    """The name of the implementation to use.
+def choose(implementation: str | None, spec: Spec, query: Array, value: Array) -> str:
+    """The name of the implementation to use for these inputs on the device compiled for.
 
     Raises:
         ValueError: no implementation has this name.
-        NotImplementedError: it does not exist for this device or this version.
+        NotImplementedError: the named one cannot compute this here; names the argument.
     """
-    if implementation is None:
-        return "xla"
-    if implementation not in NAMES:
-        raise ValueError(f"implementation={implementation!r} is none of {NAMES} or None")
-    if implementation not in _MODULES:
-        raise NotImplementedError(
-            f"implementation={implementation!r} is not part of this version; "
-            f"use one of {tuple(_MODULES)} or None"
-        )
-    return implementation
+    if implementation is not None:
+        if implementation not in NAMES:
+            raise ValueError(f"implementation={implementation!r} is none of {NAMES} or None")
+        if implementation not in _MODULES:
+            raise NotImplementedError(
+                f"implementation={implementation!r} is not part of this version; "
+                f"use one of {tuple(_MODULES)} or None"
+            )
+        module(implementation).check(spec, query, value)
+        return implementation
+    for name in _BEST_FIRST.get(_device.compiled_platform(), ("xla",)):
+        try:
+            module(name).check(spec, query, value)
+        except NotImplementedError:
+            continue
+        return name
+    raise AssertionError("xla computes everything")
 
 
 def module(name: str) -> ModuleType:
-    """The module with the ``forward`` and ``backward`` of an implementation."""
-    return _MODULES[name]
+    """The module with the ``check``, ``forward`` and ``backward`` of an implementation.
+
+    Imported when first used: Pallas-Triton is deprecated and may be missing.
+    """
+    if name == "triton":
+        _device.check_triton()
+    return importlib.import_module(_MODULES[name])

@@ -27,6 +27,13 @@ class Spec:
     soft_cap: float | None
     precision: str | None
 
+    def sinks_in(self, offset: int) -> int:
+        """Sinks to look for in the run at ``offset``: only the shard's own keys hold any.
+
+        Those before the shard come as a `SinkRun`; the halo holds window keys.
+        """
+        return self.num_sinks if offset == 0 else 0
+
 
 class KeyRun(NamedTuple):
     """Keys and values at the consecutive positions ``offset, offset + 1, ...`` of a shard."""
@@ -71,3 +78,9 @@ def full_like_varying(like: Array, shape: tuple[int, ...], fill: float, dtype) -
     axes = tuple(jax.typeof(like).manual_axis_type.varying)
     full = jnp.full(shape, fill, dtype)
     return lax.pcast(full, axes, to="varying") if axes else full
+
+
+def shape_like_varying(like: Array, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+    """The type of an array that varies over the same manual mesh axes as ``like``."""
+    kind = jax.typeof(like).manual_axis_type
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)

@@ -28,6 +28,11 @@ from pallas_kernels._spec import (
 )
 
 
+def check(spec: Spec, query: Array, value: Array) -> None:
+    """Nothing is beyond it."""
+    del spec, query, value
+
+
 def query_tile_rows(spec: Spec, query: Array, value: Array) -> int:
     """Launches may begin at any row."""
     del spec, query, value
@@ -251,7 +256,7 @@ def _plans(spec: Spec, runs: tuple[KeyRun, ...], start: Starts, rows) -> tuple[A
         key_plan(
             start,
             spec.window,
-            _sinks_in(spec, run.offset),
+            spec.sinks_in(run.offset),
             rows=rows,
             query_tile=min(_tiles.XLA.query, rows[1] - rows[0]),
             offset=run.offset,
@@ -260,11 +265,6 @@ def _plans(spec: Spec, runs: tuple[KeyRun, ...], start: Starts, rows) -> tuple[A
         )
         for run in runs
     )
-
-
-def _sinks_in(spec: Spec, offset: int) -> int:
-    """Sinks are looked for among the shard's own keys; the halo holds window keys only."""
-    return spec.num_sinks if offset == 0 else 0
 
 
 def _group(x, num_kv):
@@ -305,7 +305,7 @@ def _over_keys(spec: Spec, tile: _QueryTile, run: KeyRun, plan, visit: Callable,
             run.offset + local,
             tile.start[..., None],
             spec.window,
-            _sinks_in(spec, run.offset),
+            spec.sinks_in(run.offset),
         )
         key, value = (lax.dynamic_slice_in_dim(x, slice_begin, size) for x in run[:2])
         seen = seen & tile.own[:, None] & (local >= first_key)

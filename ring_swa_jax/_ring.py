@@ -281,7 +281,7 @@ def attend_chunk(
         precision=jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
         or "highest",
     )
-    name = pallas_kernels.choose(implementation)
+    name = pallas_kernels.choose(implementation, spec, q, v)
 
     q, k, v, sink_logits, bounds = same_varying(axis, q, k, v, sink_logits, bounds)
     sinks = None

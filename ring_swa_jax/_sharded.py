@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
+import pallas_kernels
 from ring_swa_jax import _checks
 from ring_swa_jax._axis import AxisName, SequenceAxis
 from ring_swa_jax._ring import attend_chunk
@@ -240,6 +241,7 @@ def _sharded_attention(q, k, v, segment_ids, sink_logits, *, layout: _Layout, **
         in_specs=in_specs,
         out_specs=heads,
         axis_names=set(layout.mesh.axis_names) - manual,
+        check_vma=not pallas_kernels.interprets(settings["implementation"]),
     )(q, k, v, segment_ids, sink_logits)
 
 

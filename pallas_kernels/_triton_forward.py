@@ -1,0 +1,114 @@
+"""Forward kernel in Pallas-Triton: one program a tile of queries of one head.
+
+The online softmax runs in base 2 and keeps ``LOWEST`` instead of -inf as the maximum of a query
+that has seen no key, so that no difference of infinities arises.
+"""
+
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State, shape_like_varying
+from pallas_kernels._tiles import TritonTiles
+from pallas_kernels._triton_blocks import (
+    LOG2_E,
+    LOWEST,
+    batch_block,
+    cap_logits,
+    dot,
+    head_parts,
+    inner,
+    load_rows,
+    load_vector,
+    store_rows,
+)
+from pallas_kernels._triton_keys import KeyWalk
+
+
+def forward(
+    spec: Spec,
+    query: Array,
+    runs: tuple[KeyRun, ...],
+    sinks: SinkRun | None,
+    sink_logits: Array | None,
+    start: Starts,
+    state: State | None,
+    *,
+    rows: tuple[int, int],
+    resume: bool,
+    out_dtype: jnp.dtype,
+    tiles: TritonTiles,
+    interpret: bool,
+) -> State:
+    """As ``pallas_kernels._xla.forward``, by tiles of this size."""
+    batch, length, heads, _ = query.shape
+    value_dim = runs[0].value.shape[-1]
+    walk = KeyWalk(spec, query, runs, sinks, start, rows, tiles)
+    shapes = (
+        shape_like_varying(query, (batch, length, heads, value_dim), out_dtype),
+        shape_like_varying(query, (batch, heads, length), jnp.float32),
+    )
+    out_blocks = (walk.head_block(shapes[0]), walk.lse_block(shapes[1]))
+    arrays = {**walk.arrays, "query": query}
+    blocks = {**walk.blocks, "query": walk.head_block(query)}
+    if sink_logits is not None:
+        arrays["sink_logits"], blocks["sink_logits"] = sink_logits, batch_block(sink_logits)
+    # The state comes first, so that its leaves are the first operands, to be written in place.
+    before = () if state is None else tuple(state)
+
+    def kernel(before, refs, out_ref, lse_ref):
+        tile = walk.query_tile(refs)
+        queries = load_rows(refs["query"], tile.begin, tiles.query, tile.valid)
+        if resume:
+            out, lse = before
+            acc = load_rows(out, tile.begin, tiles.query, tile.valid)
+            acc = [x.astype(jnp.float32) for x in acc]
+            lse = load_vector(lse, tile.begin, tiles.query, tile.valid)
+            top = jnp.where(lse > -jnp.inf, lse * LOG2_E, LOWEST)
+            total = jnp.where(lse > -jnp.inf, 1.0, 0.0)
+        else:
+            widths = [width for _, width in head_parts(value_dim)]
+            acc = [jnp.zeros((tiles.query, width), jnp.float32) for width in widths]
+            top = jnp.full((tiles.query,), LOWEST, jnp.float32)
+            total = jnp.zeros((tiles.query,), jnp.float32)
+            if sink_logits is not None:
+                learned = refs["sink_logits"][pl.program_id(1)]
+                top = jnp.maximum(top, learned * LOG2_E)
+                total = jnp.where(learned > -jnp.inf, 1.0, total)
+
+        def absorb(carry, keys, values, seen):
+            top, total, *acc = carry
+            logits, _ = cap_logits(spec, inner(spec, queries, keys))
+            if seen is not None:
+                logits = jnp.where(seen, logits, -jnp.inf)
+            new_top = jnp.maximum(top, logits.max(axis=1))
+            shrink = jnp.exp2(top - new_top)
+            weights = jnp.exp2(logits - new_top[:, None])
+            total = total * shrink + weights.sum(axis=1)
+            weights = weights.astype(values[0].dtype)
+            acc = [
+                x * shrink[:, None] + dot(spec, weights, value)
+                for x, value in zip(acc, values, strict=True)
+            ]
+            return new_top, total, *acc
+
+        top, total, *acc = walk.fold(refs, tile, absorb, (top, total, *acc))
+        alive = total > 0
+        inverse = jnp.where(alive, 1 / total, 0.0)
+        store_rows(out_ref, tile.begin, [x * inverse[:, None] for x in acc], tile.valid)
+        lse = jnp.where(alive, top / LOG2_E + jnp.log(total), -jnp.inf)
+        plgpu.store(lse_ref.at[pl.ds(tile.begin, tiles.query)], lse, mask=tile.valid)
+
+    out, lse = pl.pallas_call(
+        kernel,
+        grid=walk.grid,
+        in_specs=[out_blocks[: len(before)], blocks],
+        out_specs=list(out_blocks),
+        out_shape=list(shapes),
+        input_output_aliases={n: n for n in range(len(before))},
+        compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+        interpret=interpret,
+        name="ring_swa_forward",
+    )(before, arrays)
+    return State(out, lse)
