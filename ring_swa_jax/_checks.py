@@ -63,11 +63,13 @@ def static_sinks(num_sink_tokens) -> int:
 def _static_count(name: str, value) -> int:
     try:
         count = operator.index(value)
-    except Exception as error:
+    except Exception:
+        count = None
+    if count is None or isinstance(value, bool):
         raise TypeError(
             f"{name} must be a static Python int, got {value!r}; under jit, close over it or name "
             "it in static_argnames"
-        ) from error
+        )
     if count < 0:
         raise ValueError(f"{name} must not be negative, got {count}")
     return count

@@ -30,19 +30,28 @@ class RingHalo:
         reach = reach if window is None else min(window, reach)
         return cls(axis, tuple(min(chunk, reach - begin) for begin in range(0, reach, chunk)))
 
-    def fetch(self, hop: int, key: Array, value: Array) -> tuple[Array, Array]:
-        """The last ``lengths[hop]`` keys and values of the device ``hop + 1`` chunks before."""
+    def fetch(
+        self, hop: int, key: Array, value: Array, *, after: Array | None = None
+    ) -> tuple[Array, Array]:
+        """The last ``lengths[hop]`` keys and values of the device ``hop + 1`` chunks before.
+
+        With ``after`` the message is not made before that number is known. An optimization
+        barrier would not do: compilers drop it before they order the program.
+        """
         begin = key.shape[1] - self.lengths[hop]
         pairs = [(r, r + hop + 1) for r in range(self.axis.size - hop - 1)]
-        return self._send(key[:, begin:], value[:, begin:], pairs)
+        return self._send(key[:, begin:], value[:, begin:], pairs, after)
 
     def give_back(self, hop: int, dkey: Array, dvalue: Array) -> tuple[Array, Array]:
         """Sends the gradients of ``fetch``'s result to where it came from."""
         pairs = [(r + hop + 1, r) for r in range(self.axis.size - hop - 1)]
         return self._send(dkey, dvalue, pairs)
 
-    def _send(self, key: Array, value: Array, pairs: list[tuple[int, int]]):
+    def _send(self, key: Array, value: Array, pairs: list[tuple[int, int]], after=None):
         message = jnp.concatenate([key, value], axis=-1)
+        if after is not None:
+            is_number = after == after  # True, but no compiler may assume it
+            message = jnp.where(is_number, message, 0)
         message = lax.ppermute(message, self.axis.name, pairs)
         return message[..., : key.shape[-1]], message[..., key.shape[-1] :]
 

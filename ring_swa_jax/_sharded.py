@@ -190,10 +190,10 @@ def _axes_of_sharding(q, mesh, seq_axis, batch_axis, head_axis):
     if AxisType.Explicit not in mesh.axis_types:
         return batch_axis, head_axis
     spec = (*jax.typeof(q).sharding.spec, None, None, None, None)
-    if seq_axis is None and spec[1] is not None:
+    if spec[1] is not None and _names(spec[1]) != _names(seq_axis):
         raise ValueError(
-            f"seq_axis=None, but the sequence of q is cut over {spec[1]!r}; name that axis, or "
-            "gather q, k and v first with jax.sharding.reshard"
+            f"seq_axis={seq_axis!r}, but the sequence of q is cut over {spec[1]!r}; name that "
+            "axis, or move q, k and v first with jax.sharding.reshard"
         )
     return batch_axis or spec[0], head_axis or spec[2]
 
