@@ -19,7 +19,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
@@ -44,8 +44,10 @@ class Halo(Protocol):
 
     lengths: tuple[int, ...]
 
-    def fetch(self, hop: int, key: Array, value: Array) -> tuple[Array, Array]:
-        """The keys and values of a hop, from everybody's own keys and values."""
+    def fetch(
+        self, hop: int, key: Array, value: Array, *, after: Array | None
+    ) -> tuple[Array, Array]:
+        """The keys and values of a hop, from everybody's own, once the number ``after`` exists."""
         ...
 
     def give_back(self, hop: int, dkey: Array, dvalue: Array) -> tuple[Array, Array]:
@@ -99,9 +101,8 @@ def _attend_bwd(spec, halo, forward, backward, residuals, dout):
     delta = jnp.einsum("btnh,btnh->bnt", out.astype(dtype), dout.astype(dtype))
     launch = partial(_launch_backward, spec, backward, query, start, dout, lse, delta)
 
-    # The farthest hop first: it reaches the fewest rows, so that dquery only ever grows.
-    dquery = None
-    home: list[tuple[Array, Array]] = []
+    # The farthest hop first: it reaches the fewest rows, so that dquery and home only ever grow.
+    dquery = home = None
     done: list[Array] = []
     travel = dtype if len(halo.lengths) > 1 else key.dtype
     for hop in reversed(range(len(halo.lengths))):
@@ -109,18 +110,13 @@ def _attend_bwd(spec, halo, forward, backward, residuals, dout):
         run = _hop_run(halo, hop, far)
         rows = halo.lengths[hop]
         dquery, (dfar,), _ = launch((run,), None, dquery, rows, dtype, travel)
-        done.append(dquery[:, :1])
-        home.append(halo.give_back(hop, *dfar))
+        home = _add_last(halo.give_back(hop, *dfar), home)
+        done.append(home[0][0, -1, 0, 0])
 
     local = KeyRun(key, value, 0)
     own = dtype if len(halo.lengths) > 1 else key.dtype
     dquery, (dlocal,), dsinks = launch((local,), sinks, dquery, query.shape[1], query.dtype, own)
-    for dfar in home:
-        dlocal = tuple(
-            x.at[:, x.shape[1] - far.shape[1] :].add(far)
-            for x, far in zip(dlocal, dfar, strict=True)
-        )
-    dkey, dvalue = dlocal
+    dkey, dvalue = _add_last(dlocal, home)
     dsink_logits = None
     if sink_logits is not None:
         alive = lse > -jnp.inf
@@ -154,7 +150,7 @@ def _forward(spec, halo, implementation, query, key, value, sinks, sink_logits, 
     tile = _implementations.module(implementation).query_tile_rows(spec, query, value)
     near = -(-lengths[0] // tile) * tile
     if len(lengths) == 1 and 2 * near <= rows:
-        fetched = halo.fetch(0, key, value)
+        fetched = halo.fetch(0, key, value, after=None)
         runs = (_hop_run(halo, 0, fetched), local)
         state = launch((local,), sinks, sink_logits, None, (near, rows), query.dtype)
         state = launch(runs, sinks, sink_logits, state, (0, near), query.dtype)
@@ -166,9 +162,17 @@ def _forward(spec, halo, implementation, query, key, value, sinks, sink_logits, 
         fetched = _fetch(halo, hop, done, key, value)
         far = _hop_run(halo, hop, fetched)
         state = launch((far,), None, None, state, (0, length), dtype, resume=True)
-        done.append(state.lse[:, :, :1])
+        done.append(state.lse[0, 0, 0])
     kept = fetched if len(lengths) == 1 else None
     return State(state.out.astype(query.dtype), state.lse), kept
+
+
+def _add_last(longer: tuple[Array, Array], shorter: tuple[Array, Array] | None):
+    """Adds keys' gradients to those of the last keys of a longer run."""
+    if shorter is None:
+        return longer
+    begin = longer[0].shape[1] - shorter[0].shape[1]
+    return tuple(x.at[:, begin:].add(y) for x, y in zip(longer, shorter, strict=True))
 
 
 def _hop_run(halo: Halo, hop: int, fetched: tuple[Array, Array]) -> KeyRun:
@@ -177,10 +181,8 @@ def _hop_run(halo: Halo, hop: int, fetched: tuple[Array, Array]) -> KeyRun:
 
 
 def _fetch(halo: Halo, hop: int, done: list[Array], key: Array, value: Array):
-    """Fetches a hop when the hop before the last is done: two are alive at most."""
-    if len(done) > 1:
-        _, key, value = lax.optimization_barrier((done[-2], key, value))
-    return halo.fetch(hop, key, value)
+    """Fetches a hop when the hop before the last is done, so that two are in flight."""
+    return halo.fetch(hop, key, value, after=done[-2] if len(done) > 1 else None)
 
 
 def _launch_forward(

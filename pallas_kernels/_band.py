@@ -16,9 +16,13 @@ from jaxtyping import Int
 
 
 def in_window(i, j, start, window: int | None):
-    """Key j is query i's own or one of the ``window`` keys before it, in i's sequence."""
-    own_past = (start <= j) & (j <= i)
-    return own_past if window is None else own_past & (i - j <= window)
+    """Key j is query i's own or one of the ``window`` keys before it, in i's sequence.
+
+    ``start=None`` says that all keys at hand are of i's sequence.
+    """
+    # As unsigned numbers, one comparison for 0 <= i - j <= window.
+    past = j <= i if window is None else (i - j).astype(jnp.uint32) <= jnp.uint32(window)
+    return past if start is None else past & (start <= j)
 
 
 def is_sink(i, j, start, num_sinks: int):
@@ -26,15 +30,19 @@ def is_sink(i, j, start, num_sinks: int):
     return (start <= j) & (j <= i) & (j - start < num_sinks)
 
 
-def sees(i, j, start, window: int | None, num_sinks: int):
-    """Query i attends key j of its shard or halo."""
-    seen = in_window(i, j, start, window)
+def sees(i, j, start, window: int | None, num_sinks: int, *, packed: bool):
+    """Query i attends key j of its shard or halo.
+
+    Unless sequences are ``packed``, a run of keys that a plan visits lies in i's sequence whole:
+    a chunk before the sequence's first has no tile in any plan.
+    """
+    seen = in_window(i, j, start if packed else None, window)
     return seen | is_sink(i, j, start, num_sinks) if num_sinks else seen
 
 
 def sees_fetched_sink(i, j, start, window: int | None, num_sinks: int):
     """Query i attends key j fetched as a sink: never a key that the shard or the window holds."""
-    return is_sink(i, j, start, num_sinks) & ~in_window(i, j, start, window) & (j < 0)
+    return is_sink(i, j, start, num_sinks) & ~in_window(i, j, None, window) & (j < 0)
 
 
 def key_plan(

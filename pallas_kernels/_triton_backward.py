@@ -193,7 +193,7 @@ def backward_keys(
             j = (crossing if offset is None else offset) + local[:, None]
             if offset is None:
                 return sees_fetched_sink(i, j, start, spec.window, spec.num_sinks)
-            return sees(i, j, start, spec.window, num_sinks)
+            return sees(i, j, start, spec.window, num_sinks, packed=packed)
 
         def visit(t, head, acc, masked):
             begin = t * tiles.query

@@ -132,7 +132,8 @@ class KeyWalk:
                 return visit(carry, keys, values, None)
             keys, values, local, exists = _load_ragged(key_value, begin, size, length)
             i, start = column(tile.positions), column(tile.start)
-            seen = sees(i, offset + local[None, :], start, self.spec.window, num_sinks)
+            j = offset + local[None, :]
+            seen = sees(i, j, start, self.spec.window, num_sinks, packed=self.packed)
             return visit(carry, keys, values, seen if exists is None else seen & exists[None, :])
 
         sink_begin, sink_end, begin, clear_begin, clear_end, end = (

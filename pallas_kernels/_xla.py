@@ -165,9 +165,10 @@ def backward(
     dtype = lse.dtype
     offsets = tuple(run.offset for run in runs)
     batch, _, heads, dim = query.shape
-    total = full_like_varying(query, (batch, rows, heads, dim), 0, dtype)
-    if dquery is not None:
-        total = lax.dynamic_update_slice_in_dim(total, dquery.astype(dtype), 0, 1)
+    if dquery is None:
+        total = full_like_varying(query, (batch, rows, heads, dim), 0, dtype)
+    else:
+        total = jnp.pad(dquery, ((0, 0), (0, rows - dquery.shape[1]), (0, 0), (0, 0)))
 
     def one_row(bounds, query, keys, sinks, dout, lse, delta, dquery):
         start, plans = bounds
@@ -176,7 +177,10 @@ def backward(
         lse, delta = (_group_rows(x, num_kv) for x in (lse, delta))
 
         def zeros(x):
-            return full_like_varying(q, x.shape, 0, dtype)
+            # Zeros that wait for x: else those of all hops of a halo may be made, and kept, at
+            # the start of the program.
+            one = x.reshape(-1)[0]
+            return jnp.broadcast_to(jnp.where(one == one, 0, 1).astype(dtype), x.shape)
 
         def query_tile(t, carry):
             dq, dkeys, dsinks = carry
@@ -306,6 +310,7 @@ def _over_keys(spec: Spec, tile: _QueryTile, run: KeyRun, plan, visit: Callable,
             tile.start[..., None],
             spec.window,
             spec.sinks_in(run.offset),
+            packed=tile.start.ndim > 0,
         )
         key, value = (lax.dynamic_slice_in_dim(x, slice_begin, size) for x in run[:2])
         seen = seen & tile.own[:, None] & (local >= first_key)
