@@ -1,0 +1,1 @@
+"""Tests of ring_swa_jax; a package, so that its helpers import one another from anywhere."""

@@ -1,0 +1,99 @@
+"""Sliding-window attention with sinks in float64 NumPy, forward and analytic backward.
+
+Written from section 1 of the design alone, with an explicit [S, S] mask per batch row. It shares
+no code with the library and does not import it.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+
+PADDING = -1
+
+
+class Result(NamedTuple):
+    """Output and the gradients of sum(out * dout)."""
+
+    out: np.ndarray
+    dq: np.ndarray
+    dk: np.ndarray
+    dv: np.ndarray
+    dsink: np.ndarray | None
+
+
+def starts_from_segment_ids(ids):
+    """First position of each token's sequence, [S]; a new one wherever the id changes."""
+    starts = []
+    for i, segment in enumerate(ids):
+        if segment < 0:
+            starts.append(PADDING)
+        elif i > 0 and ids[i - 1] == segment:
+            starts.append(starts[i - 1])
+        else:
+            starts.append(i)
+    return np.array(starts, np.int64)
+
+
+def starts_from_cu_seqlens(cu_seqlens, length):
+    """First position of each token's sequence, [S]; tokens past the last entry are padding."""
+    starts = np.full(length, PADDING, np.int64)
+    for first, last in itertools.pairwise(cu_seqlens):
+        starts[first:last] = first
+    return starts
+
+
+def visible(starts, window_size, num_sink_tokens=0):
+    """mask[i, j]: query i attends key j. [S] -> [S, S] bool."""
+    i = np.arange(len(starts))[:, None]
+    j = np.arange(len(starts))[None, :]
+    start = starts[:, None]
+    same_sequence = (start == starts[None, :]) & (start != PADDING)
+    in_window = (i - j <= window_size) if window_size is not None else np.full((1, 1), True)
+    is_sink = j - start < num_sink_tokens
+    return same_sequence & (j <= i) & (in_window | is_sink)
+
+
+def attention(q, k, v, dout, mask, *, scale=None, logits_soft_cap=None, sink_logits=None):
+    """q [B,S,N,H], k [B,S,K,H], v [B,S,K,Hv], dout [B,S,N,Hv], mask [B,S,S] -> Result."""
+    q, k, v, dout = (np.asarray(x, np.float64) for x in (q, k, v, dout))
+    batch, length, heads, dim = q.shape
+    kv_heads = k.shape[2]
+    group = heads // kv_heads
+    scale = dim**-0.5 if scale is None else scale
+    key, value = (np.repeat(x, group, axis=2) for x in (k, v))  # query head n reads n // group
+    mask = mask[:, None]  # [B, 1, S, S]
+    has_key = mask.any(-1, keepdims=True)
+
+    logits = np.einsum("bind,bjnd->bnij", q, key) * scale
+    slope = np.ones_like(logits)
+    if logits_soft_cap is not None:
+        tanh = np.tanh(logits / logits_soft_cap)
+        logits, slope = logits_soft_cap * tanh, 1 - tanh**2
+    top = np.where(mask, logits, -np.inf).max(-1, keepdims=True)
+    if sink_logits is not None:
+        sink = np.asarray(sink_logits, np.float64)[None, :, None, None]
+        top = np.maximum(top, sink)
+    top = np.where(np.isfinite(top), top, 0.0)
+    weights = np.where(mask, np.exp(np.where(mask, logits, top) - top), 0.0)
+    denominator = weights.sum(-1, keepdims=True)
+    if sink_logits is not None:
+        sink_weight = np.exp(sink - top)
+        denominator = denominator + sink_weight
+    denominator = np.where(has_key, denominator, 1.0)
+    p = weights / denominator
+
+    out = np.einsum("bnij,bjnd->bind", p, value)
+    dp = np.einsum("bind,bjnd->bnij", dout, value)
+    delta = (p * dp).sum(-1, keepdims=True)
+    dlogits = p * (dp - delta) * slope * scale
+    dq = np.einsum("bnij,bjnd->bind", dlogits, key)
+    dkey = np.einsum("bnij,bind->bjnd", dlogits, q)
+    dvalue = np.einsum("bnij,bind->bjnd", p, dout)
+    dk = dkey.reshape(batch, length, kv_heads, group, -1).sum(3)
+    dv = dvalue.reshape(batch, length, kv_heads, group, -1).sum(3)
+    dsink = None
+    if sink_logits is not None:
+        p_sink = np.where(has_key, sink_weight / denominator, 0.0)
+        dsink = -(p_sink * delta).sum((0, 2, 3))
+    return Result(out, dq, dk, dv, dsink)

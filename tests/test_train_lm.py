@@ -1,0 +1,94 @@
+"""examples/train_lm.py with small settings: in one process, and in two under jax.distributed."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = ["--steps=2", "--sequence-length=512", "--document-length=200", "--layers=1"]
+SETTINGS += ["--window=70", "--sinks=3", "--devices=4", "--sample-length=8", "--seed=5"]
+
+
+def start(output, *flags):
+    drop = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
+    environment = {k: v for k, v in os.environ.items() if k not in drop}
+    environment["JAX_PLATFORMS"] = "cpu"
+    return subprocess.Popen(
+        [sys.executable, "examples/train_lm.py", *SETTINGS, f"--output={output}", *flags],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(*processes):
+    """What the processes wrote to stdout, all of which must succeed."""
+    try:
+        outputs = [process.communicate(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (out, err) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, out + err[-3000:]
+    return [out for out, _ in outputs]
+
+
+def losses(output):
+    """The losses of the first and of the last of the two steps."""
+    return [float(x) for x in re.search(r"loss: (\S+) at first, (\S+) at last", output).groups()]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """Output and PNG of one process with four devices."""
+    picture = tmp_path_factory.mktemp("train_lm") / "new folder" / "curve.png"
+    return finish(start(picture))[0], picture
+
+
+def test_example(one_process):
+    output, picture = one_process
+    ring, alone = re.search(r"first loss: (\S+) on 4 devices, (\S+) on one device", output).groups()
+    assert float(ring) == pytest.approx(float(alone), rel=1e-5)
+    first, last = losses(output)
+    assert first == float(ring)
+    assert last < first
+    assert "unigram entropy: 3." in output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "--- and the model goes on ---" in output
+
+
+def test_two_processes_give_the_losses_of_one(one_process, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = [f"--coordinator=127.0.0.1:{port}", "--num-processes=2"]
+    pictures = [tmp_path / f"{index}.png" for index in range(2)]
+    zero, one = finish(
+        *(start(pictures[i], *flags, f"--process-id={i}") for i in range(2)),
+    )
+    assert losses(zero) == pytest.approx(losses(one_process[0]), rel=1e-5)
+    assert pictures[0].exists()
+    assert not pictures[1].exists()
+    assert "loss" not in one, "only the first process prints"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sequence-length=510"], "4 devices do not divide --sequence-length 510"),
+        (["--num-processes=3"], "--devices 4 is not a multiple of --num-processes 3"),
+        (["--steps=0"], "--steps 0: at least one"),
+    ],
+)
+def test_bad_flags_are_answered(flags, message, tmp_path):
+    process = start(tmp_path / "curve.png", *flags)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode != 0
+    assert message in err

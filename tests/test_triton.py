@@ -1,0 +1,63 @@
+"""The Pallas-Triton kernels in Pallas' interpreter, with tiles so small that every loop runs."""
+
+import random
+
+import jax
+import pytest
+
+from pallas_kernels import _triton
+from pallas_kernels._tiles import TritonPlan, TritonTiles
+from tests.cases import Case, random_case
+from tests.routes import check
+
+pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="tests/test_gpu.py does it")
+
+CASES = {
+    "ragged": Case(70, 1, 20, heads=(4, 2), batch=2),
+    "full_causal": Case(64, 1, None, dims=(48, 16)),
+    "rows_before_halo": Case(48, 3, 10, heads=(4, 2), learned=True),
+    "long_halo": Case(33, 2, 30, softcap=2.0),
+    "hops_documents_sinks": Case(
+        33, 3, 50, 2, ((40, 59), (7, -3, 60, 29)), batch=2, learned=True, dims=(16, 32)
+    ),
+    "sinks_far_away": Case(20, 4, 9, 17, ((17, 63),), packed=True, heads=(3, 1)),
+    "bfloat16": Case(40, 2, 17, 3, ((25, 55),), dtype="bfloat16", heads=(4, 2), learned=True),
+}
+
+
+@pytest.fixture(params=[True, False], ids=["clear", "masked"])
+def small_tiles(request, monkeypatch):
+    """Tiles of 16 x 16, with and without a loop for tiles that need no mask."""
+    tiles = TritonTiles(16, 16, 4, 2, clear=request.param)
+
+    def plan(dtype, head_dim, value_dim, window):
+        return TritonPlan(tiles, tiles, tiles, apart=head_dim == 48)
+
+    monkeypatch.setattr(_triton, "triton_plan", plan)
+    return request.param
+
+
+def check_triton(case):
+    """By a route that works without check_vma, which Pallas' interpreter does not know."""
+    check(case, "shard_novma" if case.packed else "global", "triton")
+
+
+@pytest.mark.parametrize("name", ["ragged", "rows_before_halo", "sinks_far_away"])
+@pytest.mark.parametrize("small_tiles", [True], indirect=True, ids=["clear"])
+def test_case(name, small_tiles):
+    check_triton(CASES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_every_case(name, small_tiles):
+    check_triton(CASES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1000, 1016), ids=lambda seed: f"random-{seed}")
+def test_random_case(seed, small_tiles):
+    case = random_case(random.Random(seed))
+    if any(dim % 16 for dim in case.dims):
+        pytest.skip(f"Triton takes multiples of 16, not {case.dims}")
+    check_triton(case)
