@@ -1,0 +1,1 @@
+"""Timings: run each as ``python -m benchmarks.NAME`` from the checkout."""
