@@ -18,7 +18,11 @@ class Tiles:
                 raise ValueError(f"a {name} tile must have at least one row, got {size}")
 
 
-XLA = Tiles(query=256, key=256)
+def xla_tiles(window: int | None) -> Tiles:
+    """About as long as the window, so that the two edges of a range are not most of it."""
+    reach = 256 if window is None else window + 1
+    size = min(256, max(64, 1 << (reach - 1).bit_length()))
+    return Tiles(size, size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,51 +56,53 @@ class TritonTiles(Tiles):
 
 @dataclasses.dataclass(frozen=True)
 class TritonPlan:
-    """Tiles of the three Triton kernels.
+    """Tiles of the Triton kernels.
 
-    ``apart`` computes dkey and dvalue in two launches, where one would not fit into registers.
+    With ``dvalue``, dkey and dvalue are computed in two launches: where one does not fit into
+    registers, the logits are better computed twice.
     """
 
     forward: TritonTiles
     dquery: TritonTiles
     dkey: TritonTiles
-    apart: bool = False
+    dvalue: TritonTiles | None = None
 
     def fit(self, rows: int) -> "TritonPlan":
         """The plan with no tile larger than a shard of ``rows`` asks for."""
-        return dataclasses.replace(
-            self,
-            forward=self.forward.fit(rows, rows),
-            dquery=self.dquery.fit(rows, rows),
-            dkey=self.dkey.fit(rows, rows),
-        )
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return TritonPlan(**{name: x and x.fit(rows, rows) for name, x in fields.items()})
 
 
 def triton_plan(dtype, head_dim: int, value_dim: int, window: int | None) -> TritonPlan:
-    """The plan for these inputs, as measured on an H100 by ``benchmarks.tiles``."""
+    """The plan for these inputs: what won in ``benchmarks.tiles`` on an H100."""
     dim = max(head_dim, value_dim)
-    short = window is not None and window < 256
+    clear = window is None or window >= 256
     if jnp.dtype(dtype).itemsize > 2:
-        tile = TritonTiles(32, 32, 4, 2, clear=not short)
-        if dim <= 64:
-            tile = TritonTiles(64, 32, 4, 2, clear=not short)
-        return TritonPlan(tile, tile, tile, apart=dim > 128)
+        tiles = TritonTiles(32 if dim > 64 else 64, 32, 4, 2, clear)
+        return TritonPlan(tiles, tiles, tiles, dvalue=tiles if dim > 128 else None)
     if dim <= 64:
-        forward = TritonTiles(128, 64, 4, 3, clear=not short)
         return TritonPlan(
-            forward, TritonTiles(64, 64, 4, 3, not short), TritonTiles(64, 64, 4, 3, not short)
+            TritonTiles(128 if clear else 64, 64, 4, 3, clear),
+            TritonTiles(64, 64, 4, 2, clear),
+            TritonTiles(64, 64, 4, 3, clear),
         )
-    if dim <= 128:
+    if dim > 128:
         return TritonPlan(
-            TritonTiles(128, 128, 8, 3, not short),
-            TritonTiles(128, 64, 8, 3, not short),
-            TritonTiles(64, 128, 8, 3, not short),
+            TritonTiles(128, 64, 8, 2, clear),
+            TritonTiles(128, 32, 8, 3, clear),
+            TritonTiles(64, 64, 4, 2, clear),
+            dvalue=TritonTiles(64, 128, 8, 2, clear),
+        )
+    if window is not None and window < 2048:
+        return TritonPlan(
+            TritonTiles(64, 64, 4, 3, clear),
+            TritonTiles(64, 64, 4, 2, clear),
+            TritonTiles(64, 64, 4, 2, clear),
         )
     return TritonPlan(
-        TritonTiles(128, 64, 8, 2, not short),
-        TritonTiles(64, 64, 8, 2, not short),
-        TritonTiles(64, 64, 8, 2, not short),
-        apart=True,
+        TritonTiles(128, 128, 8, 3, clear),
+        TritonTiles(128, 64, 8, 3, clear),
+        TritonTiles(64, 64, 4, 2, clear),
     )
 
 

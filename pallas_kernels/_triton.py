@@ -3,12 +3,14 @@
 On a CPU they run in Pallas' interpreter.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import _device
 from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State
-from pallas_kernels._tiles import TritonPlan, TritonTiles, sink_tile, triton_plan
+from pallas_kernels._tiles import TritonPlan, sink_tile, triton_plan
 from pallas_kernels._triton_backward import backward_keys, backward_query
 from pallas_kernels._triton_forward import forward as _forward
 
@@ -93,10 +95,12 @@ def backward(
     plan = _plan(spec, query, runs[0].value)
     interpret = _device.interprets("triton")
 
-    def keys_of(keys, offset, out_dtype, tiles, splits):
-        both = [(True, True)] if not plan.apart else [(True, False), (False, True)]
-        parts = [
-            backward_keys(
+    def keys_of(keys, offset, out_dtype, splits, launches):
+        """Gradients of a run by launches of (tiles, (whether dkey, whether dvalue))."""
+        return [
+            gradient
+            for tiles, wanted in launches
+            for gradient in backward_keys(
                 spec,
                 query,
                 keys,
@@ -112,20 +116,22 @@ def backward(
                 wanted=wanted,
                 interpret=interpret,
             )
-            for wanted in both
         ]
-        dkey, dvalue = (x for part in parts for x in part)
-        return dkey, dvalue
 
+    if plan.dvalue is None:
+        launches = [(plan.dkey, (True, True))]
+    else:
+        launches = [(plan.dkey, (True, False)), (plan.dvalue, (False, True))]
     dkeys = []
     for run in runs:
-        dkey, dvalue = keys_of((run.key, run.value), run.offset, dkey_dtype, plan.dkey, 1)
+        dkey, dvalue = keys_of((run.key, run.value), run.offset, dkey_dtype, 1, launches)
         dkeys.append((dkey[0], dvalue[0]))
     dsinks = None
     if sinks is not None:
-        tiles = TritonTiles(plan.dkey.query, sink_tile(sinks.key.shape[1]), 4, 2)
+        tile = sink_tile(sinks.key.shape[1])
+        launches = [(dataclasses.replace(tiles, key=tile), wanted) for tiles, wanted in launches]
         keys = (sinks.key.astype(query.dtype), sinks.value.astype(query.dtype))
-        parts = keys_of(keys, None, jnp.float32, tiles, SINK_SPLITS)
+        parts = keys_of(keys, None, jnp.float32, SINK_SPLITS, launches)
         dsinks = SinkRun(*(x.sum(0) for x in parts))
     dquery = backward_query(
         spec,

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from pallas_kernels import _tiles
 from pallas_kernels._band import key_plan, sees, sees_fetched_sink
 from pallas_kernels._spec import (
     KeyRun,
@@ -26,6 +25,7 @@ from pallas_kernels._spec import (
     accumulator_dtype,
     full_like_varying,
 )
+from pallas_kernels._tiles import xla_tiles
 
 
 def check(spec: Spec, query: Array, value: Array) -> None:
@@ -86,7 +86,7 @@ def forward(
         grouped_lse = _group_rows(lse, num_kv)
 
         def query_tile(t, state):
-            tile = _query_tile(t, rows, start)
+            tile = _query_tile(spec, t, rows, start)
             q_tile = tile.rows_of(q)
             out_before = tile.rows_of(state.out)
             lse_before = tile.rows_of(state.lse, axis=2)
@@ -118,7 +118,7 @@ def forward(
             )
 
         state = lax.fori_loop(
-            0, _num_query_tiles(rows), query_tile, State(grouped_out, grouped_lse)
+            0, _num_query_tiles(spec, rows), query_tile, State(grouped_out, grouped_lse)
         )
         return State(state.out.reshape(out.shape), state.lse.reshape(lse.shape))
 
@@ -184,7 +184,7 @@ def backward(
 
         def query_tile(t, carry):
             dq, dkeys, dsinks = carry
-            tile = _query_tile(t, (0, rows), start)
+            tile = _query_tile(spec, t, (0, rows), start)
             dq_before = tile.rows_of(dq)
             q_tile = tile.rows_of(q)
             rest = (tile.rows_of(do), tile.rows_of(lse, axis=2), tile.rows_of(delta, axis=2))
@@ -214,7 +214,7 @@ def backward(
             tuple((zeros(key), zeros(value)) for key, value in keys),
             None if sinks is None else SinkRun(*map(zeros, sinks)),
         )
-        dq, dkeys, dsinks = lax.fori_loop(0, _num_query_tiles((0, rows)), query_tile, begin)
+        dq, dkeys, dsinks = lax.fori_loop(0, _num_query_tiles(spec, (0, rows)), query_tile, begin)
         dkeys = tuple((dk.astype(dkey_dtype), dv.astype(dkey_dtype)) for dk, dv in dkeys)
         return dq.reshape(dquery.shape).astype(dquery_dtype), dkeys, dsinks
 
@@ -262,10 +262,10 @@ def _plans(spec: Spec, runs: tuple[KeyRun, ...], start: Starts, rows) -> tuple[A
             spec.window,
             spec.sinks_in(run.offset),
             rows=rows,
-            query_tile=min(_tiles.XLA.query, rows[1] - rows[0]),
+            query_tile=min(xla_tiles(spec.window).query, rows[1] - rows[0]),
             offset=run.offset,
             length=run.key.shape[1],
-            key_tile=min(_tiles.XLA.key, run.key.shape[1]),
+            key_tile=min(xla_tiles(spec.window).key, run.key.shape[1]),
         )
         for run in runs
     )
@@ -279,12 +279,12 @@ def _group_rows(x, num_kv):
     return x.reshape(num_kv, -1, x.shape[-1])
 
 
-def _num_query_tiles(rows):
-    return -(-(rows[1] - rows[0]) // _tiles.XLA.query)
+def _num_query_tiles(spec, rows):
+    return -(-(rows[1] - rows[0]) // xla_tiles(spec.window).query)
 
 
-def _query_tile(t, rows, start) -> _QueryTile:
-    size = min(_tiles.XLA.query, rows[1] - rows[0])
+def _query_tile(spec, t, rows, start) -> _QueryTile:
+    size = min(xla_tiles(spec.window).query, rows[1] - rows[0])
     first = rows[0] + t * size
     begin = jnp.minimum(first, rows[1] - size)
     positions = begin + jnp.arange(size, dtype=jnp.int32)
@@ -296,7 +296,7 @@ def _query_tile(t, rows, start) -> _QueryTile:
 def _over_keys(spec: Spec, tile: _QueryTile, run: KeyRun, plan, visit: Callable, carry):
     """Folds ``visit`` over the key tiles of ``run`` that the query tile sees."""
     length = run.key.shape[0]
-    size = min(_tiles.XLA.key, length)
+    size = min(xla_tiles(spec.window).key, length)
     sink_begin, sink_end, begin, _, _, end = plan
     skipped = begin - sink_end
 

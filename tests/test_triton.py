@@ -31,7 +31,7 @@ def small_tiles(request, monkeypatch):
     tiles = TritonTiles(16, 16, 4, 2, clear=request.param)
 
     def plan(dtype, head_dim, value_dim, window):
-        return TritonPlan(tiles, tiles, tiles, apart=head_dim == 48)
+        return TritonPlan(tiles, tiles, tiles, dvalue=tiles if head_dim == 48 else None)
 
     monkeypatch.setattr(_triton, "triton_plan", plan)
     return request.param
