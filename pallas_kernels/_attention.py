@@ -172,6 +172,8 @@ def _add_last(longer: tuple[Array, Array], shorter: tuple[Array, Array] | None):
     if shorter is None:
         return longer
     begin = longer[0].shape[1] - shorter[0].shape[1]
+    if begin == 0:  # as .at[0:] it would crash the compiler of jax 0.11.2, inside shard_map
+        return tuple(x + y for x, y in zip(longer, shorter, strict=True))
     return tuple(x.at[:, begin:].add(y) for x, y in zip(longer, shorter, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Eight CPU devices, the markers `slow`, `aot` and `gpu`, and the fixtures all test files share."""
+"""Eight CPU devices, the marker `gpu`, and the fixtures that all test files share."""
 
 import jax
 import pytest
@@ -9,20 +9,12 @@ jax.config.update("jax_num_cpu_devices", 8)  # before the first use of a device
 IMPLEMENTATIONS = ["xla"]
 
 
-def pytest_configure(config):
-    """Registers the markers."""
-    config.addinivalue_line("markers", "slow: long sweeps; run them with `pytest -m slow -n 2`")
-    config.addinivalue_line("markers", "aot: compiles for a GPU that is not here; run with -m aot")
-    config.addinivalue_line("markers", "gpu: needs a GPU; skipped where there is none")
-
-
-def pytest_collection_modifyitems(config, items):
-    """Skips `slow` and `aot` unless `-m` asks for them, and `gpu` where there is no GPU."""
+def pytest_collection_modifyitems(items):
+    """Skips `gpu` where there is no GPU."""
+    if jax.default_backend() == "gpu":
+        return
     for item in items:
-        for name in ("slow", "aot"):
-            if name in item.keywords and name not in config.option.markexpr:
-                item.add_marker(pytest.mark.skip(reason=f"{name}: run with -m {name}"))
-        if "gpu" in item.keywords and jax.default_backend() != "gpu":
+        if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 

@@ -179,7 +179,10 @@ def compare(result, expected, dtype, case=None):
         assert got.shape == ref.shape, f"{name}: shape {got.shape}, not {ref.shape}\n{case}"
         assert np.isfinite(got).all(), f"{name}: not finite\n{case}"
         error = np.linalg.norm(got - ref)
-        bound = relative * np.linalg.norm(ref) + absolute * math.sqrt(ref.size)
+        size = ref.size
+        if name == "dsink" and dtype != "float32":
+            size = math.prod(expected.dq.shape[:2])  # each query adds the rounding of its output
+        bound = relative * np.linalg.norm(ref) + absolute * math.sqrt(size)
         worst = np.unravel_index(np.abs(got - ref).argmax(), ref.shape) if ref.size else ()
         assert error <= bound, f"{name}: {error:.3g} > {bound:.3g}, worst at {worst}\n{case}"
 

@@ -1,0 +1,162 @@
+"""What is compared: our implementations, and the other attention kernels that JAX can call.
+
+A builder takes a shape and returns ``attend(query, key, value, cu_seqlens)`` on [1, T, heads, H];
+``cu_seqlens`` is None for one sequence. It raises where the peer is missing or cannot do it.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+import pallas_kernels
+import ring_swa_jax
+from benchmarks._shapes import Shape
+
+Attend = Callable[[Array, Array, Array, Array | None], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """A row of the comparison.
+
+    Attributes:
+        build: makes its function for a shape.
+        ours: whether it is one of this library's implementations.
+        deterministic: a peer's slower mode that gives the same bits on every run; ours always do.
+        options: XLA options to compile it with.
+    """
+
+    build: Callable[[Shape], Attend]
+    ours: bool = False
+    deterministic: bool = False
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _ours(implementation: str) -> Callable[[Shape], Attend]:
+    def build(shape: Shape) -> Attend:
+        options: dict[str, Any] = {
+            "window_size": shape.window,
+            "num_sink_tokens": shape.sinks,
+            "implementation": implementation,
+        }
+
+        def attend(query, key, value, cu_seqlens):
+            if cu_seqlens is None:
+                return ring_swa_jax.ring_streaming_llm_attn(query, key, value, **options)
+            packed = (query[0], key[0], value[0])
+            return ring_swa_jax.ring_streaming_llm_attn_varlen(
+                *packed, cu_seqlens=cu_seqlens, **options
+            )[None]
+
+        return attend
+
+    return build
+
+
+def _no_sinks(shape: Shape) -> None:
+    if shape.sinks:
+        raise NotImplementedError("takes no sink tokens")
+
+
+def _cudnn(shape: Shape) -> Attend:
+    _no_sinks(shape)
+    if not shape.documents:
+        window = None if shape.window is None else (shape.window, 0)
+        return lambda query, key, value, _: jax.nn.dot_product_attention(
+            query, key, value, is_causal=True, local_window_size=window, implementation="cudnn"
+        )
+    # jax.nn offers no packed documents; what it calls does.
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    def attend(query, key, value, cu_seqlens):
+        offsets, lengths = cu_seqlens[None], (cu_seqlens[1:] - cu_seqlens[:-1])[None]
+        return cudnn.dot_product_attention(
+            query, key, value, q_seqlen=lengths, kv_seqlen=lengths,
+            q_offsets=offsets, kv_offsets=offsets, scale=shape.dim**-0.5,
+            mask_type=cudnn.MaskType.PADDING_CAUSAL,
+            sliding_window_length=None if shape.window is None else shape.window + 1,
+        )  # fmt: skip
+
+    return attend
+
+
+def _flash_attention_3(shape: Shape) -> Attend:
+    _no_sinks(shape)
+    from flash_attn3_jax import flash_mha, flash_mha_varlen
+
+    window = (-1, -1) if shape.window is None else (shape.window, 0)
+    if not shape.documents:
+        return lambda query, key, value, _: flash_mha(
+            query, key, value, is_causal=True, window_size=window
+        )
+    longest = max(shape.documents)
+    return lambda query, key, value, cu_seqlens: flash_mha_varlen(
+        query[0], key[0], value[0], cu_seqlens,
+        max_seqlen_q=longest, max_seqlen_k=longest, is_causal=True, window_size=window,
+    )[None]  # fmt: skip
+
+
+def _flash_attention_3_deterministic(shape: Shape) -> Attend:
+    """Only the backward pass for packed sequences has the mode: one sequence is a pack of one."""
+    _no_sinks(shape)
+    from flash_attn3_jax.varlen_bwd import flash_mha_varlen_bwd
+    from flash_attn3_jax.varlen_fwd import flash_mha_varlen_fwd
+
+    longest = max(shape.documents or (shape.length,))
+    config: dict[str, Any] = {
+        "max_seqlen_q": longest,
+        "max_seqlen_k": longest,
+        "is_causal": True,
+        "window_size": (-1, -1) if shape.window is None else (shape.window, 0),
+    }
+
+    def forward(query, key, value, ends):
+        out, lse = flash_mha_varlen_fwd(query, key, value, ends, ends, **config)
+        return out, (query, key, value, out, lse, ends)
+
+    def backward(residuals, dout):
+        *arrays, ends = residuals
+        gradients = flash_mha_varlen_bwd(dout, *arrays, ends, ends, deterministic=True, **config)
+        return *gradients, None
+
+    differentiable = jax.custom_vjp(lambda *arrays: forward(*arrays)[0])
+    differentiable.defvjp(forward, backward)
+
+    def attend(query, key, value, cu_seqlens):
+        ends = jnp.array([0, shape.length], jnp.int32) if cu_seqlens is None else cu_seqlens
+        return differentiable(query[0], key[0], value[0], ends)[None]
+
+    return attend
+
+
+def _tokamax(implementation: str) -> Callable[[Shape], Attend]:
+    def build(shape: Shape) -> Attend:
+        _no_sinks(shape)
+        if shape.documents:
+            raise NotImplementedError("takes no packed documents")
+        import tokamax
+
+        window = None if shape.window is None else (shape.window, 0)
+        return lambda query, key, value, _: tokamax.dot_product_attention(
+            query, key, value,
+            is_causal=True, local_window_size=window, implementation=implementation,
+        )  # fmt: skip
+
+    return build
+
+
+CONTENDERS = {
+    **{name: Contender(_ours(name), ours=True) for name in pallas_kernels.IMPLEMENTATIONS[1:]},
+    "cudnn": Contender(_cudnn),
+    "fa3": Contender(_flash_attention_3),
+    "tokamax-mosaic": Contender(_tokamax("mosaic")),
+    "tokamax-triton": Contender(_tokamax("triton")),
+    "cudnn-deterministic": Contender(
+        _cudnn, deterministic=True, options={"xla_gpu_exclude_nondeterministic_ops": True}
+    ),
+    "fa3-deterministic": Contender(_flash_attention_3_deterministic, deterministic=True),
+}

@@ -1,0 +1,238 @@
+"""Times our kernels beside the peers that are installed: ``python -m benchmarks.attention``.
+
+Prints milliseconds and useful TFLOP/s (attended pairs only), forward and forward+backward, and
+the ratio to the best peer; writes JSON and a chart. Peers: cuDNN through ``jax.nn``,
+FlashAttention-3 (``flash_attn3_jax``), tokamax and torch's flex_attention.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import _report
+from benchmarks._peers import CONTENDERS, Contender
+from benchmarks._report import Row
+from benchmarks._shapes import ALL, Shape
+from benchmarks._timing import calls_within, median_seconds
+
+TORCH = "torch-flex"
+
+
+def specs(shape: Shape) -> tuple[Any, ...]:
+    """Types of query, key, value, cu_seqlens and the cotangent."""
+
+    def heads(count):
+        return jax.ShapeDtypeStruct((1, shape.length, count, shape.dim), jnp.bfloat16)
+
+    ends = None
+    if shape.documents:
+        ends = jax.ShapeDtypeStruct((len(shape.documents) + 1,), jnp.int32)
+    query, key = heads(shape.heads), heads(shape.kv_heads)
+    return query, key, key, ends, query
+
+
+def arrays(shape: Shape) -> tuple[Any, ...]:
+    """Random ones of these types."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    query, key, value, ends, dout = (
+        None if x is None else jax.random.normal(seed, x.shape, jnp.bfloat16)
+        for seed, x in zip(keys, specs(shape), strict=True)
+    )
+    if ends is not None:
+        ends = jnp.array(np.cumsum([0, *shape.documents]), jnp.int32)
+    return query, key, value, ends, dout
+
+
+def reason_of(error: Exception) -> str:
+    """One line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def build(shape: Shape, contender: Contender):
+    """(forward, forward and backward) as compiled programs, or the reason why there is none."""
+    try:
+        attend = contender.build(shape)
+
+        def both(query, key, value, ends, dout):
+            def from_arrays(query, key, value):
+                return attend(query, key, value, ends)
+
+            out, pull = jax.vjp(from_arrays, query, key, value)
+            return out, pull(dout)
+
+        *inputs, dout = specs(shape)
+        options = contender.options or None
+        return (
+            jax.jit(attend).lower(*inputs).compile(),
+            jax.jit(both).lower(*inputs, dout).compile(compiler_options=options),
+        )
+    except Exception as error:
+        return reason_of(error)
+
+
+def difference(results, expected) -> float:
+    """The largest relative norm of a difference among output and gradients."""
+
+    def relative(x, y):
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+        return jnp.linalg.norm((x - y).ravel()) / jnp.linalg.norm(y.ravel())
+
+    return max(map(float, jax.tree.leaves(jax.tree.map(jax.jit(relative), results, expected))))
+
+
+def measure(shape: Shape, name: str, built, inputs: tuple[Any, ...], repeats: int, expected):
+    """Times what was compiled: (row, output and gradients), the latter checked where expected."""
+    ours = CONTENDERS[name].ours
+    if isinstance(built, str):
+        return Row(shape.name, name, ours, reason=built), None
+    times: list[float] = []
+    reason = results = None
+    try:
+        for program, args in zip(built, (inputs[:-1], inputs), strict=True):
+            calls = calls_within(0.2, program, *args)
+            times.append(median_seconds(program, *args, calls=calls, repeats=repeats))
+        results = built[1](*inputs)
+        if expected is not None and (far := difference(results, expected)) > 0.03:
+            times = []
+            reason = f"wrong: off the first implementation by {far:.2g}"
+    except Exception as error:
+        reason = reason_of(error)
+    forward, both = [*times, None, None][:2]
+    return Row(shape.name, name, ours, forward, both, reason), results
+
+
+class TorchPeer:
+    """torch's flex_attention on one shape, compiling in a process of its own from now on."""
+
+    def __init__(self, shape: Shape, repeats: int):
+        self.shape = shape
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks._torch", shape.name, str(repeats)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self.answer = ""
+
+    def wait_until_ready(self) -> None:
+        """Returns once it has compiled all, or failed."""
+        assert self.process.stdout is not None
+        while self.answer != "ready" and not self.answer.startswith("{"):
+            line = self.process.stdout.readline()
+            if not line:
+                self.answer = json.dumps({"reason": f"exited with {self.process.wait()}"})
+                return
+            self.answer = line.strip()
+
+    def measure(self) -> Row:
+        """Lets it time, and ends it."""
+        if self.answer == "ready":
+            lines = self.process.communicate("go\n")[0].splitlines()
+            self.answer = lines[-1] if lines else json.dumps({"reason": "died while timing"})
+        else:
+            self.process.communicate()
+        return Row(self.shape.name, TORCH, False, **json.loads(self.answer))
+
+
+def device_rates() -> dict[str, float]:
+    """What the device reaches: a large matrix product, and a copy."""
+    matrix = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
+    product = median_seconds(jax.jit(lambda x: x @ x), matrix)
+    long = jnp.zeros(2**28, jnp.float32)
+    copy = median_seconds(jax.jit(lambda x: x + 1), long)
+    return {"matmul_tflops": 2 * 8192**3 / product / 1e12, "copy_tbps": 2 * 2**30 / copy / 1e12}
+
+
+def machine() -> dict[str, Any]:
+    """Device and versions."""
+    versions = {"jax": jax.__version__}
+    for name in ("flash_attn3_jax", "tokamax", "torch"):
+        if importlib.util.find_spec(name) is not None:
+            versions[name] = importlib.metadata.version(name)
+    return {"device": jax.devices()[0].device_kind} | versions
+
+
+def compare(shapes: list[Shape], names: list[str], repeats: int) -> list[Row]:
+    """Compiles all, then times one after the other and prints each shape's table."""
+    peers = []
+    if TORCH in names and importlib.util.find_spec("torch") is not None:
+        peers = [TorchPeer(shape, repeats) for shape in shapes]
+    jobs = [(shape, name) for shape in shapes for name in names if name != TORCH]
+    with ThreadPoolExecutor(16) as pool:
+        futures = {job: pool.submit(build, job[0], CONTENDERS[job[1]]) for job in jobs}
+    for peer in peers:
+        peer.wait_until_ready()
+    rows = []
+    for shape in shapes:
+        inputs, expected, results, found = arrays(shape), None, None, []
+        for name in names:
+            if name != TORCH:
+                built = futures.pop((shape, name)).result()
+                row, results = measure(shape, name, built, inputs, repeats, expected)
+                expected = results if expected is None else expected
+                found.append(row)
+        del inputs, expected, results
+        found += [peer.measure() for peer in peers if peer.shape is shape]
+        if TORCH in names and not peers:
+            found.append(Row(shape.name, TORCH, False, reason="torch is not installed"))
+        print(_report.table(shape.name, found), flush=True)
+        rows += found
+    return rows
+
+
+def main() -> None:
+    """Exits with 1 if something got slower than in the JSON of --compare."""
+    everyone = [*CONTENDERS, TORCH]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", nargs="+", choices=list(ALL), default=list(ALL))
+    parser.add_argument("--only", nargs="+", choices=everyone, help="default: all")
+    parser.add_argument(
+        "--deterministic", action="store_true", help="add the peers' deterministic backward passes"
+    )
+    parser.add_argument("--quick", action="store_true", help="two repeats instead of seven")
+    parser.add_argument(
+        "--output", type=Path, help="JSON to write; default, for a whole run: benchmarks/results/"
+    )
+    parser.add_argument("--compare", type=Path, help="an earlier JSON on the same device")
+    arguments = parser.parse_args()
+    names = arguments.only or [
+        name
+        for name in everyone
+        if name == TORCH or arguments.deterministic or not CONTENDERS[name].deterministic
+    ]
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
+    where = machine()
+    print(where, flush=True)
+    rows = compare([ALL[name] for name in arguments.shapes], names, 2 if arguments.quick else 7)
+    where |= device_rates()
+    print(
+        f"\nan 8192^3 matrix product: {where['matmul_tflops']:.0f} TFLOP/s, "
+        f"a copy: {where['copy_tbps']:.2f} TB/s (read and written)"
+    )
+    slower = [] if arguments.compare is None else _report.slower(arguments.compare, where, rows)
+    whole = not arguments.only and not arguments.quick and arguments.shapes == list(ALL)
+    output = arguments.output
+    if output is None and whole:
+        slug = "-".join(where["device"].lower().split())
+        output = Path(__file__).parent / "results" / f"attention-{slug}.json"
+    if output is not None:
+        _report.write(output, where, rows)
+    if arguments.compare is not None:
+        print(f"\nslower than {arguments.compare}: {len(slower)}", *slower, sep="\n  ")
+    sys.exit(bool(slower))
+
+
+if __name__ == "__main__":
+    main()

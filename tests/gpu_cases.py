@@ -1,0 +1,55 @@
+"""The cases of `tests.test_gpu`: the odd ones on one GPU, and random ones around tile edges."""
+
+import dataclasses
+import random
+
+from tests.cases import HEADS, Case, random_runs
+from tests.odd_cases import ODD
+
+TILE = 64
+DIMS = [(16, 16), (32, 16), (48, 80), (64, 64), (96, 96), (128, 128), (192, 128), (256, 256)]
+
+
+def on_one_device(case):
+    """The same sequence on one device, with head dims that all implementations take."""
+    dims = tuple(-(-dim // 16) * 16 for dim in case.dims)
+    return dataclasses.replace(case, chunk=case.length, devices=1, dims=dims)
+
+
+def odd_cases():
+    """Every odd case in float32 and in bfloat16, by name."""
+    return {
+        f"{name}-{dtype}": dataclasses.replace(on_one_device(case), dtype=dtype)
+        for name, case in ODD.items()
+        for dtype in ("float32", "bfloat16")
+    }
+
+
+def edge_case(rng: random.Random, devices=1) -> Case:
+    """A random case longer than a tile, its window and documents next to edges of tiles."""
+    chunk = rng.choice([65, 100, 127, 128, 129, 191, 257, 300, 511, 700])
+    length = devices * chunk
+    near = [0, 1, 63, 64, 65, 127, 128, 129, chunk - 1, chunk, chunk + 1]
+    most = chunk if devices > 1 else length + 2
+    kind = rng.choice(["whole", "segments", "packed"])
+    batch = {"whole": rng.randint(1, 2), "segments": 2, "packed": 1}[kind]
+    documents = None
+    if kind != "whole":
+        documents = tuple(random_runs(rng, TILE, length, kind == "segments") for _ in range(batch))
+    dtype = rng.choice(["float32", "bfloat16", "bfloat16", "float16"])
+    return Case(
+        chunk=chunk,
+        devices=devices,
+        window=rng.choice([*near, *near, length, None, rng.randint(0, length)]),
+        sinks=min(most, rng.choice([0, 0, 1, 4, 15, 16, 17, 64, 65])),
+        documents=documents,
+        packed=kind == "packed",
+        batch=batch,
+        heads=rng.choice(HEADS),
+        dims=rng.choice(DIMS if dtype != "float32" else [d for d in DIMS if max(d) <= 128]),
+        softcap=rng.choice([None, None, 2.0, 30.0]),
+        learned=rng.random() < 0.4,
+        scale=rng.choice([None, None, 0.2]),
+        dtype=dtype,
+        seed=rng.randrange(2**16),
+    )

@@ -1,0 +1,103 @@
+"""Compiles programs for Hopper GPUs on a machine without one, and reads what the compiler says.
+
+Needs the plug-in of this very jax, without its drivers: `pip install --no-deps
+jax-cuda13-pjrt==V jax-cuda13-plugin==V nvidia-cuda-nvcc nvidia-nvvm`, V the installed jax.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+# Read by the plug-in when jax first looks for devices, which is after this import.
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+TARGET = Path(__file__).with_name("hopper_target.textproto")
+PTXAS_REPORT = re.compile(
+    r"Compiling entry function '(?P<name>\w+)'.*?(?P<store>\d+) bytes spill stores, "
+    r"(?P<load>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+LAUNCH = re.compile(r'custom-call\(.*op_name="[^"]*/(ring_swa_\w+)/')
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """What ptxas says of one compiled kernel; spills in bytes, the larger of stores and loads."""
+
+    name: str
+    registers: int
+    spills: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program: its HLO, the names of its launches of ours, and their kernels."""
+
+    hlo: str
+    launches: tuple[str, ...]
+    kernels: tuple[Kernel, ...]
+
+
+def mesh(devices):
+    """Mesh of 1 or 4 Hopper GPUs with the axis "seq"; skips the test where none can be had."""
+    chips = _topology().devices[:devices]
+    return Mesh(np.array(chips), ("seq",), axis_types=(AxisType.Auto,))
+
+
+def compile_program(function, arguments, devices):
+    """Compiles function(*arguments), shapes with shardings over `mesh(devices)` -> Program."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = {
+            "xla_gpu_autotune_level": 0,
+            "xla_dump_to": folder,
+            "xla_dump_emitter_re": "ptx",  # ".*" would dump every pass, ten times the time
+        }
+        with jax.set_mesh(mesh(devices)):
+            compiled = jax.jit(function).lower(*arguments).compile(compiler_options=options)
+        hlo = compiled.as_text()
+        kernels = [k for path in sorted(Path(folder).glob("*.ptx")) for k in _kernels(path)]
+    return Program(hlo, tuple(LAUNCH.findall(hlo)), tuple(kernels))
+
+
+@functools.cache
+def _topology():
+    for name in ("jax_plugins.xla_cuda13", "nvidia"):
+        try:
+            found = importlib.util.find_spec(name)
+        except ModuleNotFoundError:
+            found = None
+        if found is None:
+            pytest.skip(f"there is no {name}: install the packages that tests/hopper.py names")
+    return topologies.get_topology_desc(
+        platform="cuda", target_config=TARGET.read_text(), topology="1x1x4"
+    )
+
+
+@functools.cache
+def _ptxas():
+    folders = importlib.util.find_spec("nvidia").submodule_search_locations
+    found = [path for folder in folders for path in sorted(Path(folder).rglob("bin/ptxas"))]
+    assert found, f"nvidia-cuda-nvcc brings no ptxas to {list(folders)}"
+    return found[0]
+
+
+def _kernels(path):
+    if "ring_swa_" not in path.read_text():
+        return []
+    command = [_ptxas(), "-v", "--gpu-name", "sm_90a", path, "-o", os.devnull]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    reports = PTXAS_REPORT.finditer(done.stderr)
+    found = [Kernel(r["name"], int(r["registers"]), max(int(r["store"]), int(r["load"])))
+             for r in reports]  # fmt: skip
+    return [kernel for kernel in found if kernel.name.startswith("ring_swa_")]

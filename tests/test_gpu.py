@@ -1,0 +1,104 @@
+"""The kernels on the GPU that is here, their outputs poisoned with NaN before they run.
+
+Every case is compared with the oracle, output and gradients, and repeated: an element that is
+never written is NaN, and the same inputs must give the same bits. Rings need two GPUs.
+"""
+
+import dataclasses
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from tests.cases import Case
+from tests.gpu_cases import edge_case, odd_cases
+from tests.odd_cases import route_of
+from tests.oracle import Result
+from tests.poison import poisoned_outputs
+from tests.pool import prepared
+from tests.routes import ROUTES, compare, documents_of, with_gradients
+
+pytestmark = pytest.mark.gpu
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A case by a route on an implementation."""
+
+    case: Case
+    route: str
+    implementation: str
+
+    def prepare(self):
+        """(compiled program, its arguments, the oracle's Result)."""
+        function, mesh = ROUTES[self.route](self.case, self.implementation)
+        inputs, dout = self.case.arrays()
+        arguments = (*inputs, documents_of(self.case), dout)
+        program = with_gradients(function)
+        if mesh is not None:
+            with jax.set_mesh(mesh):
+                return jax.jit(program).lower(*arguments).compile(), arguments, self.case.expected
+        return jax.jit(program).lower(*arguments).compile(), arguments, self.case.expected
+
+
+def local_job(case, implementation):
+    """On one device, by the route for its kind of documents."""
+    whole = case.packed or case.documents is None
+    return Job(case, "one_device" if whole else "global_local", implementation)
+
+
+def jobs():
+    """Parameters: the odd cases on all implementations, the random ones on the kernels."""
+    for name, case in odd_cases().items():
+        for implementation in ("xla", "triton", "mosaic_gpu"):
+            yield pytest.param(local_job(case, implementation), id=f"{name}-{implementation}")
+    for seed in range(40):
+        for implementation in ("triton", "mosaic_gpu"):
+            case = edge_case(random.Random(seed))
+            yield pytest.param(
+                local_job(case, implementation), id=f"random-{seed}-{implementation}"
+            )
+    for seed in range(16):
+        for implementation in ("triton", "mosaic_gpu"):
+            case = edge_case(random.Random(seed), devices=2)
+            job = Job(case, route_of(case), implementation)
+            yield pytest.param(job, id=f"ring-{seed}-{implementation}")
+
+
+@pytest.fixture(scope="module")
+def programs(request):
+    """Futures of the selected jobs' programs, traced with poisoned outputs."""
+    with poisoned_outputs(), prepared(request, threads=16) as futures:
+        yield futures
+
+
+@pytest.mark.parametrize("job", jobs())
+def test_writes_every_element_right_and_repeats_its_bits(job, programs):
+    try:
+        program, arguments, expected = programs[job].result()
+    except NotImplementedError as error:
+        pytest.skip(str(error))
+    result = Result(*jax.device_get(tuple(program(*arguments))))
+    compare(result, expected, job.case.dtype, job)
+    for name, a, b in zip(Result._fields, result, program(*arguments), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), f"{name} differs\n{job}"
+
+
+def test_poison_shows_what_a_kernel_leaves_out():
+    def write_half(x_ref, out_ref):
+        out_ref[:16] = x_ref[:16]
+
+    x = jnp.ones(32)
+    with poisoned_outputs():
+        out = pl.pallas_call(
+            write_half,
+            in_specs=[pl.BlockSpec((32,), lambda: (0,))],
+            out_specs=pl.BlockSpec((32,), lambda: (0,)),
+            out_shape=jax.ShapeDtypeStruct((32,), jnp.float32),
+            compiler_params=plgpu.CompilerParams(num_warps=1),
+        )(x)
+    assert np.isfinite(out[:16]).all() and np.isnan(out[16:]).all()
