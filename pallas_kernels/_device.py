@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import math
 
 import jax
 
@@ -42,17 +43,21 @@ def check_triton() -> None:
     platform = compiled_platform()
     if platform not in ("cpu", "gpu"):
         raise NotImplementedError(f"implementation='triton' runs on GPUs, not on {platform!r}")
-    capability = compute_capability()
-    if platform == "gpu" and capability is not None and capability < 8:
+    if platform == "gpu" and compute_capability() < 8:
         raise NotImplementedError(
-            f"implementation='triton' needs an Ampere GPU or newer (compute capability 8.0), "
-            f"got {capability}"
+            "implementation='triton' needs an NVIDIA GPU from Ampere on (compute capability 8.0), "
+            f"this one has {compute_capability()}"
         )
 
 
-def compute_capability() -> float | None:
-    """Compute capability of the GPU compiled for, e.g. 9.0; None where it is not known."""
-    if jax.sharding.get_abstract_mesh().abstract_device is not None or compiled_platform() != "gpu":
-        return None
-    capability = getattr(jax.devices()[0], "compute_capability", None)
-    return None if capability is None else float(capability)
+def compute_capability() -> float:
+    """Compute capability of the GPU compiled for, e.g. 9.0; 0 for one that is not NVIDIA's.
+
+    Infinite for a GPU that is not here: what it is worth, whoever compiles for it knows.
+    """
+    here = jax.devices()[0]
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None and device.device_kind != here.device_kind:
+        return math.inf
+    capability = str(getattr(here, "compute_capability", 0))
+    return 0.0 if capability.startswith("gfx") else float(capability)

@@ -83,26 +83,23 @@ def triton_plan(dtype, head_dim: int, value_dim: int, window: int | None) -> Tri
     if dim <= 64:
         return TritonPlan(
             TritonTiles(128 if clear else 64, 64, 4, 3, clear),
-            TritonTiles(64, 64, 4, 2, clear),
+            TritonTiles(64, 32, 4, 3, clear),
             TritonTiles(64, 64, 4, 3, clear),
         )
-    if dim > 128:
+    if dim <= 128:
+        # A small tile wastes less at the edges of a window, a large one is faster between.
         return TritonPlan(
-            TritonTiles(128, 64, 8, 2, clear),
-            TritonTiles(128, 32, 8, 3, clear),
-            TritonTiles(64, 64, 4, 2, clear),
-            dvalue=TritonTiles(64, 128, 8, 2, clear),
-        )
-    if window is not None and window < 2048:
-        return TritonPlan(
-            TritonTiles(64, 64, 4, 3, clear),
-            TritonTiles(64, 64, 4, 2, clear),
+            TritonTiles(128, 128 if window is None else 64, 8, 3, clear),
+            TritonTiles(64, 64, 4, 2, clear)
+            if window is not None and window < 2048
+            else TritonTiles(128, 64, 8, 3, clear),
             TritonTiles(64, 64, 4, 2, clear),
         )
     return TritonPlan(
-        TritonTiles(128, 128, 8, 3, clear),
-        TritonTiles(128, 64, 8, 3, clear),
+        TritonTiles(128, 64, 8, 2, clear),
+        TritonTiles(128, 32, 8, 3, clear),
         TritonTiles(64, 64, 4, 2, clear),
+        dvalue=TritonTiles(64, 128, 8, 2, clear),
     )
 
 

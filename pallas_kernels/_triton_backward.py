@@ -17,6 +17,7 @@ from pallas_kernels._triton_blocks import (
     batch_block,
     cap_logits,
     dot,
+    exp2_scaled,
     head_parts,
     inner,
     load_rows,
@@ -64,8 +65,8 @@ def backward_query(
         top, delta = _softmax_rows(refs, at)
 
         def visit(acc, keys, values, seen):
-            logits, dcap = cap_logits(spec, inner(spec, queries, keys))
-            weights = jnp.exp2(logits - top[:, None])
+            logits, factor, dcap = cap_logits(spec, inner(spec, queries, keys))
+            weights = exp2_scaled(logits, factor, top[:, None], interpret=interpret)
             if seen is not None:
                 weights = jnp.where(seen, weights, 0.0)
             dlogits = weights * (inner(spec, douts, values) - delta[:, None])
@@ -203,8 +204,8 @@ def backward_keys(
             queries = load_rows(refs["query"], *at, head=head)
             douts = load_rows(refs["dout"], *at, head=head)
             top, delta = _softmax_rows(refs, at, head=head)
-            logits, dcap = cap_logits(spec, inner(spec, key, queries))
-            weights = jnp.exp2(logits - top[None, :])
+            logits, factor, dcap = cap_logits(spec, inner(spec, key, queries))
+            weights = exp2_scaled(logits, factor, top[None, :], interpret=interpret)
             if masked:
                 start = load_vector(refs["start"], *at)[None, :] if packed else crossing
                 seen = seen_by(positions[None, :], start)

@@ -17,6 +17,7 @@ from pallas_kernels._triton_blocks import (
     batch_block,
     cap_logits,
     dot,
+    exp2_scaled,
     head_parts,
     inner,
     load_rows,
@@ -79,12 +80,12 @@ def forward(
 
         def absorb(carry, keys, values, seen):
             top, total, *acc = carry
-            logits, _ = cap_logits(spec, inner(spec, queries, keys))
+            logits, factor, _ = cap_logits(spec, inner(spec, queries, keys))
             if seen is not None:
                 logits = jnp.where(seen, logits, -jnp.inf)
-            new_top = jnp.maximum(top, logits.max(axis=1))
+            new_top = jnp.maximum(top, logits.max(axis=1) * factor)
             shrink = jnp.exp2(top - new_top)
-            weights = jnp.exp2(logits - new_top[:, None])
+            weights = exp2_scaled(logits, factor, new_top[:, None], interpret=interpret)
             total = total * shrink + weights.sum(axis=1)
             weights = weights.astype(values[0].dtype)
             acc = [
