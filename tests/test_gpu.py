@@ -76,7 +76,7 @@ def programs(request):
         yield futures
 
 
-@pytest.mark.parametrize("job", jobs())
+@pytest.mark.parametrize("job", list(jobs()))
 def test_writes_every_element_right_and_repeats_its_bits(job, programs):
     try:
         program, arguments, expected = programs[job].result()
