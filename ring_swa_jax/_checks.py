@@ -63,7 +63,7 @@ def static_sinks(num_sink_tokens) -> int:
 def _static_count(name: str, value) -> int:
     try:
         count = operator.index(value)
-    except Exception:
+    except TypeError:  # JAX's errors for traced values are TypeErrors too
         count = None
     if count is None or isinstance(value, bool):
         raise TypeError(
@@ -97,7 +97,7 @@ def static_soft_cap(cap) -> float | None:
 def _static_float(name: str, value) -> float:
     try:
         return float(value)
-    except Exception as error:
+    except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be a static Python number, got {value!r}") from error
 
 

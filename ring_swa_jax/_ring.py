@@ -278,6 +278,7 @@ def attend_chunk(
         num_sinks=0 if window is None else min(num_sinks, chunk),
         scale=_checks.static_scale(scale, q.shape[-1]),
         soft_cap=_checks.static_soft_cap(logits_soft_cap),
+        # Type checkers do not see the settings that jax.config makes up as it runs.
         precision=jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
         or "highest",
     )
