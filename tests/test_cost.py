@@ -62,7 +62,7 @@ def test_full_causal_has_no_square_buffer(implementation):
     assert largest_buffer(long.as_text()) < 4096 * 4096 / 4
 
 
-@pytest.mark.parametrize("window", [WINDOW, 700])
+@pytest.mark.parametrize("window", [WINDOW, pytest.param(700, marks=pytest.mark.slow)])
 def test_memory_of_a_device_depends_on_its_chunk_only(window, implementation):
     options = dict(window_size=window)
     few = compiled(512 * 4, implementation, make_mesh(seq=4), **options)

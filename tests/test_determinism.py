@@ -15,7 +15,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["segments", pytest.param("packed", marks=pytest.mark.slow)])
 def test_two_runs_and_two_compilations_give_the_same_bits(name, implementation):
     case = CASES[name]
     function, mesh = ROUTES["shard_novma" if case.packed else "global"](case, implementation)
