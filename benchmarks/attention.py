@@ -77,7 +77,7 @@ def build(shape: Shape, contender: Contender):
             jax.jit(attend).lower(*inputs).compile(),
             jax.jit(both).lower(*inputs, dout).compile(compiler_options=options),
         )
-    except Exception as error:
+    except Exception as error:  # a peer may fail in any way; the table says how
         return reason_of(error)
 
 
@@ -106,7 +106,7 @@ def measure(shape: Shape, name: str, built, inputs: tuple[Any, ...], repeats: in
         if expected is not None and (far := difference(results, expected)) > 0.03:
             times = []
             reason = f"wrong: off the first implementation by {far:.2g}"
-    except Exception as error:
+    except Exception as error:  # a peer may fail in any way; the table says how
         reason = reason_of(error)
     forward, both = [*times, None, None][:2]
     return Row(shape.name, name, ours, forward, both, reason), results

@@ -98,7 +98,7 @@ def _attend_bwd(spec, halo, forward, backward, residuals, dout):
     del forward
     query, key, value, sinks, sink_logits, start, kept, out, lse = residuals
     dtype = lse.dtype
-    delta = jnp.einsum("btnh,btnh->bnt", out.astype(dtype), dout.astype(dtype))
+    delta = jnp.moveaxis((out.astype(dtype) * dout.astype(dtype)).sum(-1), 1, 2)
     launch = partial(_launch_backward, spec, backward, query, start, dout, lse, delta)
 
     # The farthest hop first: it reaches the fewest rows, so that dquery and home only ever grow.
@@ -121,7 +121,7 @@ def _attend_bwd(spec, halo, forward, backward, residuals, dout):
     if sink_logits is not None:
         alive = lse > -jnp.inf
         share = jnp.where(alive, jnp.exp(sink_logits[:, None] - jnp.where(alive, lse, 0)), 0)
-        dsink_logits = -jnp.einsum("bnt,bnt->n", share, delta).astype(sink_logits.dtype)
+        dsink_logits = -(share * delta).sum((0, 2)).astype(sink_logits.dtype)
     return (
         dquery,
         dkey.astype(key.dtype),

@@ -46,12 +46,9 @@ def same_varying(axis: SequenceAxis, *trees):
 
     The transpose of the cast sums a gradient over the devices that share an array.
     """
-    leaves = jax.tree.leaves(trees)
     axes: set[Hashable] = set()
-    for leaf in leaves:
+    for leaf in [axis.index(), *jax.tree.leaves(trees)]:
         axes |= jax.typeof(leaf).manual_axis_type.varying
-    if jax.typeof(axis.index()).manual_axis_type.varying:
-        axes |= jax.typeof(axis.index()).manual_axis_type.varying
 
     def cast(x):
         missing = tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying, key=str))
