@@ -15,12 +15,15 @@ from benchmarks._shapes import SHAPES, Shape
 from benchmarks._timing import median_seconds
 from pallas_kernels._spec import KeyRun, Spec
 from pallas_kernels._tiles import TritonTiles
-from pallas_kernels._triton_backward import backward_keys, backward_query
+from pallas_kernels._triton_backward_keys import QueryArrays, backward_keys
+from pallas_kernels._triton_backward_query import backward_query
 from pallas_kernels._triton_forward import forward
 
 
-def candidates(kernel: str, dim: int, short: bool) -> list[TritonTiles]:
+def candidates(kernel: str, shape: Shape) -> list[TritonTiles]:
     """Tiles worth a try: those of the right order of registers."""
+    dim, group = shape.dim, shape.heads // shape.kv_heads
+    short = shape.window is not None and shape.window < 512
     sizes = {
         "forward": [(128, 128), (128, 64), (64, 64), (64, 128), (128, 32), (64, 32)],
         "query": [(128, 64), (128, 128), (64, 64), (64, 128), (128, 32), (64, 32)],
@@ -29,15 +32,18 @@ def candidates(kernel: str, dim: int, short: bool) -> list[TritonTiles]:
     if dim > 128:
         sizes = [(q, k) for q, k in sizes if q * k <= 128 * 64]
     clears = (False, True) if short else (True,)
+    heads = {1, min(2, group), min(4, group), min(8, group)}
     found = []
-    for (query, key), warps, stages, clear in itertools.product(sizes, (4, 8), (2, 3, 4), clears):
+    for (query, key), warps, stages, clear, packed in itertools.product(
+        sizes, (4, 8), (2, 3, 4), clears, sorted(heads)
+    ):
         if dim <= 64 and warps == 8 and query * key < 128 * 128:
             continue
         if dim > 64 and warps == 4 and query * key > 64 * 64:
             continue
         if dim > 128 and stages > 3:
             continue
-        found.append(TritonTiles(query, key, warps, stages, clear))
+        found.append(TritonTiles(query // packed, key, warps, stages, clear, packed))
     return found
 
 
@@ -59,18 +65,17 @@ def launches(shape: Shape, kernel: str):
             rows=(0, rows), resume=False, out_dtype=query.dtype, tiles=tiles, interpret=False,
         )  # fmt: skip
 
-    def run_query(tiles, query, key, value, dout, lse, delta):
+    def run_query(tiles, query, key, value, dout, out, lse, delta):
         return backward_query(
-            spec, query, (KeyRun(key, value, 0),), None, start, dout, lse, delta, None,
+            spec, query, (KeyRun(key, value, 0),), None, start, out, dout, lse, None,
             rows=rows, out_dtype=query.dtype, tiles=tiles, interpret=False,
         )  # fmt: skip
 
     def run_keys(wanted):
-        def run(tiles, query, key, value, dout, lse, delta):
+        def run(tiles, query, key, value, dout, out, lse, delta):
             return backward_keys(
-                spec, query, (key, value), 0, start, dout, lse, delta,
-                rows=rows, out_dtype=query.dtype, tiles=tiles, splits=1, wanted=wanted,
-                interpret=False,
+                spec, QueryArrays(query, dout, lse, delta, start), KeyRun(key, value, 0), None,
+                rows=rows, out_dtype=query.dtype, tiles=tiles, wanted=wanted, interpret=False,
             )  # fmt: skip
 
         return run
@@ -80,7 +85,7 @@ def launches(shape: Shape, kernel: str):
     tiles = TritonTiles(64, 64, 4 if shape.dim <= 128 else 8, 2)
     state = jax.jit(lambda *a: run_forward(tiles, *a))(query, key, value)
     delta = jnp.einsum("btnh,btnh->bnt", state.out, dout, preferred_element_type=jnp.float32)
-    arrays = (query, key, value, dout, state.lse, delta)
+    arrays = (query, key, value, dout, state.out, state.lse, delta)
     if kernel == "query":
         return {"query": run_query}, arrays
     runs = {"keys": run_keys((True, True))}
@@ -99,9 +104,8 @@ def main() -> None:
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}", flush=True)
     for name, kernel in itertools.product(arguments.shapes, arguments.kernels):
         shape = SHAPES[name]
-        short = shape.window is not None and shape.window < 512
         runs, arrays = launches(shape, kernel)
-        jobs = list(itertools.product(runs, candidates(kernel, shape.dim, short)))
+        jobs = list(itertools.product(runs, candidates(kernel, shape)))
 
         def build(job, runs=runs, arrays=arrays):
             launch, tiles = job
@@ -127,7 +131,8 @@ def main() -> None:
                 rate = shape.forward_flops() / seconds / 1e12
                 print(
                     f"  {seconds * 1e3:8.3f} ms  {rate:5.0f} forward TFLOP/s  "
-                    f"q{tiles.query} k{tiles.key} w{tiles.warps} s{tiles.stages} c{tiles.clear:d}",
+                    f"{tiles.query}x{tiles.heads} k{tiles.key} w{tiles.warps} s{tiles.stages} "
+                    f"c{tiles.clear:d}",
                     flush=True,
                 )
 

@@ -98,8 +98,7 @@ def _attend_bwd(spec, halo, forward, backward, residuals, dout):
     del forward
     query, key, value, sinks, sink_logits, start, kept, out, lse = residuals
     dtype = lse.dtype
-    delta = jnp.moveaxis((out.astype(dtype) * dout.astype(dtype)).sum(-1), 1, 2)
-    launch = partial(_launch_backward, spec, backward, query, start, dout, lse, delta)
+    launch = partial(_launch_backward, spec, backward, query, start, out, dout, lse)
 
     # The farthest hop first: it reaches the fewest rows, so that dquery and home only ever grow.
     dquery = home = None
@@ -109,13 +108,15 @@ def _attend_bwd(spec, halo, forward, backward, residuals, dout):
         far = _fetch(halo, hop, done, key, value) if kept is None else kept
         run = _hop_run(halo, hop, far)
         rows = halo.lengths[hop]
-        dquery, (dfar,), _ = launch((run,), None, dquery, rows, dtype, travel)
+        dquery, (dfar,), _, _ = launch((run,), None, dquery, rows, dtype, travel)
         home = _add_last(halo.give_back(hop, *dfar), home)
         done.append(home[0][0, -1, 0, 0])
 
     local = KeyRun(key, value, 0)
     own = dtype if len(halo.lengths) > 1 else key.dtype
-    dquery, (dlocal,), dsinks = launch((local,), sinks, dquery, query.shape[1], query.dtype, own)
+    dquery, (dlocal,), dsinks, delta = launch(
+        (local,), sinks, dquery, query.shape[1], query.dtype, own
+    )
     dkey, dvalue = _add_last(dlocal, home)
     dsink_logits = None
     if sink_logits is not None:
@@ -147,7 +148,7 @@ def _forward(spec, halo, implementation, query, key, value, sinks, sink_logits, 
     if not lengths:
         return launch((local,), sinks, sink_logits, None, (0, rows), query.dtype), None
 
-    tile = _implementations.module(implementation).query_tile_rows(spec, query, value)
+    tile = _implementations.module(implementation).query_tile_rows(spec, query, local)
     near = -(-lengths[0] // tile) * tile
     if len(lengths) == 1 and 2 * near <= rows:
         fetched = halo.fetch(0, key, value, after=None)
@@ -223,9 +224,9 @@ def _launch_backward(
     implementation,
     query,
     start,
+    out,
     dout,
     lse,
-    delta,
     runs,
     sinks,
     dquery,
@@ -233,16 +234,16 @@ def _launch_backward(
     dquery_dtype,
     dkey_dtype,
 ):
-    def launch(query, keys, sinks, start, dout, lse, delta, dquery):
+    def launch(query, keys, sinks, start, out, dout, lse, dquery):
         return _implementations.module(implementation).backward(
             spec,
             query,
             _with_offsets(keys, runs),
             sinks,
             start,
+            out,
             dout,
             lse,
-            delta,
             dquery,
             rows=rows,
             dquery_dtype=dquery_dtype,
@@ -250,7 +251,7 @@ def _launch_backward(
         )
 
     keys = _without_offsets(runs)
-    return folds_vmap(launch)(query, keys, sinks, start, dout, lse, delta, dquery)
+    return folds_vmap(launch)(query, keys, sinks, start, out, dout, lse, dquery)
 
 
 def _without_offsets(runs: tuple[KeyRun, ...]) -> tuple[tuple[Array, Array], ...]:

@@ -45,6 +45,34 @@ def sees_fetched_sink(i, j, start, window: int | None, num_sinks: int):
     return is_sink(i, j, start, num_sinks) & ~in_window(i, j, None, window) & (j < 0)
 
 
+def sees_sink_before(i, j, start, num_sinks: int, stop):
+    """Query i attends key j as a sink that stands before all keys its window may reach."""
+    return is_sink(i, j, start, num_sinks) & (j < stop)
+
+
+def sink_reach(window: int | None, num_sinks: int, chunk: int) -> int:
+    """How far behind a sequence's start queries stand whose sinks another launch computes.
+
+    At least ``chunk``, so that a chunk of queries has such queries of one sequence only, and so
+    far that no window covers both.
+    """
+    assert window is not None
+    return max(chunk, window + num_sinks)
+
+
+def sees_near(i, j, start, window: int | None, num_sinks: int, reach: int, *, packed: bool):
+    """As `sees`, but without the sinks of queries that stand ``reach`` or more after them."""
+    seen = in_window(i, j, start if packed else None, window)
+    if num_sinks:
+        seen |= is_sink(i, j, start, num_sinks) & (i - start < reach)
+    return seen
+
+
+def sees_far_sink(i, j, start, num_sinks: int, reach: int):
+    """What `sees_near` leaves out; ``reach`` is so large that no window covers these."""
+    return is_sink(i, j, start, num_sinks) & (i - start >= reach)
+
+
 def key_plan(
     start: Int[Array, "..."],
     window: int | None,
@@ -93,8 +121,11 @@ def query_plan(
     offset: int,
     length: int,
     key_tile: int,
+    reach: int,
 ) -> Int[Array, "... tiles 4"]:
     """Query tiles, among the first ``rows`` queries, that see each tile of keys of a run.
+
+    Sinks count as far as `sees_near` says with this ``reach``.
 
     Returns:
         (first tile, first clear tile, end of the clear ones, end of all).
@@ -107,12 +138,14 @@ def query_plan(
     high = stop_of_last - 1
     clear_stop = stop_of_first
     if window is not None:
-        reach = jnp.minimum(high, last + window)
+        last_seeing = last + window
         if num_sinks:
-            last_query = jnp.clip(last, 0, rows - 1)
-            holds_sink = _at(start, last_query) + num_sinks - 1 >= first
-            reach = jnp.where(holds_sink, high, reach)
-        high = reach
+            # The last key's sequence is the last to have a sink in the tile, if there is one.
+            last_start = _at(start, jnp.clip(last, 0, rows - 1))
+            holds_sink = last_start + num_sinks - 1 >= first
+            near = jnp.where(holds_sink, last_start + reach - 1, last_seeing)
+            last_seeing = jnp.maximum(last_seeing, near)
+        high = jnp.minimum(high, last_seeing)
         clear_stop = jnp.minimum(clear_stop, first + window + 1)
     low = jnp.maximum(first, 0)
     begin, end = _tiles_of(low, jnp.minimum(high, rows - 1), query_tile)
@@ -141,22 +174,45 @@ def fetched_sink_key_plan(
     return (-(-slots // key_tile)).astype(jnp.int32)
 
 
-def fetched_sink_query_plan(
+def sink_query_plan(
+    start: Int[Array, "..."], reach: int, *, rows: int, query_tile: int, chunk: int
+) -> Int[Array, "... chunks 2"]:
+    """Query tiles, of each chunk of queries, that may see sinks from afar.
+
+    They are those of the sequence that the chunk's first query is in, ``reach`` or more after
+    its start.
+
+    Returns:
+        Half-open ranges of tiles.
+    """
+    first, last = _tile_edges((0, rows), chunk)
+    crossing = _at(start, first)
+    low = jnp.maximum(first, crossing + reach)
+    high = jnp.minimum(last, _queries_from(start, crossing, rows) - 1)
+    return jnp.stack(jnp.broadcast_arrays(*_tiles_of(low, high, query_tile)), axis=-1)
+
+
+def sink_chunk_plan(
     start: Int[Array, "..."],
-    window: int,
+    num_sinks: int,
     *,
     rows: int,
-    query_tile: int,
+    chunk: int,
     length: int,
     key_tile: int,
 ) -> Int[Array, "... tiles 2"]:
-    """Half-open range of query tiles that see each tile of fetched sinks."""
-    first = jnp.arange(0, length, key_tile, dtype=jnp.int32)
-    crossing = _crossing(start)
-    low = jnp.maximum(crossing + first + window + 1, 0)
-    high = _queries_from(start, crossing, rows) - 1
-    high = jnp.where(crossing + first < 0, high, -1)
-    return jnp.stack(_tiles_of(low, high, query_tile), axis=-1).astype(jnp.int32)
+    """Chunks, as in `sink_query_plan`, whose first query's sequence has sinks in a tile of keys.
+
+    Returns:
+        Half-open ranges of chunks.
+    """
+    first, last = _tile_edges((0, length), key_tile)
+    chunks, _ = _tile_edges((0, rows), chunk)
+    sinks = jnp.maximum(_at(start, chunks), 0)
+    sinks = jnp.broadcast_to(sinks, (*start.shape[:-1], chunks.size))
+    begin = _count_up_to(sinks + num_sinks, first)
+    end = _count_up_to(sinks, last)
+    return jnp.stack((begin, jnp.maximum(begin, end)), axis=-1).astype(jnp.int32)
 
 
 def _tile_edges(span: tuple[int, int], tile: int):
@@ -180,11 +236,17 @@ def _windows_begin(query, start, window):
 
 def _queries_from(start, keys, rows):
     """How many of the first ``rows`` queries are in a sequence that starts at or before a key."""
-    keys = jnp.broadcast_to(keys, (*start.shape[:-1], keys.shape[-1]))
     if not start.ndim:
         return jnp.where(start <= keys, rows, 0)
-    count = jax.vmap(lambda s, k: jnp.searchsorted(s, k, side="right"))(start, keys)
-    return jnp.minimum(count, rows).astype(jnp.int32)
+    return jnp.minimum(_count_up_to(start, keys), rows).astype(jnp.int32)
+
+
+def _count_up_to(sorted_values, values):
+    """How many of the sorted values, of each row, are at most each value."""
+    if sorted_values.ndim == 1:
+        return jnp.searchsorted(sorted_values, values, side="right")
+    values = jnp.broadcast_to(values, (sorted_values.shape[0], values.shape[-1]))
+    return jax.vmap(lambda row, x: jnp.searchsorted(row, x, side="right"))(sorted_values, values)
 
 
 def _tiles_of(low, high, tile):

@@ -11,11 +11,10 @@ from jax import Array
 from pallas_kernels import _device
 from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State
 from pallas_kernels._tiles import TritonPlan, sink_tile, triton_plan
-from pallas_kernels._triton_backward import backward_keys, backward_query
+from pallas_kernels._triton_backward_keys import QueryArrays, backward_keys
+from pallas_kernels._triton_backward_query import backward_query
+from pallas_kernels._triton_backward_sinks import backward_fetched_sinks, backward_own_sinks
 from pallas_kernels._triton_forward import forward as _forward
-
-SINK_SPLITS = 32
-"""Programs that share the queries of a tile of fetched sinks, which see many."""
 
 
 def check(spec: Spec, query: Array, value: Array) -> None:
@@ -41,9 +40,9 @@ def check(spec: Spec, query: Array, value: Array) -> None:
         )
 
 
-def query_tile_rows(spec: Spec, query: Array, value: Array) -> int:
+def query_tile_rows(spec: Spec, query: Array, run: KeyRun) -> int:
     """Launches begin at multiples of a query tile."""
-    return _plan(spec, query, value).forward.query
+    return _plan(spec, query, run).forward.query
 
 
 def forward(
@@ -71,7 +70,7 @@ def forward(
         rows=rows,
         resume=resume,
         out_dtype=out_dtype,
-        tiles=_plan(spec, query, runs[0].value).forward,
+        tiles=_plan(spec, query, runs[0]).forward,
         interpret=_device.interprets("triton"),
     )
 
@@ -82,75 +81,74 @@ def backward(
     runs: tuple[KeyRun, ...],
     sinks: SinkRun | None,
     start: Starts,
+    out: Array,
     dout: Array,
     lse: Array,
-    delta: Array,
     dquery: Array | None,
     *,
     rows: int,
     dquery_dtype: jnp.dtype,
     dkey_dtype: jnp.dtype,
-) -> tuple[Array, tuple[tuple[Array, Array], ...], SinkRun | None]:
+) -> tuple[Array, tuple[tuple[Array, Array], ...], SinkRun | None, Array]:
     """As ``pallas_kernels._xla.backward``."""
-    plan = _plan(spec, query, runs[0].value)
+    plan = _plan(spec, query, runs[0])
     interpret = _device.interprets("triton")
-
-    def keys_of(keys, offset, out_dtype, splits, launches):
-        """Gradients of a run by launches of (tiles, (whether dkey, whether dvalue))."""
-        return [
-            gradient
-            for tiles, wanted in launches
-            for gradient in backward_keys(
-                spec,
-                query,
-                keys,
-                offset,
-                start,
-                dout,
-                lse,
-                delta,
-                rows=rows,
-                out_dtype=out_dtype,
-                tiles=tiles,
-                splits=splits,
-                wanted=wanted,
-                interpret=interpret,
-            )
-        ]
-
-    if plan.dvalue is None:
-        launches = [(plan.dkey, (True, True))]
-    else:
-        launches = [(plan.dkey, (True, False)), (plan.dvalue, (False, True))]
-    dkeys = []
-    for run in runs:
-        dkey, dvalue = keys_of((run.key, run.value), run.offset, dkey_dtype, 1, launches)
-        dkeys.append((dkey[0], dvalue[0]))
-    dsinks = None
-    if sinks is not None:
-        tile = sink_tile(sinks.key.shape[1])
-        launches = [(dataclasses.replace(tiles, key=tile), wanted) for tiles, wanted in launches]
-        keys = (sinks.key.astype(query.dtype), sinks.value.astype(query.dtype))
-        parts = keys_of(keys, None, jnp.float32, SINK_SPLITS, launches)
-        dsinks = SinkRun(*(x.sum(0) for x in parts))
-    dquery = backward_query(
+    dquery, delta = backward_query(
         spec,
         query,
         runs,
         sinks,
         start,
+        out,
         dout,
         lse,
-        delta,
         dquery,
         rows=rows,
         out_dtype=dquery_dtype,
         tiles=plan.dquery,
         interpret=interpret,
     )
-    return dquery, tuple(dkeys), dsinks
+    queries = QueryArrays(query, dout, lse, delta, start)
+    sink_tiles = dataclasses.replace(plan.dkey, key=sink_tile(spec.num_sinks))
+    dsinks = None
+    if sinks is not None:
+        key_value = (sinks.key.astype(query.dtype), sinks.value.astype(query.dtype))
+        parts = backward_fetched_sinks(
+            spec, queries, key_value, rows=rows, tiles=sink_tiles, interpret=interpret
+        )
+        dsinks = SinkRun(*(x.sum(0) for x in parts))
+    dkeys = []
+    for run in runs:
+        far = None
+        if spec.sinks_in(run.offset):
+            far = backward_own_sinks(
+                spec, queries, run, rows=rows, tiles=sink_tiles, interpret=interpret
+            )
+        if plan.dvalue is None:
+            launches = [(plan.dkey, (True, True))]
+        else:
+            launches = [(plan.dkey, (True, False)), (plan.dvalue, (False, True))]
+        gradients = [
+            gradient
+            for tiles, wanted in launches
+            for gradient in backward_keys(
+                spec,
+                queries,
+                run,
+                far,
+                out_dtype=dkey_dtype,
+                rows=rows,
+                tiles=tiles,
+                wanted=wanted,
+                interpret=interpret,
+            )
+        ]
+        dkeys.append((gradients[0], gradients[1]))
+    return dquery, tuple(dkeys), dsinks, delta
 
 
-def _plan(spec: Spec, query: Array, value: Array) -> TritonPlan:
-    plan = triton_plan(query.dtype, query.shape[-1], value.shape[-1], spec.window)
+def _plan(spec: Spec, query: Array, run: KeyRun) -> TritonPlan:
+    heads, dim = query.shape[2:]
+    group = heads // run.key.shape[2]
+    plan = triton_plan(query.dtype, dim, run.value.shape[-1], spec.window, group)
     return plan.fit(query.shape[1])

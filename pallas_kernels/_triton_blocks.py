@@ -25,34 +25,46 @@ def head_parts(dim: int) -> tuple[tuple[int, int], ...]:
     return tuple(parts)
 
 
-def load_rows(ref: Any, begin, size: int, valid=None, *, head=None) -> list[Array]:
-    """Rows ``begin..begin+size-1`` of a [rows, H] or [rows, heads, H] ref, in head parts.
+Rows = tuple[Any, ...]
+"""Indexers of all axes but the last: a slice, with or without a head, or two equal arrays."""
+
+
+def load_rows(ref: Any, rows: Rows, valid=None) -> list[Array]:
+    """Rows of a [rows, H] or [rows, heads, H] ref, in head parts: a list of [size, width].
 
     ``valid`` masks rows, which are then 0; None where all exist.
     """
-    rows = pl.ds(begin, size)
     loaded = []
-    for part, width in head_parts(ref.shape[-1]):
-        index = (rows, pl.ds(part, width)) if head is None else (rows, head, pl.ds(part, width))
+    for begin, width in head_parts(ref.shape[-1]):
+        at = _columns(ref, rows, begin, width)
         if valid is None:
-            loaded.append(plgpu.load(ref.at[index]))
+            loaded.append(plgpu.load(at))
         else:
-            mask = jnp.broadcast_to(valid[:, None], (size, width))
-            loaded.append(plgpu.load(ref.at[index], mask=mask, other=0.0))
+            mask = jnp.broadcast_to(valid[:, None], (valid.size, width))
+            loaded.append(plgpu.load(at, mask=mask, other=0.0))
     return loaded
 
 
-def store_rows(ref: Any, begin, parts: list[Array], valid=None) -> None:
+def store_rows(ref: Any, rows: Rows, parts: list[Array], valid=None) -> None:
     """The counterpart of ``load_rows``."""
-    for (part, width), x in zip(head_parts(ref.shape[-1]), parts, strict=True):
+    for (begin, width), x in zip(head_parts(ref.shape[-1]), parts, strict=True):
         mask = None if valid is None else jnp.broadcast_to(valid[:, None], x.shape)
-        at = ref.at[pl.ds(begin, x.shape[0]), pl.ds(part, width)]
-        plgpu.store(at, x.astype(ref.dtype), mask=mask)
+        plgpu.store(_columns(ref, rows, begin, width), x.astype(ref.dtype), mask=mask)
 
 
-def load_vector(ref: Any, begin, size: int, valid=None, *, head=None) -> Array:
-    """Elements ``begin..begin+size-1`` of a [rows] or [heads, rows] ref; 0 where not valid."""
-    index = pl.ds(begin, size) if head is None else (head, pl.ds(begin, size))
+def _columns(ref: Any, rows: Rows, begin: int, width: int):
+    vectors = [x for x in rows if getattr(x, "ndim", 0)]
+    if not vectors:
+        return ref.at[(*rows, pl.ds(begin, width))]
+    # Interpret mode takes slices or arrays, not both.
+    shape = (vectors[0].size, width)
+    columns = jnp.broadcast_to(begin + jnp.arange(width, dtype=jnp.int32), shape)
+    index = [jnp.broadcast_to(x[:, None] if jnp.ndim(x) else x, shape) for x in rows]
+    return ref.at[(*index, columns)]
+
+
+def load_vector(ref: Any, index: Rows, valid=None) -> Array:
+    """Elements of a ref; 0 where not valid."""
     if valid is None:
         return plgpu.load(ref.at[index])
     return plgpu.load(ref.at[index], mask=valid, other=0)
@@ -98,6 +110,11 @@ def exp2_scaled(logits: Array, factor: float, top: Array, *, interpret: bool) ->
         result_shape_dtypes=[jax.ShapeDtypeStruct(logits.shape, jnp.float32)],
     )
     return weights
+
+
+def log2_sums(lse: Array) -> Array:
+    """Log-sum-exp in base 2, 0 for a query without keys."""
+    return jnp.where(lse > -jnp.inf, lse * LOG2_E, 0.0)
 
 
 def batch_block(x: Any) -> pl.BlockSpec:

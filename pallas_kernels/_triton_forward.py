@@ -1,4 +1,4 @@
-"""Forward kernel in Pallas-Triton: one program a tile of queries of one head.
+"""Forward kernel in Pallas-Triton: one program a tile of queries.
 
 The online softmax runs in base 2 and keeps ``LOWEST`` instead of -inf as the maximum of a query
 that has seen no key, so that no difference of infinities arises.
@@ -60,21 +60,20 @@ def forward(
 
     def kernel(before, refs, out_ref, lse_ref):
         tile = walk.query_tile(refs)
-        queries = load_rows(refs["query"], tile.begin, tiles.query, tile.valid)
+        queries = load_rows(refs["query"], tile.rows, tile.valid)
         if resume:
             out, lse = before
-            acc = load_rows(out, tile.begin, tiles.query, tile.valid)
-            acc = [x.astype(jnp.float32) for x in acc]
-            lse = load_vector(lse, tile.begin, tiles.query, tile.valid)
+            acc = [x.astype(jnp.float32) for x in load_rows(out, tile.rows, tile.valid)]
+            lse = load_vector(lse, tile.flat, tile.valid)
             top = jnp.where(lse > -jnp.inf, lse * LOG2_E, LOWEST)
             total = jnp.where(lse > -jnp.inf, 1.0, 0.0)
         else:
             widths = [width for _, width in head_parts(value_dim)]
-            acc = [jnp.zeros((tiles.query, width), jnp.float32) for width in widths]
-            top = jnp.full((tiles.query,), LOWEST, jnp.float32)
-            total = jnp.zeros((tiles.query,), jnp.float32)
+            acc = [jnp.zeros((walk.size, width), jnp.float32) for width in widths]
+            top = jnp.full((walk.size,), LOWEST, jnp.float32)
+            total = jnp.zeros((walk.size,), jnp.float32)
             if sink_logits is not None:
-                learned = refs["sink_logits"][pl.program_id(1)]
+                learned = walk.head_values(refs["sink_logits"])
                 top = jnp.maximum(top, learned * LOG2_E)
                 total = jnp.where(learned > -jnp.inf, 1.0, total)
 
@@ -97,9 +96,9 @@ def forward(
         top, total, *acc = walk.fold(refs, tile, absorb, (top, total, *acc))
         alive = total > 0
         inverse = jnp.where(alive, 1 / total, 0.0)
-        store_rows(out_ref, tile.begin, [x * inverse[:, None] for x in acc], tile.valid)
+        store_rows(out_ref, tile.rows, [x * inverse[:, None] for x in acc], tile.valid)
         lse = jnp.where(alive, top / LOG2_E + jnp.log(total), -jnp.inf)
-        plgpu.store(lse_ref.at[pl.ds(tile.begin, tiles.query)], lse, mask=tile.valid)
+        plgpu.store(lse_ref.at[tile.flat], lse, mask=tile.valid)
 
     out, lse = pl.pallas_call(
         kernel,

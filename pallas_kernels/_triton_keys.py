@@ -7,25 +7,38 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels._band import fetched_sink_key_plan, key_plan, sees, sees_fetched_sink
+from pallas_kernels._band import (
+    fetched_sink_key_plan,
+    key_plan,
+    sees,
+    sees_fetched_sink,
+    sees_sink_before,
+)
 from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts
 from pallas_kernels._tiles import TritonTiles, sink_tile
-from pallas_kernels._triton_blocks import batch_block, column, load_rows, load_vector
+from pallas_kernels._triton_blocks import Rows, batch_block, column, load_rows, load_vector
 
 
 class QueryTile(NamedTuple):
-    """The queries of a program; ``valid`` is None where no tile is ragged."""
+    """The queries of a program, one a row and head.
+
+    ``rows`` indexes arrays of [rows(, heads), dim], ``flat`` those of [(heads, )rows].
+    ``valid`` is None where no tile is ragged.
+    """
 
     number: Array
-    begin: Array
+    rows: Rows
+    flat: Rows
     positions: Array
     valid: Array | None
     start: Array
 
 
 class KeyWalk:
-    """A launch of one program a tile of queries of one head, on the grid (tiles, N, B).
+    """A launch of one program a tile of queries, on the grid (tiles, N / heads of a tile, B).
 
+    A tile holds ``tiles.query`` positions of one or several heads of a group, which read the same
+    keys: in a short window fewer of these are then masked.
     ``arrays`` and ``blocks`` hold what the walk reads: plans, starts, keys and fetched sinks.
     """
 
@@ -41,9 +54,11 @@ class KeyWalk:
     ):
         self.spec, self.rows, self.tiles = spec, rows, tiles
         self.offsets = tuple(run.offset for run in runs)
-        self.group = query.shape[2] // runs[0].key.shape[2]
+        group = query.shape[2] // runs[0].key.shape[2]
+        self.heads = tiles.heads
+        self.size = tiles.query * self.heads
         self.num_tiles = -(-(rows[1] - rows[0]) // tiles.query)
-        self.grid = (self.num_tiles, query.shape[2], query.shape[0])
+        self.grid = (self.num_tiles, query.shape[2] // self.heads, query.shape[0])
         self.packed = start.ndim > 0
         plans = [
             key_plan(
@@ -63,52 +78,70 @@ class KeyWalk:
             "plans": [plan if self.packed else plan[None] for plan in plans],
             "keys": [(run.key, run.value) for run in runs],
         }
+        self.blocks: dict[str, Any] = {
+            "start": batch_block(self.arrays["start"]),
+            "plans": [batch_block(plan) for plan in self.arrays["plans"]],
+            "keys": [tuple(self._key_block(x, group) for x in kv) for kv in self.arrays["keys"]],
+        }
         if sinks is not None:
             assert spec.window is not None
-            self.sink_tile = sink_tile(sinks.key.shape[1])
             plan = fetched_sink_key_plan(
                 start,
                 spec.window,
                 rows=rows,
                 query_tile=tiles.query,
                 length=sinks.key.shape[1],
-                key_tile=self.sink_tile,
+                key_tile=sink_tile(spec.num_sinks),
             )
             self.arrays["sink_plan"] = plan if self.packed else plan[None]
             # Fetched sinks hold values of the keys' dtype, so this cast loses nothing.
             self.arrays["sinks"] = tuple(x.astype(query.dtype) for x in sinks)
-        self.blocks: dict[str, Any] = {
-            "start": batch_block(self.arrays["start"]),
-            "plans": [batch_block(plan) for plan in self.arrays["plans"]],
-            "keys": [
-                tuple(self.head_block(x, self.group) for x in kv) for kv in self.arrays["keys"]
-            ],
-        }
-        if sinks is not None:
             self.blocks["sink_plan"] = batch_block(self.arrays["sink_plan"])
-            self.blocks["sinks"] = tuple(self.head_block(x, self.group) for x in sinks)
+            self.blocks["sinks"] = tuple(self._key_block(x, group) for x in sinks)
 
-    def head_block(self, x: Any, group: int = 1) -> pl.BlockSpec:
-        """All rows of a head of [B, rows, heads, dim] that a group of the grid's heads shares."""
-        block = (None, x.shape[1], None, x.shape[3])
-        return pl.BlockSpec(block, lambda t, n, b: (b, 0, lax.div(n, group), 0))
+    def head_block(self, x: Any) -> pl.BlockSpec:
+        """All rows of the heads of a tile, of [B, rows, N, dim]."""
+        heads = None if self.heads == 1 else self.heads
+        block = (None, x.shape[1], heads, x.shape[3])
+        return pl.BlockSpec(block, lambda t, n, b: (b, 0, n, 0))
 
     def lse_block(self, x: Any) -> pl.BlockSpec:
-        """All rows of a head of [B, N, rows]."""
-        return pl.BlockSpec((None, None, x.shape[2]), lambda t, n, b: (b, n, 0))
+        """All rows of the heads of a tile, of [B, N, rows]."""
+        heads = None if self.heads == 1 else self.heads
+        return pl.BlockSpec((None, heads, x.shape[2]), lambda t, n, b: (b, n, 0))
+
+    def _key_block(self, x: Any, group: int) -> pl.BlockSpec:
+        sharing = group // self.heads
+        block = (None, x.shape[1], None, x.shape[3])
+        return pl.BlockSpec(block, lambda t, n, b: (b, 0, lax.div(n, sharing), 0))
 
     def query_tile(self, refs) -> QueryTile:
         """This program's queries; the last ones, which see most under a causal mask, go first."""
-        size = self.tiles.query
         index = self.num_tiles - 1 - pl.program_id(0)
-        begin = self.rows[0] + index * size
-        positions = begin + jnp.arange(size, dtype=jnp.int32)
-        ragged = (self.rows[1] - self.rows[0]) % size
+        begin = self.rows[0] + index * self.tiles.query
+        row = jnp.arange(self.size, dtype=jnp.int32)
+        positions = begin + lax.div(row, self.heads)
+        rows: Rows
+        flat: Rows
+        if self.heads == 1:
+            rows = flat = (pl.ds(begin, self.size),)
+        else:
+            head = lax.rem(row, self.heads)
+            rows, flat = (positions, head), (head, positions)
+        ragged = (self.rows[1] - self.rows[0]) % self.tiles.query
         valid = positions < self.rows[1] if ragged else None
         start = refs["start"][0]
         if self.packed:
-            start = load_vector(refs["start"], begin, size, valid)
-        return QueryTile(index, begin, positions, valid, start)
+            start = load_vector(refs["start"], (positions,), valid)
+        return QueryTile(index, rows, flat, positions, valid, start)
+
+    def head_values(self, ref) -> Array:
+        """One value a row of the tile, from [N]; a scalar for a tile of one head."""
+        first = pl.program_id(1) * self.heads
+        if self.heads == 1:
+            return ref[first]
+        row = jnp.arange(self.size, dtype=jnp.int32)
+        return load_vector(ref, (first + lax.rem(row, self.heads),))
 
     def fold(self, refs, tile: QueryTile, visit: Callable, carry):
         """Folds ``visit(carry, keys, values, seen)`` over all keys that the tile sees.
@@ -116,44 +149,57 @@ class KeyWalk:
         ``seen`` is None where every query of the tile sees every key.
         """
         for plan, offset, key_value in zip(refs["plans"], self.offsets, refs["keys"], strict=True):
-            carry = self._fold_run(plan, offset, key_value, tile, visit, carry)
+            carry = self._fold_run(refs, plan, offset, key_value, tile, visit, carry)
         if "sinks" in refs:
-            carry = self._fold_sinks(refs, tile, visit, carry)
+            carry = self._fold_fetched_sinks(refs, tile, visit, carry)
         return carry
 
-    def _fold_run(self, plan_ref, offset, key_value, tile: QueryTile, visit, carry):
+    def _fold_run(self, refs, plan_ref, offset, key_value, tile: QueryTile, visit, carry):
         size, length = self.tiles.key, key_value[0].shape[0]
         num_sinks = self.spec.sinks_in(offset)
 
         def step(t, carry, masked=True):
             begin = t * size
             if not masked:
-                keys, values = (load_rows(ref, begin, size) for ref in key_value)
-                return visit(carry, keys, values, None)
+                rows = (pl.ds(begin, size),)
+                return visit(carry, *(load_rows(ref, rows) for ref in key_value), None)
             keys, values, local, exists = _load_ragged(key_value, begin, size, length)
             i, start = column(tile.positions), column(tile.start)
             j = offset + local[None, :]
             seen = sees(i, j, start, self.spec.window, num_sinks, packed=self.packed)
             return visit(carry, keys, values, seen if exists is None else seen & exists[None, :])
 
-        sink_begin, sink_end, begin, clear_begin, clear_end, end = (
-            plan_ref[tile.number, n] for n in range(6)
-        )
+        begin, clear_begin, clear_end, end = (plan_ref[tile.number, n] for n in range(2, 6))
+        if num_sinks:
+            carry = self._fold_own_sinks(refs, begin * size, key_value, tile, visit, carry)
         if self.tiles.clear:
-            if num_sinks:
-                carry = lax.fori_loop(sink_begin, sink_end, step, carry)
             carry = lax.fori_loop(begin, clear_begin, step, carry)
             carry = lax.fori_loop(clear_begin, clear_end, lambda t, c: step(t, c, False), carry)
             return lax.fori_loop(clear_end, end, step, carry)
-        if not num_sinks:
-            return lax.fori_loop(begin, end, step, carry)
-        gap = begin - sink_end
-        return lax.fori_loop(
-            sink_begin, end - gap, lambda n, c: step(jnp.where(n < sink_end, n, n + gap), c), carry
-        )
+        return lax.fori_loop(begin, end, step, carry)
 
-    def _fold_sinks(self, refs, tile: QueryTile, visit, carry):
-        size, length = self.sink_tile, refs["sinks"][0].shape[0]
+    def _fold_own_sinks(self, refs, end, key_value, tile: QueryTile, visit, carry):
+        """The sinks before key ``end``: of the first query's sequence, as the plan says."""
+        size = sink_tile(self.spec.num_sinks)
+        row = self.rows[0] + tile.number * self.tiles.query if self.packed else 0
+        first = jnp.maximum(refs["start"][row], 0)
+        stop = jnp.minimum(refs["start"][row] + self.spec.num_sinks, end)
+        stop = jnp.minimum(stop, key_value[0].shape[0])
+
+        def step(t, carry):
+            j = first + t * size + jnp.arange(size, dtype=jnp.int32)
+            keys, values = (
+                load_rows(ref, (pl.ds(first + t * size, size),), j < stop) for ref in key_value
+            )
+            i, start = column(tile.positions), column(tile.start)
+            seen = sees_sink_before(i, j[None, :], start, self.spec.num_sinks, stop)
+            return visit(carry, keys, values, seen)
+
+        count = lax.div(jnp.maximum(stop - first, 0) + size - 1, size)
+        return lax.fori_loop(0, count, step, carry)
+
+    def _fold_fetched_sinks(self, refs, tile: QueryTile, visit, carry):
+        size, length = sink_tile(self.spec.num_sinks), refs["sinks"][0].shape[0]
         crossing = refs["start"][0]
 
         def step(t, carry):
@@ -170,5 +216,5 @@ def _load_ragged(key_value, begin, size: int, length: int):
     """Keys and values of a tile, their indices, and which exist (None: all)."""
     local = begin + jnp.arange(size, dtype=jnp.int32)
     exists = local < length if length % size else None
-    keys, values = (load_rows(ref, begin, size, exists) for ref in key_value)
+    keys, values = (load_rows(ref, (pl.ds(begin, size),), exists) for ref in key_value)
     return keys, values, local, exists

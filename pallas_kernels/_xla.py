@@ -33,9 +33,9 @@ def check(spec: Spec, query: Array, value: Array) -> None:
     del spec, query, value
 
 
-def query_tile_rows(spec: Spec, query: Array, value: Array) -> int:
+def query_tile_rows(spec: Spec, query: Array, run: KeyRun) -> int:
     """Launches may begin at any row."""
-    del spec, query, value
+    del spec, query, run
     return 1
 
 
@@ -133,15 +133,15 @@ def backward(
     runs: tuple[KeyRun, ...],
     sinks: SinkRun | None,
     start: Starts,
+    out: Float[Array, "B T N Hv"],
     dout: Float[Array, "B T N Hv"],
     lse: Float[Array, "B N T"],
-    delta: Float[Array, "B N T"],
     dquery: Float[Array, "B R N H"] | None,
     *,
     rows: int,
     dquery_dtype: jnp.dtype,
     dkey_dtype: jnp.dtype,
-) -> tuple[Array, tuple[tuple[Array, Array], ...], SinkRun | None]:
+) -> tuple[Array, tuple[tuple[Array, Array], ...], SinkRun | None, Array]:
     """Gradients that flow through ``runs`` and ``sinks`` from the first ``rows`` queries.
 
     Args:
@@ -150,9 +150,9 @@ def backward(
         runs: keys, each run with its position.
         sinks: sinks fetched from other shards.
         start: where the sequence of each query starts.
-        dout: cotangent of the output.
+        out: the output.
+        dout: its cotangent.
         lse: log-sum-exp over *all* keys of a query.
-        delta: ``sum(out * dout)`` of each query.
         dquery: gradient of the first R <= rows queries through other keys, or None.
         rows: number of queries.
         dquery_dtype: of the returned gradient of the queries.
@@ -160,11 +160,14 @@ def backward(
 
     Returns:
         ``dquery`` of the first ``rows`` queries with this launch's part added, (dkey, dvalue) of
-        each run, and the gradient of the fetched sinks in the accumulator's dtype.
+        each run, the gradient of the fetched sinks in the accumulator's dtype, and
+        ``delta = sum(out * dout)`` of the first ``rows`` queries, [B, N, rows].
     """
     dtype = lse.dtype
     offsets = tuple(run.offset for run in runs)
     batch, _, heads, dim = query.shape
+    products = out[:, :rows].astype(dtype) * dout[:, :rows].astype(dtype)
+    delta = jnp.moveaxis(products.sum(-1), 1, 2)
     if dquery is None:
         total = full_like_varying(query, (batch, rows, heads, dim), 0, dtype)
     else:
@@ -220,7 +223,8 @@ def backward(
 
     bounds = (start, _plans(spec, runs, start, (0, rows)))
     keys = tuple((run.key, run.value) for run in runs)
-    return _each_row(one_row, bounds)(query, keys, sinks, dout, lse, delta, total)
+    gradients = _each_row(one_row, bounds)(query, keys, sinks, dout, lse, delta, total)
+    return *gradients, delta
 
 
 class _QueryTile(NamedTuple):

@@ -5,7 +5,7 @@ import random
 import jax
 import pytest
 
-from pallas_kernels import _triton
+from pallas_kernels import _triton, _triton_backward_sinks
 from pallas_kernels._tiles import TritonPlan, TritonTiles
 from tests.cases import Case, random_case
 from tests.routes import check
@@ -21,19 +21,28 @@ CASES = {
         33, 3, 50, 2, ((40, 59), (7, -3, 60, 29)), batch=2, learned=True, dims=(16, 32)
     ),
     "sinks_far_away": Case(20, 4, 9, 17, ((17, 63),), packed=True, heads=(3, 1)),
+    "sinks_far_behind": Case(80, 2, 9, 3, ((7, 110, 43), (150, 10)), batch=2, heads=(4, 2)),
     "bfloat16": Case(40, 2, 17, 3, ((25, 55),), dtype="bfloat16", heads=(4, 2), learned=True),
 }
+
+QUICK = ("ragged", "rows_before_halo", "sinks_far_away", "sinks_far_behind")
 
 
 @pytest.fixture(params=[True, False], ids=["clear", "masked"])
 def small_tiles(request, monkeypatch):
-    """Tiles of 16 x 16, with and without a loop for tiles that need no mask."""
-    tiles = TritonTiles(16, 16, 4, 2, clear=request.param)
+    """Tiles of 16 x 16, with and without a loop for tiles that need no mask.
 
-    def plan(dtype, head_dim, value_dim, window):
-        return TritonPlan(tiles, tiles, tiles, dvalue=tiles if head_dim == 48 else None)
+    Tiles of queries hold one head, or two where a group has as many.
+    """
+    tiles = TritonTiles(16, 16, 4, 2, clear=request.param)
+    rows = tiles if request.param else TritonTiles(8, 16, 4, 2, clear=False, heads=2)
+
+    def plan(dtype, head_dim, value_dim, window, group):
+        dvalue = rows if head_dim == 48 else None
+        return TritonPlan(rows, rows, rows, dvalue).of_group(group)
 
     monkeypatch.setattr(_triton, "triton_plan", plan)
+    monkeypatch.setattr(_triton_backward_sinks, "SINK_CHUNK", 32)
     return request.param
 
 
@@ -42,7 +51,9 @@ def check_triton(case):
     check(case, "shard_novma" if case.packed else "global", "triton")
 
 
-@pytest.mark.parametrize("name", ["ragged", "rows_before_halo", "sinks_far_away"])
+@pytest.mark.parametrize(
+    "name", ["ragged", "rows_before_halo", "sinks_far_away", "sinks_far_behind"]
+)
 @pytest.mark.parametrize("small_tiles", [True], indirect=True, ids=["clear"])
 def test_case(name, small_tiles):
     check_triton(CASES[name])

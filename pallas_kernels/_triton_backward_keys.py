@@ -1,0 +1,293 @@
+"""Backward kernel in Pallas-Triton for the gradients of keys and values, by tiles of keys.
+
+It loops over the query heads of a group, so nothing is summed afterwards and no atomics are
+needed. A sink is seen by many more queries than its neighbours; what those far from it add comes
+from a launch of its own (`_triton_backward_sinks`).
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels._band import query_plan, sees_near, sink_chunk_plan
+from pallas_kernels._spec import KeyRun, Spec, Starts, shape_like_varying
+from pallas_kernels._tiles import TritonTiles
+from pallas_kernels._triton_blocks import (
+    batch_block,
+    cap_logits,
+    dot,
+    exp2_scaled,
+    head_parts,
+    inner,
+    load_rows,
+    load_vector,
+    log2_sums,
+    store_rows,
+)
+
+
+class QueryArrays(NamedTuple):
+    """What the gradients of keys need of the queries."""
+
+    query: Array
+    dout: Array
+    lse: Array
+    delta: Array
+    start: Starts
+
+
+class FarSinks(NamedTuple):
+    """Gradients of sinks through queries that stand ``reach`` or more behind them.
+
+    ``parts`` are dkey and dvalue by chunk of queries, [chunks, B, num_sinks, K, H]: row p is of
+    the p-th sink on this shard of the sequence that the chunk's first query is in. None where no
+    query is so far.
+    """
+
+    parts: tuple[Array, Array] | None
+    chunk: int
+    reach: int
+
+
+def backward_keys(
+    spec: Spec,
+    queries: QueryArrays,
+    run: KeyRun,
+    far: FarSinks | None,
+    *,
+    rows: int,
+    out_dtype: jnp.dtype,
+    tiles: TritonTiles,
+    wanted: tuple[bool, bool],
+    interpret: bool,
+) -> list[Array]:
+    """Gradients of the keys and values of a run through the first ``rows`` queries.
+
+    Args:
+        spec: static settings.
+        queries: all queries, and what belongs to them.
+        run: keys and values.
+        far: what queries far from the run's sinks add; None if it holds no sinks.
+        rows: number of queries.
+        out_dtype: of the gradients.
+        tiles: tile sizes.
+        wanted: which of dkey and dvalue to compute.
+        interpret: run in the interpreter.
+
+    Returns:
+        The wanted gradients.
+    """
+    batch, length, num_kv, _ = run.key.shape
+    group = queries.query.shape[2] // num_kv
+    start, packed = queries.start, queries.start.ndim > 0
+    head_blocks = group // tiles.heads
+    num_sinks, reach = (0, 0) if far is None else (spec.num_sinks, far.reach)
+    plan = query_plan(
+        start,
+        spec.window,
+        num_sinks,
+        rows=rows,
+        query_tile=tiles.query,
+        offset=run.offset,
+        length=length,
+        key_tile=tiles.key,
+        reach=reach,
+    )
+    arrays, blocks = query_operands(queries, group)
+    arrays |= {"plan": plan if packed else plan[None], "keys": run[:2]}
+    blocks |= {"plan": batch_block(arrays["plan"]), "keys": tuple(map(key_block, run[:2]))}
+    if far is not None and far.parts is not None:
+        chunks = sink_chunk_plan(
+            start, num_sinks, rows=rows, chunk=far.chunk, length=length, key_tile=tiles.key
+        )
+        arrays["chunks"] = chunks if packed else chunks[None]
+        arrays["far"] = [x for x, want in zip(far.parts, wanted, strict=True) if want]
+        blocks["chunks"] = batch_block(arrays["chunks"])
+        blocks["far"] = [
+            pl.BlockSpec(
+                (x.shape[0], None, x.shape[2], None, x.shape[4]), lambda t, n, b: (0, b, 0, n, 0)
+            )
+            for x in arrays["far"]
+        ]
+    shapes = [
+        shape_like_varying(queries.query, x.shape, out_dtype)
+        for x, want in zip(run[:2], wanted, strict=True)
+        if want
+    ]
+
+    def kernel(refs, *out_refs):
+        index = pl.program_id(0)
+        first_key = index * tiles.key
+        local = first_key + jnp.arange(tiles.key, dtype=jnp.int32)
+        exists = local < length if length % tiles.key else None
+        key_rows = (pl.ds(first_key, tiles.key),)
+        key_value = [load_rows(ref, key_rows, exists) for ref in refs["keys"]]
+        j = run.offset + local[:, None]
+
+        def seen(i, start):
+            return sees_near(i, j, start, spec.window, num_sinks, reach, packed=packed)
+
+        def over(begin, end, acc, masked):
+            """Visits the tiles of all heads of the group in one loop."""
+            count = end - begin
+            inverse = 1 / count.astype(jnp.float32)
+
+            def step(n, acc):
+                block = 0
+                if head_blocks > 1:
+                    # Exact for so few numbers, and much faster than to divide integers.
+                    block = ((n.astype(jnp.float32) + 0.5) * inverse).astype(jnp.int32)
+                    n = n - block * count
+                first = (begin + n) * tiles.query
+                mask = seen if masked else None
+                pair = load_queries(refs, tiles, first, rows, block, mask)
+                return add_gradients(spec, key_value, pair, acc, wanted, interpret)
+
+            return lax.fori_loop(0, count * head_blocks, step, acc)
+
+        acc = zero_gradients(tiles.key, run[:2], wanted)
+        begin, clear_begin, clear_end, end = (refs["plan"][index, n] for n in range(4))
+        if tiles.clear:
+            acc = over(begin, clear_begin, acc, True)
+            acc = over(clear_begin, clear_end, acc, False)
+            acc = over(clear_end, end, acc, True)
+        else:
+            acc = over(begin, end, acc, True)
+        results = finished(spec, acc, wanted)
+        if "far" in refs:
+            assert far is not None
+
+            def add_chunk(c, results):
+                chunk_start = refs["start"][c * far.chunk if packed else 0]
+                row = local - jnp.maximum(chunk_start, 0)
+                own = (row >= 0) & (row < num_sinks)
+                index = (c, jnp.clip(row, 0, num_sinks - 1))
+                parts = (load_rows(ref, index, own) for ref in refs["far"])
+                return [
+                    [x + y for x, y in zip(result, part, strict=True)]
+                    for result, part in zip(results, parts, strict=True)
+                ]
+
+            first_chunk, end_chunk = refs["chunks"][index, 0], refs["chunks"][index, 1]
+            results = lax.fori_loop(first_chunk, end_chunk, add_chunk, results)
+        for out_ref, result in zip(out_refs, results, strict=True):
+            store_rows(out_ref, key_rows, result, exists)
+
+    return pl.pallas_call(
+        kernel,
+        grid=(-(-length // tiles.key), num_kv, batch),
+        in_specs=[blocks],
+        out_specs=[key_block(x) for x in shapes],
+        out_shape=shapes,
+        compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+        interpret=interpret,
+        name="ring_swa_backward_keys",
+    )(arrays)
+
+
+def query_operands(queries: QueryArrays, group: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arrays and blocks of a group of query heads, for a grid that ends in (K, B)."""
+
+    def heads(x):
+        return pl.BlockSpec((None, x.shape[1], group, x.shape[3]), lambda t, n, b: (b, 0, n, 0))
+
+    def values(x):
+        return pl.BlockSpec((None, group, x.shape[2]), lambda t, n, b: (b, n, 0))
+
+    start = queries.start if queries.start.ndim else queries.start.reshape(1, 1)
+    arrays = {**queries._asdict(), "start": start}
+    blocks = {
+        "query": heads(queries.query),
+        "dout": heads(queries.dout),
+        "lse": values(queries.lse),
+        "delta": values(queries.delta),
+        "start": batch_block(start),
+    }
+    return arrays, blocks
+
+
+def key_block(x: Any) -> pl.BlockSpec:
+    """All rows of a head of [B, rows, K, dim]."""
+    return pl.BlockSpec((None, x.shape[1], None, x.shape[3]), lambda t, n, b: (b, 0, n, 0))
+
+
+class Pair(NamedTuple):
+    """A tile of queries of one head, and which keys they see ([S, Q]; None: all)."""
+
+    queries: list[Array]
+    douts: list[Array]
+    top: Array
+    delta: Array
+    seen: Array | None
+
+
+def load_queries(refs, tiles: TritonTiles, begin, end: int, block, seen) -> Pair:
+    """Loads the queries at ``begin`` of a block of heads.
+
+    ``seen(i, start)`` is the mask, None where all is seen.
+    """
+    size, heads = tiles.query, tiles.heads
+    if heads == 1:
+        positions = begin + jnp.arange(size, dtype=jnp.int32)
+        rows, flat = (pl.ds(begin, size), block), (block, pl.ds(begin, size))
+    else:
+        row = jnp.arange(size * heads, dtype=jnp.int32)
+        positions, head = begin + lax.div(row, heads), block * heads + lax.rem(row, heads)
+        rows, flat = (positions, head), (head, positions)
+    valid = positions < end if seen is not None and end % size else None
+    mask = None
+    if seen is not None:
+        packed = refs["start"].shape[0] > 1
+        start = refs["start"][0]
+        if packed:
+            start = load_vector(refs["start"], (positions,), valid)[None, :]
+        mask = seen(positions[None, :], start)
+        mask = mask if valid is None else mask & valid[None, :]
+    return Pair(
+        load_rows(refs["query"], rows, valid),
+        load_rows(refs["dout"], rows, valid),
+        log2_sums(load_vector(refs["lse"], flat, valid)),
+        load_vector(refs["delta"], flat, valid),
+        mask,
+    )
+
+
+def zero_gradients(size: int, key_value: tuple[Any, Any], wanted: tuple[bool, bool]):
+    """(dkey, dvalue) in head parts, empty where not wanted."""
+    return tuple(
+        tuple(jnp.zeros((size, width), jnp.float32) for _, width in head_parts(x.shape[-1]))
+        if want
+        else ()
+        for want, x in zip(wanted, key_value, strict=True)
+    )
+
+
+def add_gradients(
+    spec: Spec, key_value: list[list[Array]], pair: Pair, acc, wanted: tuple[bool, bool], interpret
+):
+    """Adds the part of a tile of queries to (dkey / scale, dvalue)."""
+    key, value = key_value
+    dtype = key[0].dtype
+    logits, factor, dcap = cap_logits(spec, inner(spec, key, pair.queries))
+    weights = exp2_scaled(logits, factor, pair.top[None, :], interpret=interpret)
+    if pair.seen is not None:
+        weights = jnp.where(pair.seen, weights, 0.0)
+    dkey, dvalue = acc
+    if wanted[0]:
+        dlogits = weights * (inner(spec, value, pair.douts) - pair.delta[None, :])
+        dlogits = (dlogits if dcap is None else dlogits * dcap).astype(dtype)
+        dkey = tuple(x + dot(spec, dlogits, q) for x, q in zip(dkey, pair.queries, strict=True))
+    if wanted[1]:
+        weights = weights.astype(dtype)
+        dvalue = tuple(x + dot(spec, weights, d) for x, d in zip(dvalue, pair.douts, strict=True))
+    return dkey, dvalue
+
+
+def finished(spec: Spec, acc, wanted: tuple[bool, bool]) -> list[list[Array]]:
+    """The wanted ones of (dkey, dvalue)."""
+    dkey, dvalue = acc
+    results = ([x * spec.scale for x in dkey], list(dvalue))
+    return [x for x, want in zip(results, wanted, strict=True) if want]

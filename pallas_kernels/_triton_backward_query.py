@@ -1,0 +1,99 @@
+"""Backward kernel in Pallas-Triton for the queries' gradient, by tiles of queries.
+
+It recomputes the softmax from the log-sum-exp over all keys, and leaves ``delta`` to the kernels
+of the keys' gradients.
+"""
+
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, shape_like_varying
+from pallas_kernels._tiles import TritonTiles
+from pallas_kernels._triton_blocks import (
+    cap_logits,
+    dot,
+    exp2_scaled,
+    head_parts,
+    inner,
+    load_rows,
+    load_vector,
+    log2_sums,
+    store_rows,
+)
+from pallas_kernels._triton_keys import KeyWalk
+
+
+def backward_query(
+    spec: Spec,
+    query: Array,
+    runs: tuple[KeyRun, ...],
+    sinks: SinkRun | None,
+    start: Starts,
+    out: Array,
+    dout: Array,
+    lse: Array,
+    dquery: Array | None,
+    *,
+    rows: int,
+    out_dtype: jnp.dtype,
+    tiles: TritonTiles,
+    interpret: bool,
+) -> tuple[Array, Array]:
+    """Gradient of the first ``rows`` queries, ``dquery`` of the first R of them added; delta."""
+    batch, _, heads, dim = query.shape
+    walk = KeyWalk(spec, query, runs, sinks, start, (0, rows), tiles)
+    shapes = (
+        shape_like_varying(query, (batch, rows, heads, dim), out_dtype),
+        shape_like_varying(query, (batch, heads, rows), jnp.float32),
+    )
+    arrays = {**walk.arrays, "query": query, "out": out, "dout": dout, "lse": lse}
+    blocks = {
+        **walk.blocks,
+        "query": walk.head_block(query),
+        "out": walk.head_block(out),
+        "dout": walk.head_block(dout),
+        "lse": walk.lse_block(lse),
+    }
+    if dquery is not None:
+        arrays["dquery"], blocks["dquery"] = dquery, walk.head_block(dquery)
+
+    def kernel(refs, dquery_ref, delta_ref):
+        tile = walk.query_tile(refs)
+        queries, outs, douts = (
+            load_rows(refs[name], tile.rows, tile.valid) for name in ("query", "out", "dout")
+        )
+        top = log2_sums(load_vector(refs["lse"], tile.flat, tile.valid))
+        delta = jnp.zeros((walk.size,), jnp.float32)
+        for x, y in zip(outs, douts, strict=True):
+            delta += (x.astype(jnp.float32) * y.astype(jnp.float32)).sum(axis=1)
+        plgpu.store(delta_ref.at[tile.flat], delta, mask=tile.valid)
+
+        def visit(acc, keys, values, seen):
+            logits, factor, dcap = cap_logits(spec, inner(spec, queries, keys))
+            weights = exp2_scaled(logits, factor, top[:, None], interpret=interpret)
+            if seen is not None:
+                weights = jnp.where(seen, weights, 0.0)
+            dlogits = weights * (inner(spec, douts, values) - delta[:, None])
+            dlogits = (dlogits if dcap is None else dlogits * dcap).astype(query.dtype)
+            return tuple(x + dot(spec, dlogits, key) for x, key in zip(acc, keys, strict=True))
+
+        acc = tuple(jnp.zeros((walk.size, width), jnp.float32) for _, width in head_parts(dim))
+        total = [x * spec.scale for x in walk.fold(refs, tile, visit, acc)]
+        if dquery is not None:
+            before = load_rows(refs["dquery"], tile.rows, tile.positions < dquery.shape[1])
+            total = [x + y for x, y in zip(total, before, strict=True)]
+        store_rows(dquery_ref, tile.rows, total, tile.valid)
+
+    dquery, delta = pl.pallas_call(
+        kernel,
+        grid=walk.grid,
+        in_specs=[blocks],
+        out_specs=[walk.head_block(shapes[0]), walk.lse_block(shapes[1])],
+        out_shape=list(shapes),
+        compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+        interpret=interpret,
+        name="ring_swa_backward_query",
+    )(arrays)
+    return dquery, delta

@@ -1,0 +1,164 @@
+"""Backward kernel in Pallas-Triton for sinks seen from afar: by chunks of queries.
+
+All queries of a long sequence see its few sinks, so chunks of queries share that work. Each chunk
+leaves a partial gradient, in float32, to be added in a fixed order.
+"""
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels._band import (
+    sees_far_sink,
+    sees_fetched_sink,
+    sink_query_plan,
+    sink_reach,
+)
+from pallas_kernels._spec import KeyRun, Spec, shape_like_varying
+from pallas_kernels._tiles import TritonTiles
+from pallas_kernels._triton_backward_keys import (
+    FarSinks,
+    QueryArrays,
+    add_gradients,
+    finished,
+    key_block,
+    load_queries,
+    query_operands,
+    zero_gradients,
+)
+from pallas_kernels._triton_blocks import batch_block, load_rows, store_rows
+
+SINK_CHUNK = 512
+"""Queries of a program: enough programs for a GPU, and few partial results."""
+
+BOTH = (True, True)
+
+
+def backward_own_sinks(
+    spec: Spec, queries: QueryArrays, run: KeyRun, *, rows: int, tiles: TritonTiles, interpret: bool
+) -> FarSinks:
+    """What queries far from the sinks among the shard's own keys add to their gradients."""
+    chunk = _chunk(tiles)
+    reach = sink_reach(spec.window, spec.num_sinks, chunk)
+    if reach >= rows + spec.num_sinks:
+        return FarSinks(None, chunk, reach)
+
+    def seen(i, j, start):
+        return sees_far_sink(i, j, start, spec.num_sinks, reach)
+
+    def locate(chunk_start):
+        first = jnp.maximum(chunk_start, 0)
+        return first, first, chunk_start + spec.num_sinks - first
+
+    parts = _by_chunks(spec, queries, run[:2], rows, reach, seen, locate, tiles, chunk, interpret)
+    return FarSinks(parts, chunk, reach)
+
+
+def backward_fetched_sinks(
+    spec: Spec,
+    queries: QueryArrays,
+    key_value: tuple[Array, Array],
+    *,
+    rows: int,
+    tiles: TritonTiles,
+    interpret: bool,
+) -> tuple[Array, Array]:
+    """Gradients of fetched sinks by chunk of queries, to be summed over the first axis."""
+    assert spec.window is not None
+    window, chunk = spec.window, _chunk(tiles)
+
+    def seen(i, j, start):
+        return sees_fetched_sink(i, j, start, window, spec.num_sinks)
+
+    def locate(chunk_start):
+        return 0, chunk_start, jnp.minimum(-chunk_start, spec.num_sinks)
+
+    return _by_chunks(
+        spec, queries, key_value, rows, window + 1, seen, locate, tiles, chunk, interpret
+    )
+
+
+def _chunk(tiles: TritonTiles) -> int:
+    return max(SINK_CHUNK, tiles.query)
+
+
+def _by_chunks(
+    spec, queries, key_value, rows, reach, seen, locate, tiles, chunk, interpret
+) -> tuple[Array, Array]:
+    """Gradients of the sinks of the sequence that the first query of each chunk is in.
+
+    Args:
+        spec: static settings.
+        queries: all queries, and what belongs to them.
+        key_value: keys and values that hold the sinks.
+        rows: number of queries.
+        reach: how far behind the sequence's start its queries may begin to see sinks so.
+        seen: mask of (query, key, start) positions.
+        locate: from the sequence's start, (row of its first sink here, its position, how many).
+        tiles: tile sizes; a tile of keys holds sinks only.
+        chunk: number of queries, a multiple of a tile.
+        interpret: run in the interpreter.
+
+    Returns:
+        dkey and dvalue, [chunks, B, num_sinks, K, H] in float32.
+    """
+    batch, length, num_kv, _ = key_value[0].shape
+    group = queries.query.shape[2] // num_kv
+    packed = queries.start.ndim > 0
+    plan = sink_query_plan(queries.start, reach, rows=rows, query_tile=tiles.query, chunk=chunk)
+    arrays, blocks = query_operands(queries, group)
+    arrays |= {"plan": plan if packed else plan[None], "keys": key_value}
+    blocks |= {"plan": batch_block(arrays["plan"]), "keys": tuple(map(key_block, key_value))}
+    head_blocks = group // tiles.heads
+    num_chunks = -(-rows // chunk)
+    key_tiles = -(-spec.num_sinks // tiles.key)
+    shapes = [
+        shape_like_varying(
+            queries.query, (num_chunks, batch, spec.num_sinks, num_kv, x.shape[3]), jnp.float32
+        )
+        for x in key_value
+    ]
+
+    def kernel(refs, *out_refs):
+        index = lax.div(pl.program_id(0), key_tiles)
+        first_slot = lax.rem(pl.program_id(0), key_tiles) * tiles.key
+        slots = first_slot + jnp.arange(tiles.key, dtype=jnp.int32)
+        row, position, count = locate(refs["start"][index * chunk if packed else 0])
+        count = jnp.minimum(count, length - row)
+        exists = slots < count
+        key_rows = (pl.ds(row + first_slot, tiles.key),)
+        keys = [load_rows(ref, key_rows, exists) for ref in refs["keys"]]
+
+        def seen_by(i, start):
+            return seen(i, position + slots[:, None], start) & exists[:, None]
+
+        def step(n, acc):
+            begin = (first_tile + lax.div(n, head_blocks)) * tiles.query
+            pair = load_queries(refs, tiles, begin, rows, lax.rem(n, head_blocks), seen_by)
+            return add_gradients(spec, keys, pair, acc, BOTH, interpret)
+
+        first_tile, end_tile = refs["plan"][index, 0], refs["plan"][index, 1]
+        steps = jnp.where(count > first_slot, (end_tile - first_tile) * head_blocks, 0)
+        acc = zero_gradients(tiles.key, key_value, BOTH)
+        acc = lax.fori_loop(0, steps, step, acc)
+        for out_ref, result in zip(out_refs, finished(spec, acc, BOTH), strict=True):
+            store_rows(out_ref, (pl.ds(first_slot, tiles.key),), result, slots < spec.num_sinks)
+
+    dkey, dvalue = pl.pallas_call(
+        kernel,
+        grid=(num_chunks * key_tiles, num_kv, batch),
+        in_specs=[blocks],
+        out_specs=[
+            pl.BlockSpec(
+                (None, None, spec.num_sinks, None, x.shape[4]),
+                lambda t, n, b: (lax.div(t, key_tiles), b, 0, n, 0),
+            )
+            for x in shapes
+        ],
+        out_shape=shapes,
+        compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+        interpret=interpret,
+        name="ring_swa_backward_sinks",
+    )(arrays)
+    return dkey, dvalue
