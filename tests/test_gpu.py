@@ -1,7 +1,8 @@
 """The kernels on the GPU that is here, their outputs poisoned with NaN before they run.
 
 Every case is compared with the oracle, output and gradients, and repeated: an element that is
-never written is NaN, and the same inputs must give the same bits. Rings need two GPUs.
+never written is NaN, and the same inputs must give the same bits. Rings need two GPUs; one GPU
+runs the last chunk of a ring of equal chunks.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from tests import repeated_ring
 from tests.cases import Case
 from tests.gpu_cases import edge_case, odd_cases
 from tests.odd_cases import route_of
@@ -44,6 +46,21 @@ class Job:
             return compiled(function, arguments), arguments, self.case.expected
 
 
+@dataclasses.dataclass(frozen=True)
+class LastChunk:
+    """A case's last chunk in a ring of equal chunks, which one GPU can play."""
+
+    case: Case
+    implementation: str
+
+    def prepare(self):
+        """(compiled program, its arguments, the oracle's Result)."""
+        inputs, dout = repeated_ring.arrays(self.case)
+        arguments = (*inputs, None, dout)
+        program = compiled(repeated_ring.last_chunk(self.case, self.implementation), arguments)
+        return program, arguments, repeated_ring.expected(self.case)
+
+
 def local_job(case, implementation):
     """On one device, by the route for its kind of documents."""
     whole = case.packed or case.documents is None
@@ -51,7 +68,7 @@ def local_job(case, implementation):
 
 
 def jobs():
-    """Parameters: odd and random cases on the kernels, some odd ones on "xla", rings."""
+    """Parameters: odd and random cases on the kernels, some odd ones on "xla", parts of rings."""
     for n, (name, case) in enumerate(odd_cases().items()):
         for implementation in (*KERNELS, *(["xla"] if n % 3 == 0 else [])):
             yield pytest.param(local_job(case, implementation), id=f"{name}-{implementation}")
@@ -59,6 +76,9 @@ def jobs():
         for seed in range(32):
             job = local_job(edge_case(random.Random(seed)), implementation)
             yield pytest.param(job, id=f"random-{seed}-{implementation}")
+        for seed in range(16):
+            job = LastChunk(edge_case(random.Random(seed), devices=2 + seed % 2), implementation)
+            yield pytest.param(job, id=f"chunk-{seed}-{implementation}")
         for seed in range(16):
             case = edge_case(random.Random(seed), devices=2)
             job = Job(case, route_of(case), implementation)
