@@ -1,4 +1,4 @@
-"""Eight CPU devices, the marker `gpu`, and the fixtures that all test files share."""
+"""Eight CPU devices, the marker `gpu`, the compile gate's table, and fixtures that all share."""
 
 import jax
 import pytest
@@ -16,6 +16,19 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What ptxas said of the kernels that `test_hopper_compile.py` compiled, also under xdist."""
+    reports = [r for key in ("passed", "failed") for r in terminalreporter.getreports(key)]
+    found = (value for r in reports for key, value in r.user_properties if key == "kernels")
+    kernels = sorted(tuple(kernel) for some in found for kernel in some)
+    if not kernels:
+        return
+    terminalreporter.section(f"kernels for sm_90a, jax {jax.__version__}")
+    terminalreporter.line(f"{'variant':<22}{'kernel':<30}{'registers':>9}{'spilled':>11}")
+    for variant, name, registers, spills in kernels:
+        terminalreporter.line(f"{variant:<22}{name:<30}{registers:>9}{spills:>9} B")
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)

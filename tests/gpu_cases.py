@@ -17,11 +17,11 @@ def on_one_device(case):
 
 
 def odd_cases():
-    """Every odd case in float32 and in bfloat16, by name."""
+    """Every odd case in float32 and in bfloat16, by name; those about a dtype in theirs alone."""
     return {
         f"{name}-{dtype}": dataclasses.replace(on_one_device(case), dtype=dtype)
         for name, case in ODD.items()
-        for dtype in ("float32", "bfloat16")
+        for dtype in (("float32", "bfloat16") if case.dtype == "float32" else (case.dtype,))
     }
 
 

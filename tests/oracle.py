@@ -56,16 +56,17 @@ def visible(starts, window_size, num_sink_tokens=0):
 
 def attention(q, k, v, dout, mask, *, scale=None, logits_soft_cap=None, sink_logits=None):
     """q [B,S,N,H], k [B,S,K,H], v [B,S,K,Hv], dout [B,S,N,Hv], mask [B,S,S] -> Result."""
-    q, k, v, dout = (np.asarray(x, np.float64) for x in (q, k, v, dout))
-    batch, length, heads, dim = q.shape
-    kv_heads = k.shape[2]
+    # Heads go before positions, for products of matrices; query head n reads n // group.
+    q, k, v, dout = (np.swapaxes(np.asarray(x, np.float64), 1, 2) for x in (q, k, v, dout))
+    batch, heads, length, dim = q.shape
+    kv_heads = k.shape[1]
     group = heads // kv_heads
     scale = dim**-0.5 if scale is None else scale
-    key, value = (np.repeat(x, group, axis=2) for x in (k, v))  # query head n reads n // group
+    key, value = (np.repeat(x, group, axis=1) for x in (k, v))
     mask = mask[:, None]  # [B, 1, S, S]
     has_key = mask.any(-1, keepdims=True)
 
-    logits = np.einsum("bind,bjnd->bnij", q, key) * scale
+    logits = q @ key.mT * scale
     slope = np.ones_like(logits)
     if logits_soft_cap is not None:
         tanh = np.tanh(logits / logits_soft_cap)
@@ -83,17 +84,16 @@ def attention(q, k, v, dout, mask, *, scale=None, logits_soft_cap=None, sink_log
     denominator = np.where(has_key, denominator, 1.0)
     p = weights / denominator
 
-    out = np.einsum("bnij,bjnd->bind", p, value)
-    dp = np.einsum("bind,bjnd->bnij", dout, value)
+    out = p @ value
+    dp = dout @ value.mT
     delta = (p * dp).sum(-1, keepdims=True)
     dlogits = p * (dp - delta) * slope * scale
-    dq = np.einsum("bnij,bjnd->bind", dlogits, key)
-    dkey = np.einsum("bnij,bind->bjnd", dlogits, q)
-    dvalue = np.einsum("bnij,bind->bjnd", p, dout)
-    dk = dkey.reshape(batch, length, kv_heads, group, -1).sum(3)
-    dv = dvalue.reshape(batch, length, kv_heads, group, -1).sum(3)
+    dq = dlogits @ key
+    dk, dv = (
+        x.reshape(batch, kv_heads, group, length, -1).sum(2) for x in (dlogits.mT @ q, p.mT @ dout)
+    )
     dsink = None
     if sink_logits is not None:
         p_sink = np.where(has_key, sink_weight / denominator, 0.0)
         dsink = -(p_sink * delta).sum((0, 2, 3))
-    return Result(out, dq, dk, dv, dsink)
+    return Result(*(np.swapaxes(x, 1, 2) for x in (out, dq, dk, dv)), dsink)

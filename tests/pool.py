@@ -3,6 +3,16 @@
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
+
+from tests.routes import with_gradients
+
+
+def compiled(function, arguments):
+    """`function` with its gradients, compiled without autotuning: XLA's products need no speed."""
+    program = jax.jit(with_gradients(function)).lower(*arguments)
+    return program.compile(compiler_options={"xla_gpu_autotune_level": 0})
+
 
 @contextlib.contextmanager
 def prepared(request, threads):

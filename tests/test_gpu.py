@@ -1,9 +1,11 @@
 """The kernels on the GPU that is here, their outputs poisoned with NaN before they run.
 
 Every case is compared with the oracle, output and gradients, and repeated: an element that is
-never written is NaN, and the same inputs must give the same bits. Rings need two GPUs.
+never written is NaN, and the same inputs must give the same bits. Rings need two GPUs; one GPU
+runs the last chunk of a ring of equal chunks.
 """
 
+import contextlib
 import dataclasses
 import random
 
@@ -14,15 +16,17 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from tests import repeated_ring
 from tests.cases import Case
 from tests.gpu_cases import edge_case, odd_cases
 from tests.odd_cases import route_of
 from tests.oracle import Result
 from tests.poison import poisoned_outputs
-from tests.pool import prepared
-from tests.routes import ROUTES, compare, documents_of, with_gradients
+from tests.pool import compiled, prepared
+from tests.routes import ROUTES, compare, documents_of
 
 pytestmark = pytest.mark.gpu
+KERNELS = ("triton", "mosaic_gpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +42,23 @@ class Job:
         function, mesh = ROUTES[self.route](self.case, self.implementation)
         inputs, dout = self.case.arrays()
         arguments = (*inputs, documents_of(self.case), dout)
-        program = with_gradients(function)
-        if mesh is not None:
-            with jax.set_mesh(mesh):
-                return jax.jit(program).lower(*arguments).compile(), arguments, self.case.expected
-        return jax.jit(program).lower(*arguments).compile(), arguments, self.case.expected
+        with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+            return compiled(function, arguments), arguments, self.case.expected
+
+
+@dataclasses.dataclass(frozen=True)
+class LastChunk:
+    """A case's last chunk in a ring of equal chunks, which one GPU can play."""
+
+    case: Case
+    implementation: str
+
+    def prepare(self):
+        """(compiled program, its arguments, the oracle's Result)."""
+        inputs, dout = repeated_ring.arrays(self.case)
+        arguments = (*inputs, None, dout)
+        program = compiled(repeated_ring.last_chunk(self.case, self.implementation), arguments)
+        return program, arguments, repeated_ring.expected(self.case)
 
 
 def local_job(case, implementation):
@@ -52,18 +68,18 @@ def local_job(case, implementation):
 
 
 def jobs():
-    """Parameters: the odd cases on all implementations, the random ones on the kernels."""
-    for name, case in odd_cases().items():
-        for implementation in ("xla", "triton", "mosaic_gpu"):
+    """Parameters: odd and random cases on the kernels, some odd ones on "xla", parts of rings."""
+    for n, (name, case) in enumerate(odd_cases().items()):
+        for implementation in (*KERNELS, *(["xla"] if n % 3 == 0 else [])):
             yield pytest.param(local_job(case, implementation), id=f"{name}-{implementation}")
-    for seed in range(40):
-        for implementation in ("triton", "mosaic_gpu"):
-            case = edge_case(random.Random(seed))
-            yield pytest.param(
-                local_job(case, implementation), id=f"random-{seed}-{implementation}"
-            )
-    for seed in range(16):
-        for implementation in ("triton", "mosaic_gpu"):
+    for implementation in KERNELS:
+        for seed in range(32):
+            job = local_job(edge_case(random.Random(seed)), implementation)
+            yield pytest.param(job, id=f"random-{seed}-{implementation}")
+        for seed in range(16):
+            job = LastChunk(edge_case(random.Random(seed), devices=2 + seed % 2), implementation)
+            yield pytest.param(job, id=f"chunk-{seed}-{implementation}")
+        for seed in range(16):
             case = edge_case(random.Random(seed), devices=2)
             job = Job(case, route_of(case), implementation)
             yield pytest.param(job, id=f"ring-{seed}-{implementation}")

@@ -11,15 +11,11 @@ import ring_swa_jax as rsj
 from tests.cases import Case
 from tests.models import MODELS, Model
 from tests.oracle import Result
-from tests.pool import prepared
-from tests.routes import compare, per_shard, with_gradients
+from tests.pool import compiled, prepared
+from tests.routes import compare, per_shard
 
 pytestmark = pytest.mark.gpu
 KERNELS = ("triton", "mosaic_gpu")
-
-
-def compiled(function, arguments):
-    return jax.jit(with_gradients(function)).lower(*arguments).compile()
 
 
 @dataclasses.dataclass(frozen=True)

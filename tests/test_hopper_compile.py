@@ -17,7 +17,8 @@ from tests.models import MODELS, Model
 
 pytestmark = pytest.mark.aot
 
-KERNELS = {"ring_swa_forward", "ring_swa_backward_query", "ring_swa_backward_keys"}
+FORWARD, QUERY, KEYS = "ring_swa_forward", "ring_swa_backward_query", "ring_swa_backward_keys"
+KERNELS = {FORWARD, QUERY, KEYS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +78,38 @@ VARIANTS = {
     "float32": Variant(SMALL, dtype="float32"),
 }
 
-# (dtype, H, kernel): (bytes that a thread may spill, why that is right).
-SPILLS: dict[tuple[str, int, str], tuple[int, str]] = {}
+H256 = "dkey and its operands at H = 256; no tile was faster in benchmarks.tiles"
+HALO = "adds the halo's dquery, a tile of 128 x 256 in float32, once and after the loop"
+MASK = "starts and positions for the mask of packed sequences, beside two gradients"
+IEEE = "no tensor core computes IEEE float32: operands of products sit in registers"
+
+# (variant, kernel): (bytes a thread may spill in all launches of the kernel together, why).
+# The most that jax 0.11.2 and 0.12.0.1 spill with ptxas 13.5.
+SPILLS = {
+    ("gemma2_9b", KEYS): (28, H256),
+    ("gemma2_9b_ring", KEYS): (68, H256),
+    ("gemma2_9b_ring", QUERY): (336, HALO),
+    ("gemma3_4b", KEYS): (4, H256),
+    ("gemma3_4b_ring", KEYS): (12, H256),
+    ("gemma3_4b_ring", QUERY): (336, HALO),
+    ("sinks_segments", KEYS): (128, MASK),
+    ("sinks_segments_ring", KEYS): (252, MASK),
+    ("float32", FORWARD): (1388, IEEE),
+    ("float32", QUERY): (1028, IEEE),
+    ("float32", KEYS): (3248, IEEE),
+}
+
+
+def test_allowances_name_kernels_of_variants():
+    for name, kernel in SPILLS:
+        assert name in VARIANTS and kernel in KERNELS, (name, kernel)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_compiles_for_hopper_without_spills(name):
+def test_compiles_for_hopper_without_spills(name, record_property):
     variant = VARIANTS[name]
     program = variant.compile()
+    record_property("kernels", [[name, *dataclasses.astuple(k)] for k in program.kernels])
     assert set(program.launches) == KERNELS
     assert {base_name(kernel) for kernel in program.kernels} == KERNELS
     if variant.devices > 1:
@@ -92,12 +117,10 @@ def test_compiles_for_hopper_without_spills(name):
         assert "all-gather" not in program.hlo or variant.segments
         for kernel in KERNELS:
             assert program.launches.count(kernel) >= 2, "one for the halo, one for the chunk"
-    for kernel in program.kernels:
-        print(f"{name}: {kernel.name} {kernel.registers} registers, {kernel.spills} B spilled")
-    for kernel in program.kernels:
-        key = (variant.dtype, variant.model.dims[0], base_name(kernel))
-        allowed, _ = SPILLS.get(key, (0, ""))
-        assert kernel.spills <= allowed, (name, kernel)
+    for base in KERNELS:
+        spilled = [kernel for kernel in program.kernels if base_name(kernel) == base]
+        allowed, _ = SPILLS.get((name, base), (0, ""))
+        assert sum(kernel.spills for kernel in spilled) <= allowed, spilled
 
 
 def base_name(kernel):

@@ -1,5 +1,6 @@
 """The Pallas-Triton kernels in Pallas' interpreter, with tiles so small that every loop runs."""
 
+import dataclasses
 import random
 
 import jax
@@ -7,8 +8,11 @@ import pytest
 
 from pallas_kernels import _triton, _triton_backward_sinks
 from pallas_kernels._tiles import TritonPlan, TritonTiles
+from tests import repeated_ring
 from tests.cases import Case, random_case
-from tests.routes import check
+from tests.oracle import Result
+from tests.routes import check, compare, over_ring, per_shard, with_gradients
+from tests.test_transforms import PACKED, WHOLE, compare_each, stacked, twins
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="tests/test_gpu.py does it")
 
@@ -22,10 +26,10 @@ CASES = {
     ),
     "sinks_far_away": Case(20, 4, 9, 17, ((17, 63),), packed=True, heads=(3, 1)),
     "sinks_far_behind": Case(80, 2, 9, 3, ((7, 110, 43), (150, 10)), batch=2, heads=(4, 2)),
+    "head_parts": Case(21, 2, 9, dims=(96, 96), dtype="float16", batch=2),
+    "head_parts_192_128": Case(20, 2, 17, dims=(192, 128), learned=True),
     "bfloat16": Case(40, 2, 17, 3, ((25, 55),), dtype="bfloat16", heads=(4, 2), learned=True),
 }
-
-QUICK = ("ragged", "rows_before_halo", "sinks_far_away", "sinks_far_behind")
 
 
 @pytest.fixture(params=[True, False], ids=["clear", "masked"])
@@ -51,18 +55,50 @@ def check_triton(case):
     check(case, "shard_novma" if case.packed else "global", "triton")
 
 
-@pytest.mark.parametrize(
-    "name", ["ragged", "rows_before_halo", "sinks_far_away", "sinks_far_behind"]
-)
+def check_last_chunk(case):
+    """On one device, which is far quicker than a ring."""
+    function = repeated_ring.last_chunk(case, "triton")
+    inputs, dout = repeated_ring.arrays(case)
+    arguments = (*inputs, None, dout)
+    options = {"xla_backend_optimization_level": 0}
+    program = jax.jit(with_gradients(function)).lower(*arguments).compile(compiler_options=options)
+    result = Result(*program(*arguments))
+    compare(result, repeated_ring.expected(case), case.dtype, case)
+
+
+@pytest.mark.parametrize("name", ["ragged", "rows_before_halo"])
 @pytest.mark.parametrize("small_tiles", [True], indirect=True, ids=["clear"])
 def test_case(name, small_tiles):
     check_triton(CASES[name])
+
+
+@pytest.mark.parametrize("name", ["hops_documents_sinks", "sinks_far_behind", "head_parts"])
+@pytest.mark.parametrize("small_tiles", [True], indirect=True, ids=["clear"])
+def test_last_chunk(name, small_tiles):
+    check_last_chunk(CASES[name])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_every_case(name, small_tiles):
     check_triton(CASES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.devices > 1])
+def test_every_last_chunk(name, small_tiles):
+    check_last_chunk(CASES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [WHOLE, PACKED], ids=["whole", "packed"])
+def test_vmap(case, small_tiles):
+    """Gradients of vmap on one device, and vmap of gradients over a ring."""
+    pair = twins(case)
+    ring, _ = over_ring(False)(case, "triton")
+    alone = jax.vmap(per_shard(dataclasses.replace(case, chunk=20, devices=1), None, "triton"))
+    for program in (jax.vmap(with_gradients(ring)), with_gradients(alone)):
+        compare_each(jax.jit(program)(*stacked(pair)), pair)
 
 
 @pytest.mark.slow
