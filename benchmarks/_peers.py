@@ -133,28 +133,24 @@ def _flash_attention_3_deterministic(shape: Shape) -> Attend:
     return attend
 
 
-def _tokamax(implementation: str) -> Callable[[Shape], Attend]:
-    def build(shape: Shape) -> Attend:
-        _no_sinks(shape)
-        if shape.documents:
-            raise NotImplementedError("takes no packed documents")
-        import tokamax
+def _tokamax(shape: Shape) -> Attend:
+    _no_sinks(shape)
+    if shape.documents:
+        raise NotImplementedError("takes no packed documents")
+    import tokamax
 
-        window = None if shape.window is None else (shape.window, 0)
-        return lambda query, key, value, _: tokamax.dot_product_attention(
-            query, key, value,
-            is_causal=True, local_window_size=window, implementation=implementation,
-        )  # fmt: skip
-
-    return build
+    window = None if shape.window is None else (shape.window, 0)
+    # Its other implementations compute O(S * S) logits in the backward pass.
+    return lambda query, key, value, _: tokamax.dot_product_attention(
+        query, key, value, is_causal=True, local_window_size=window, implementation="mosaic"
+    )
 
 
 CONTENDERS = {
     **{name: Contender(_ours(name), ours=True) for name in pallas_kernels.IMPLEMENTATIONS[1:]},
     "cudnn": Contender(_cudnn),
     "fa3": Contender(_flash_attention_3),
-    "tokamax-mosaic": Contender(_tokamax("mosaic")),
-    "tokamax-triton": Contender(_tokamax("triton")),
+    "tokamax": Contender(_tokamax),
     "cudnn-deterministic": Contender(
         _cudnn, deterministic=True, options={"xla_gpu_exclude_nondeterministic_ops": True}
     ),

@@ -66,7 +66,7 @@ def main() -> None:
 
         seconds = []
         for function in functions:
-            calls = calls_within(0.2, function, wait=wait)
+            calls = calls_within(0.1, function, wait=wait)
             seconds.append(median_seconds(function, calls=calls, repeats=repeats, wait=wait))
         answer = {"forward": seconds[0], "both": seconds[1]}
     except Exception as error:  # whatever it is, the parent prints it in the table

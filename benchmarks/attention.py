@@ -100,7 +100,7 @@ def measure(shape: Shape, name: str, built, inputs: tuple[Any, ...], repeats: in
     reason = results = None
     try:
         for program, args in zip(built, (inputs[:-1], inputs), strict=True):
-            calls = calls_within(0.2, program, *args)
+            calls = calls_within(0.1, program, *args)
             times.append(median_seconds(program, *args, calls=calls, repeats=repeats))
         results = built[1](*inputs)
         if expected is not None and (far := difference(results, expected)) > 0.03:
@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument(
         "--deterministic", action="store_true", help="add the peers' deterministic backward passes"
     )
-    parser.add_argument("--quick", action="store_true", help="two repeats instead of seven")
+    parser.add_argument("--quick", action="store_true", help="two repeats instead of five")
     parser.add_argument(
         "--output", type=Path, help="JSON to write; default, for a whole run: benchmarks/results/"
     )
@@ -215,7 +215,7 @@ def main() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
     where = machine()
     print(where, flush=True)
-    rows = compare([ALL[name] for name in arguments.shapes], names, 2 if arguments.quick else 7)
+    rows = compare([ALL[name] for name in arguments.shapes], names, 2 if arguments.quick else 5)
     where |= device_rates()
     print(
         f"\nan 8192^3 matrix product: {where['matmul_tflops']:.0f} TFLOP/s, "

@@ -136,7 +136,7 @@ def backward_keys(
             inverse = 1 / count.astype(jnp.float32)
 
             def step(n, acc):
-                block = 0
+                block = jnp.int32(0)
                 if head_blocks > 1:
                     # Exact for so few numbers, and much faster than to divide integers.
                     block = ((n.astype(jnp.float32) + 0.5) * inverse).astype(jnp.int32)

@@ -124,8 +124,10 @@ def test_bfloat16_error_is_at_most_cudnns(job, programs):
 def test_default_tiles_at_the_models_windows(job, programs):
     ours, reference, arguments = result_of(programs[job])
     *inputs, dout = arguments
-    expected = [
-        None if x is None else np.asarray(x).astype(np.float64)
-        for x in reference(*inputs, dout.astype(jnp.float32))
-    ]
+    expected = Result(
+        *(
+            None if x is None else np.asarray(x).astype(np.float64)
+            for x in reference(*inputs, dout.astype(jnp.float32))
+        )
+    )
     compare(Result(*ours(*arguments)), expected, "bfloat16", job)
