@@ -28,6 +28,9 @@ PTXAS_REPORT = re.compile(
     r"(?P<load>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
     re.DOTALL,
 )
+STEP = re.compile(
+    r"= \S.*? (?:collective-permute-(start|done)\(|custom-call\(.*?/(ring_swa_[a-z_]+)/)"
+)
 LAUNCH = re.compile(r'custom-call\(.*op_name="[^"]*/(ring_swa_\w+)/')
 
 
@@ -47,6 +50,12 @@ class Program:
     hlo: str
     launches: tuple[str, ...]
     kernels: tuple[Kernel, ...]
+
+    def steps(self):
+        """Permutes ("start", "done") and launches of the entry computation, as they will run."""
+        assert "is_scheduled=true" in self.hlo.splitlines()[0]
+        lines = self.hlo[self.hlo.index("\nENTRY ") :].splitlines()
+        return [match[1] or match[2] for line in lines if (match := STEP.search(line))]
 
 
 def mesh(devices):
