@@ -40,8 +40,9 @@ class YarnScaling:
 
     Over the original length L, a frequency turns :math:`r = L \theta_m / 2\pi` times. Those with
     ``r >= beta_fast`` stay, those with ``r <= beta_slow`` are divided by ``factor``, and between
-    the two the division fades in linearly with the index m. The rotated queries and keys are
-    multiplied by ``attention_factor``, which sharpens the logits by its square.
+    the two the division fades in linearly with the index m, as in the authors' program and in all
+    models (the paper's formula fades with r). The rotated queries and keys are multiplied by
+    ``attention_factor``, which sharpens the logits by its square.
 
     Attributes:
         factor: s, by how much the context grows, at least 1.
