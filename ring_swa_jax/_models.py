@@ -76,7 +76,7 @@ _HUB = "https://huggingface.co/"
 _ONE_TO_ONE = ("local", "global")
 _THREE_TO_ONE = ("local",) * 3 + ("global",)
 _FIVE_TO_ONE = ("local",) * 5 + ("global",)
-_GEMMA_NOTES = "Gemma stores the factors of its norms less one: add 1 to the norms' factors. "
+_GEMMA_NOTES = "The checkpoint has the factors of the norms less one: add 1 to them."
 
 
 def _gemma3(name: str, sizes: dict[str, Any], *, window_size: int, num_layers: int,

@@ -1,6 +1,8 @@
 """The Flax modules: one layer in two frameworks, on one device and on eight."""
 
 import functools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +36,10 @@ IDS = np.repeat([[3] * 6 + [4] * 9 + [-1]], B, 0)
 X = np.random.default_rng(1).standard_normal((B, S, E)).astype(np.float32)
 KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 CUBE = dict(batch_axis="data", seq_axis="seq", head_axis="model")
+
+
+# Compiling is most of the time.
+quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def make_nnx(num_heads=4, in_features=E, **settings):
@@ -83,7 +89,7 @@ def loss_and_gradients(apply):
         y = apply(parameters, x, segment_ids=ids)
         return (y * jnp.cos(jnp.arange(y.size).reshape(y.shape))).sum(), y
 
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    return quick(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
 
 
 @functools.cache
@@ -112,8 +118,15 @@ def test_every_parameter_and_the_input_get_a_gradient():
     assert all(np.abs(g).max() > 1e-4 for g in jax.tree.leaves(gradients))
 
 
-@FRAMEWORKS
-@KINDS
+@pytest.mark.parametrize(
+    ("through", "kind"),
+    [
+        (through_nnx, AxisType.Explicit),
+        (through_linen, AxisType.Auto),
+        pytest.param(through_nnx, AxisType.Auto, marks=pytest.mark.slow),
+        pytest.param(through_linen, AxisType.Explicit, marks=pytest.mark.slow),
+    ],
+)
 def test_eight_devices(through, kind):
     mesh = make_mesh(kind, data=2, seq=2, model=2)
     with jax.set_mesh(mesh):
@@ -135,16 +148,13 @@ def test_parameters_cut_over_the_heads():
         sink_logits_metadata={"out_sharding": ("model",)},
     )
     with jax.set_mesh(mesh):
-        module = make_nnx(**ALL, **metadata) if False else make_nnx(**{**ALL, "seq_axis": "seq"}, **metadata)
-        assert module.query.kernel[...].sharding.spec == P(None, "model", None)
-        assert module.sink_logits[...].sharding.spec == P("model")
-        state = nnx.state(module, nnx.Param)
-        nnx.replace_by_pure_dict(state, jax.tree.map(
-            lambda new, old: jax.device_put(new, old.sharding), parameters(), nnx.to_pure_dict(state)
-        ))
-        nnx.update(module, state)
+        module = make_nnx(**{**ALL, "seq_axis": "seq"}, **metadata)
+        placed = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+        assert placed["query"]["kernel"].sharding.spec == P(None, "model", None)
+        assert placed["sink_logits"].sharding.spec == P("model")
+        values = jax.tree.map(lambda x, p: jax.device_put(x, p.sharding), parameters(), placed)
         x = jax.device_put(X, NamedSharding(mesh, P(None, "seq")))
-        y = nnx.jit(lambda module, x: module(x, segment_ids=IDS))(module, x)
+        y = quick(through_nnx({**ALL, "seq_axis": "seq"}))(values, x, segment_ids=IDS)
         assert_close(y, on_one_device()[0][1])
 
 
@@ -161,7 +171,7 @@ def test_logical_partitioning():
 
 @FRAMEWORKS
 def test_documents_of_a_pack_do_not_see_each_other(through):
-    apply = jax.jit(through(ALL))
+    apply = quick(through(ALL))
     packed = apply(parameters(), X, segment_ids=IDS)
     assert_close(apply(parameters(), X[:, 6:15])[:, :], packed[:, 6:15])
     # A padding token sees nothing: only the bias of the last projection is left.
@@ -170,7 +180,7 @@ def test_documents_of_a_pack_do_not_see_each_other(through):
 
 @FRAMEWORKS
 def test_positions(through):
-    apply = jax.jit(through(ALL))
+    apply = quick(through(ALL))
     plain = apply(parameters(), X)
     count = np.broadcast_to(np.arange(S), (B, S))
     assert_close(apply(parameters(), X, positions=count), plain)
@@ -179,19 +189,22 @@ def test_positions(through):
 
 
 def test_window_none_is_full_causal():
-    module = make_nnx(window_size=None, rope=None)
-    wide = make_nnx(window_size=S, rope=None)
-    narrow = make_nnx(window_size=2, rope=None)
-    assert_close(module(X), wide(X))
-    assert np.abs(module(X) - narrow(X)).max() > 1e-2
+    full, wide, narrow = (
+        quick(through_nnx({**ALL, "window_size": window}))(parameters(), X)
+        for window in (None, S, 2)
+    )
+    assert_close(full, wide)
+    assert np.abs(full - narrow).max() > 1e-2
 
 
 def test_parameters_are_those_of_flax():
     """A checkpoint of nnx.MultiHeadAttention fits, and without a rotation gives its output."""
     flax = nnx.MultiHeadAttention(4, E, num_kv_heads=2, decode=False, rngs=nnx.Rngs(1))
-    ours = make_nnx(num_kv_heads=2, window_size=None, rope=None)
-    nnx.update(ours, nnx.state(flax, nnx.Param))
-    assert_close(ours(X), flax(X, is_causal=True))
+    settings = dict(num_kv_heads=2, window_size=None, rope=None)
+    checkpoint = nnx.to_pure_dict(nnx.state(flax, nnx.Param))
+    want = flax(X, is_causal=True)
+    assert_close(quick(through_nnx(settings))(checkpoint, X), want)
+    assert_close(quick(through_linen(settings))(checkpoint, X), want)
 
 
 @pytest.mark.parametrize("use_out_bias", [None, True, False])
@@ -228,18 +241,15 @@ def test_dtypes(dtype, param_dtype, out):
 
 
 def test_bfloat16_is_close_to_float32():
-    y = jax.jit(through_nnx({**ALL, "dtype": "bfloat16"}))(parameters(), X, segment_ids=IDS)
+    y = quick(through_nnx({**ALL, "dtype": "bfloat16"}))(parameters(), X, segment_ids=IDS)
     want = on_one_device()[0][1]
     assert np.linalg.norm(np.float32(y) - want) < 2e-2 * np.linalg.norm(want)
 
 
-def test_norm_over_all_heads_is_not_that_of_each():
+def test_norm_over_all_heads_has_a_factor_for_each_feature():
     settings = dict(num_kv_heads=2, window_size=3, qk_norm="all_heads")
     params = nnx.to_pure_dict(nnx.eval_shape(lambda: nnx.state(make_nnx(**settings), nnx.Param)))
     assert params["query_norm"].shape == (4, 6) and params["key_norm"].shape == (2, 6)
-    each = make_nnx(num_kv_heads=2, qk_norm=True)
-    together = make_nnx(**settings)
-    assert np.abs(each(X) - together(X)).max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -310,8 +320,10 @@ def test_key_value_heads_that_the_mesh_does_not_divide(through, kind):
 
 
 def test_the_package_does_not_import_the_modules():
-    import subprocess
-    import sys
-
-    code = "import sys, ring_swa_jax; assert 'ring_swa_jax.nnx' not in sys.modules; assert 'flax.linen' not in sys.modules"
+    code = """
+import sys
+import ring_swa_jax
+assert "ring_swa_jax.nnx" not in sys.modules
+assert "flax" not in sys.modules
+"""
     subprocess.run([sys.executable, "-c", code], check=True)
