@@ -121,7 +121,8 @@ def test_yarn_keeps_the_fast_and_divides_the_slow(truncate):
 
 
 def test_truncate_moves_the_ends_to_whole_indices():
-    # By hand: 64 * log(8192 / (2 pi 32)) / log(5e5) = 18.08, 64 * log(8192 / (2 pi)) / log(5e5) = 34.98.
+    # By hand: with L = 8192 / (2 pi), 64 * log(L / 32) / log(5e5) = 18.08 and
+    # 64 * log(L) / log(5e5) = 34.98.
     plain, _ = frequencies(128, base=500000.0)
     whole, _ = frequencies(128, base=500000.0, scaling=rsj.YarnScaling(8.0, 8192))
     divided = (1 - whole / plain) / (1 - 1 / 8)
