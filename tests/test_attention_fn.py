@@ -82,7 +82,14 @@ def test_on_one_device(through, attention_fn):
     np.testing.assert_allclose(got, expected(), rtol=1e-4, atol=1e-4)
 
 
-@FRAMEWORKS
+@pytest.mark.parametrize(
+    ("through", "attention_fn"),
+    [
+        pytest.param(through_nnx, rsj.nnx.attention_fn, marks=pytest.mark.slow),
+        (through_linen, rsj.linen.attention_fn),
+    ],
+    ids=["nnx", "linen"],
+)
 def test_over_a_mesh(through, attention_fn):
     mesh = make_mesh(AxisType.Auto, data=2, seq=2, model=2)
     attend = attention_fn(**SETTINGS, batch_axis="data", head_axis="model")
@@ -161,8 +168,9 @@ def test_any_number_of_batch_dimensions():
 def test_dtype_and_precision():
     attend = rsj.nnx.attention_fn(window_size=3, seq_axis=None)
     q, k, v = WEIGHTS[:, 0]
-    assert attend(q, k, v, dtype=jnp.bfloat16).dtype == jnp.bfloat16
-    assert attend(q, k.astype(jnp.bfloat16), v).dtype == jnp.float32
+    in_bfloat16 = functools.partial(attend, dtype=jnp.bfloat16)
+    assert jax.eval_shape(in_bfloat16, q, k, v).dtype == jnp.bfloat16
+    assert jax.eval_shape(attend, q, k.astype(jnp.bfloat16), v).dtype == jnp.float32
 
     def program(precision):
         return str(jax.make_jaxpr(functools.partial(attend, precision=precision))(q, k, v))

@@ -124,6 +124,7 @@ def start_linen(mesh):
     """The same with a TrainState."""
     apply = LinenModel(mesh).apply
     state = TrainState.create(apply_fn=apply, params=parameters(), tx=TRANSFORM)
+    state = state.replace(step=jnp.int32(0))  # the weak type of 0 would not survive a checkpoint
 
     def step(state, tokens, targets, ids):
         def loss(params):
