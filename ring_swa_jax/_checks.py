@@ -60,6 +60,19 @@ def static_sinks(num_sink_tokens) -> int:
     return _static_count("num_sink_tokens", num_sink_tokens)
 
 
+def static_size(name: str, value) -> int:
+    """A size as a Python int of at least 1.
+
+    Raises:
+        TypeError: not a static integer.
+        ValueError: less than 1.
+    """
+    size = _static_count(name, value)
+    if size < 1:
+        raise ValueError(f"{name} must be at least 1, got {size}")
+    return size
+
+
 def _static_count(name: str, value) -> int:
     try:
         count = operator.index(value)
