@@ -136,7 +136,7 @@ def decode_attention(
     cache = append_sinks(cache, k, v, valid)
     if window is not None and cache.sink_key.shape[2]:
         runs.append(before_window(cache.sink_key, cache.sink_value, window))
-    if num_tokens == 1:
+    if num_tokens == 1:  # what it overwrites is out of its window, so one run has all keys
         cache = append_window(cache, k, v, valid)
         stored = stored + valid[:, 0]
     else:
@@ -145,7 +145,7 @@ def decode_attention(
     runs.append(in_window(cache.key, cache.value, slot_positions(stored, cache.num_slots)))
     out = _attend(runs, sink_logits, scale, cap).astype(q.dtype)
     if num_tokens > 1:
-        # Read before written, and nobody reads it again: so XLA writes in place.
+        # Read, then written, in this order: XLA need not keep a copy for the reader.
         cache, out = lax.optimization_barrier((cache, out))
         cache = append_window(cache, k, v, valid)
     return jnp.where(lost[..., None, None], jnp.nan, out), cache
