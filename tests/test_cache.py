@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ring_swa_jax as rsj
+from ring_swa_jax import _cache
 from ring_swa_jax._cache import Cache, init_cache, next_positions, prefill_cache
 from ring_swa_jax._decode import decode_attention
 from tests import oracle
@@ -250,6 +251,22 @@ def test_padding_among_new_tokens(chunk):
         at = at + valid.sum(1)
     assert not valid.all() and (at < LENGTH).all()
     assert_same_cache(cache, prefilled(case, at.tolist()))
+
+
+def test_no_slot_is_written_twice_in_a_step(monkeypatch):
+    """A scatter with duplicates is undefined, though a CPU lets the last one win."""
+    written = []
+    monkeypatch.setattr(
+        _cache, "_scatter", lambda buffer, slots, tokens: written.append(slots) or buffer
+    )
+    cache = init_cache(3, 2, 16, **settings(BASE))
+    valid = jnp.asarray(np.random.default_rng(0).random((3, 20)) < 0.8)
+    k = jnp.ones((3, 20, 2, 16))
+    _cache.append_window(_cache.append_sinks(cache, k, k, valid), k, k, valid)
+    assert len(written) == 4
+    for slots, held in zip(written, (2, 2, 6, 6), strict=True):
+        assert all(len(set(row)) == 20 for row in slots.tolist())
+        assert (slots < held).sum(1).tolist() == [held] * 3
 
 
 def test_endless_stream_in_constant_memory():
