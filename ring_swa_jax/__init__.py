@@ -1,16 +1,30 @@
 """Ring sliding-window and streaming-LLM attention for sequences cut over many devices."""
 
+from ring_swa_jax._models import ModelLayers as ModelLayers
+from ring_swa_jax._models import layer_settings as layer_settings
+from ring_swa_jax._models import models as models
 from ring_swa_jax._reference import reference_attention as reference_attention
 from ring_swa_jax._ring import ring_sliding_window_attn as ring_sliding_window_attn
 from ring_swa_jax._ring import ring_sliding_window_attn_varlen as ring_sliding_window_attn_varlen
 from ring_swa_jax._ring import ring_streaming_llm_attn as ring_streaming_llm_attn
 from ring_swa_jax._ring import ring_streaming_llm_attn_varlen as ring_streaming_llm_attn_varlen
+from ring_swa_jax._rope import Rope as Rope
 from ring_swa_jax._rope import apply_rope as apply_rope
+from ring_swa_jax._rope_scaling import LinearScaling as LinearScaling
+from ring_swa_jax._rope_scaling import Llama3Scaling as Llama3Scaling
+from ring_swa_jax._rope_scaling import YarnScaling as YarnScaling
 from ring_swa_jax._segments import segment_positions as segment_positions
 from ring_swa_jax._sharded import ring_attention as ring_attention
 
 __all__ = [
+    "LinearScaling",
+    "Llama3Scaling",
+    "ModelLayers",
+    "Rope",
+    "YarnScaling",
     "apply_rope",
+    "layer_settings",
+    "models",
     "reference_attention",
     "ring_attention",
     "ring_sliding_window_attn",

@@ -6,6 +6,7 @@ from collections.abc import Hashable
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import AxisType
 
 AxisName = Hashable | tuple[Hashable, ...]
 
@@ -55,3 +56,10 @@ def same_varying(axis: SequenceAxis, *trees):
         return lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(cast, trees)
+
+
+def explicit_axes(x: Array) -> set[Hashable]:
+    """Names of the Explicit axes of the mesh that x lies on."""
+    mesh = jax.typeof(x).sharding.mesh
+    axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name for name, kind in axes if kind == AxisType.Explicit}

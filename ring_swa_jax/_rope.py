@@ -1,8 +1,39 @@
 """Rotary position embedding."""
 
+import dataclasses
+import math
+
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
+
+from ring_swa_jax._rope_scaling import RopeScaling
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary settings of an attention layer; `apply_rope` says what they mean.
+
+    Attributes:
+        base: the wavelengths' base, theta.
+        rotary_dim: even number of leading features to rotate; all by default.
+        scaling: `LinearScaling`, `YarnScaling`, `Llama3Scaling` or None.
+        interleaved: whether neighbouring features are paired, not the two halves.
+    """
+
+    base: float = 10000.0
+    rotary_dim: int | None = None
+    scaling: RopeScaling | None = None
+    interleaved: bool = False
+
+    def __post_init__(self):
+        if isinstance(self.base, bool) or not isinstance(self.base, (int, float)):
+            raise TypeError(f"base must be a Python number, got {self.base!r}")
+        if not (self.base > 1 and math.isfinite(self.base)):
+            raise ValueError(f"base must be finite and more than 1, got {self.base!r}")
+        if self.rotary_dim is not None and (self.rotary_dim % 2 or self.rotary_dim <= 0):
+            raise ValueError(f"rotary_dim must be even and positive, got {self.rotary_dim!r}")
+        _check_scaling(self.scaling)
 
 
 def apply_rope(
@@ -11,12 +42,15 @@ def apply_rope(
     *,
     base: float = 10000.0,
     rotary_dim: int | None = None,
+    scaling: RopeScaling | None = None,
+    interleaved: bool = False,
 ) -> Float[Array, "B S N H"]:
     r"""Rotates queries or keys by their positions, so that ``q.k`` depends on distance alone.
 
     With R = rotary_dim, the pair :math:`(x_m, x_{m + R/2})` turns by the angle
-    :math:`p \cdot \mathrm{base}^{-2m / R}` at position p, for m in 0..R/2-1 (the two halves of
-    the head are paired, as in Llama, Gemma and gpt-oss).
+    :math:`p \cdot \theta_m` at position p, for m in 0..R/2-1 (the two halves of the head are
+    paired, as in Llama, Gemma and gpt-oss), with :math:`\theta_m = \mathrm{base}^{-2m / R}`
+    unless a scaling changes it.
 
     Args:
         x: queries or keys; computed in float32.
@@ -24,13 +58,16 @@ def apply_rope(
             all rows.
         base: the wavelengths' base, theta.
         rotary_dim: even number of leading features to rotate, all H by default.
+        scaling: of the frequencies: `LinearScaling`, `YarnScaling` or `Llama3Scaling`.
+        interleaved: pairs :math:`(x_{2m}, x_{2m + 1})` instead, as RoFormer and Command A do.
 
     Returns:
         The rotated array, in the dtype of x.
 
     Raises:
         ValueError: shapes that do not fit, or a ``rotary_dim`` that is odd or larger than H.
-        TypeError: positions that are not numbers one can count with, or x not floating-point.
+        TypeError: positions that are not numbers one can count with, x not floating-point, or a
+            scaling of another type.
 
     References:
         Su et al., RoFormer, arXiv:2104.09864.
@@ -48,11 +85,27 @@ def apply_rope(
     dim = x.shape[-1] if rotary_dim is None else rotary_dim
     if dim % 2 or not 0 < dim <= x.shape[-1]:
         raise ValueError(f"rotary_dim must be even and in 2..H={x.shape[-1]}, got {dim}")
+    _check_scaling(scaling)
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     half = dim // 2
     frequencies = base ** (-jnp.arange(half, dtype=dtype) / half)
+    if scaling is not None:
+        frequencies = scaling.frequencies(frequencies, base)
     angles = positions[..., None, None].astype(dtype) * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = x[..., :half].astype(dtype), x[..., half:dim].astype(dtype)
+    if scaling is not None:
+        cos, sin = cos * scaling.magnitude(), sin * scaling.magnitude()
+    evens, odds = slice(0, dim, 2), slice(1, dim, 2)
+    pair = (evens, odds) if interleaved else (slice(0, half), slice(half, dim))
+    first, second = (x[..., part].astype(dtype) for part in pair)
     turned = [first * cos - second * sin, second * cos + first * sin]
+    if interleaved:
+        turned = [jnp.stack(turned, axis=-1).reshape(*x.shape[:3], dim)]
     return jnp.concatenate([*turned, x[..., dim:].astype(dtype)], axis=-1).astype(x.dtype)
+
+
+def _check_scaling(scaling) -> None:
+    if scaling is not None and not isinstance(scaling, RopeScaling):
+        raise TypeError(
+            f"scaling must be a LinearScaling, YarnScaling, Llama3Scaling or None, got {scaling!r}"
+        )

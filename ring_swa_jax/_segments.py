@@ -5,9 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 
-from ring_swa_jax._axis import SequenceAxis
+from ring_swa_jax._axis import SequenceAxis, explicit_axes
 
 
 @jax.tree_util.register_dataclass
@@ -74,8 +75,13 @@ def segment_positions(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
     Returns:
         int32 positions from 0, restarting with each sequence; 0 for padding.
     """
+    spec = jax.typeof(segment_ids).sharding.spec
+    explicit = explicit_axes(segment_ids)
+    if explicit:  # JAX does not scan along a dimension that is cut
+        segment_ids = jax.sharding.reshard(segment_ids, P(*spec[:1]))
     positions = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
-    return jnp.maximum(positions - segment_starts(segment_ids), 0)
+    positions = jnp.maximum(positions - segment_starts(segment_ids), 0)
+    return jax.sharding.reshard(positions, spec) if explicit else positions
 
 
 def from_segment_ids(axis: SequenceAxis, segment_ids: Int[Array, "B T"]) -> Bounds:

@@ -231,7 +231,7 @@ def _sharded_attention(q, k, v, segment_ids, sink_logits, *, layout: _Layout, **
     }
     if explicit:
         q, k, v, segment_ids, sink_logits = (
-            None if x is None else jax.sharding.reshard(x, _only(s, explicit))
+            None if x is None else jax.sharding.reshard(x, only(s, explicit))
             for x, s in zip(arrays, specs, strict=True)
         )
     manual = set(jax.sharding.get_abstract_mesh().manual_axes)
@@ -245,7 +245,7 @@ def _sharded_attention(q, k, v, segment_ids, sink_logits, *, layout: _Layout, **
     )(q, k, v, segment_ids, sink_logits)
 
 
-def _only(spec: P, names: set[Hashable]) -> P:
+def only(spec: P, names: set[Hashable]) -> P:
     """The spec with the other axes dropped."""
     kept = [tuple(name for name in _names(axis) if name in names) or None for axis in spec]
     return P(*kept)

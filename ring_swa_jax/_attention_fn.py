@@ -1,0 +1,144 @@
+"""The adapter for the attention modules of Flax itself."""
+
+import contextlib
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax.typing import Dtype, PrecisionLike
+from jax import Array
+from jax.sharding import AbstractMesh, Mesh
+from jaxtyping import Float
+
+from ring_swa_jax import _checks
+from ring_swa_jax._axis import AxisName
+from ring_swa_jax._sharded import ring_attention
+
+
+def attention_fn(
+    *,
+    window_size: int | None,
+    num_sink_tokens: int = 0,
+    logits_soft_cap: float | None = None,
+    scale: float | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
+    seq_axis: AxisName | None = "seq",
+    batch_axis: AxisName | None = None,
+    head_axis: AxisName | None = None,
+    implementation: str | None = None,
+) -> "AttentionFn":
+    """A function for the ``attention_fn`` of Flax's own attention modules.
+
+    For `flax.nnx.MultiHeadAttention` and `flax.linen.MultiHeadDotProductAttention` as they are.
+    The attention is **causal whatever the module says**: both modules say ``is_causal=False``, or
+    nothing, by default. Functions of the same settings are equal, so that jit knows them again.
+
+    Flax's modules know neither packed sequences, rotations nor learned sinks:
+    `RingSlidingWindowAttention` does.
+
+    Args:
+        window_size: W; a token sees **W + 1 keys**: the W before it and itself, as
+            FlashAttention's ``(W, 0)``. Hugging Face's ``sliding_window=n`` is ``n - 1`` here.
+            None: all keys before it.
+        num_sink_tokens: how many first tokens of the sequence a token always sees.
+        logits_soft_cap: logits become ``cap * tanh(logits / cap)``.
+        scale: factor of ``q.k``, by default ``H**-0.5``.
+        mesh: by default that of ``jax.set_mesh``.
+        seq_axis: mesh axis or axes that cut the sequence; None: it is not cut.
+        batch_axis: mesh axis or axes that cut the batch.
+        head_axis: mesh axis or axes that cut the heads.
+        implementation: "xla", "triton", "mosaic_gpu" or None for the best here.
+
+    Returns:
+        A function of query [..., S, N, H], key [..., S, K, H] and value [..., S, K, Hv] that
+        returns [..., S, N, Hv]. It raises ValueError if asked for what it does not do: a mask
+        (Flax's cache, ``decode=True``, uses one), dropout, weights to sow, positions, or einsums
+        of one's own.
+
+    Raises:
+        ValueError: settings that do not fit.
+        TypeError: settings that are not static.
+    """
+    return AttentionFn(
+        window_size=_checks.static_window(window_size),
+        num_sink_tokens=_checks.static_sinks(num_sink_tokens),
+        logits_soft_cap=_checks.static_soft_cap(logits_soft_cap),
+        scale=scale,
+        mesh=mesh,
+        seq_axis=seq_axis,
+        batch_axis=batch_axis,
+        head_axis=head_axis,
+        implementation=implementation,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionFn:
+    """What `attention_fn` returns."""
+
+    window_size: int | None
+    num_sink_tokens: int
+    logits_soft_cap: float | None
+    scale: float | None
+    mesh: Mesh | AbstractMesh | None
+    seq_axis: AxisName | None
+    batch_axis: AxisName | None
+    head_axis: AxisName | None
+    implementation: str | None
+
+    # Linen passes only the arguments that it finds here by name, and drops the others unseen: what
+    # is refused must be named too.
+    def __call__(
+        self,
+        query: Float[Array, "*batch S N H"],
+        key: Float[Array, "*batch S K H"],
+        value: Float[Array, "*batch S K Hv"],
+        *,
+        bias: Array | None = None,
+        mask: Array | None = None,
+        dropout_rng: Array | None = None,
+        dropout_rate: float = 0.0,
+        broadcast_dropout: bool = True,
+        deterministic: bool = True,
+        dtype: Dtype | None = None,
+        precision: PrecisionLike = None,
+        module: object = None,
+        is_causal: bool = True,
+        input_positions: Array | None = None,
+        force_fp32_for_softmax: bool = False,
+        qk_attn_weights_einsum: object = None,
+        attn_weights_value_einsum: object = None,
+    ) -> Float[Array, "*batch S N Hv"]:
+        """Attends; the arguments are those of Flax's `dot_product_attention`."""
+        # Fulfilled as they are: the softmax is in float32, the attention causal.
+        del is_causal, force_fp32_for_softmax, broadcast_dropout, dropout_rng
+        refused = {
+            "a bias": bias is not None,
+            "a mask (the attention is causal and windowed by itself)": mask is not None,
+            f"dropout_rate={dropout_rate}": dropout_rate > 0 and not deterministic,
+            "sow_weights=True (the weights are never in memory)": module is not None,
+            "input_positions": input_positions is not None,
+            "qk_attn_weights_einsum": qk_attn_weights_einsum is not None,
+            "attn_weights_value_einsum": attn_weights_value_einsum is not None,
+        }
+        if any(refused.values()):
+            names = ", ".join(name for name, given in refused.items() if given)
+            raise ValueError(f"the attention_fn of ring_swa_jax cannot honour {names}")
+        dtype = jnp.result_type(query, key, value) if dtype is None else dtype
+        query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
+        batch = query.shape[:-3]
+        rows = [x.reshape(-1, *x.shape[-3:]) for x in (query, key, value)]
+        with _matmul_precision(precision):
+            context = ring_attention(*rows, **vars(self))
+        return context.reshape(*batch, *context.shape[-3:])
+
+
+def _matmul_precision(precision: PrecisionLike):
+    """Lets the attention compute as precisely as Flax's module is told to, or as JAX is."""
+    if precision is None:
+        return contextlib.nullcontext()
+    first, second = precision if isinstance(precision, tuple) else (precision, precision)
+    if first != second:
+        raise ValueError(f"precision must be the same for both operands, got {precision}")
+    name = first.name.lower() if isinstance(first, jax.lax.Precision) else first
+    return jax.default_matmul_precision(name)

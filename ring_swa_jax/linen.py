@@ -1,0 +1,183 @@
+"""Flax Linen modules: an attention layer, and an adapter for Flax's own attention."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from flax.typing import Dtype, Initializer, PrecisionLike
+from jax import Array, lax
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jaxtyping import Float, Int
+
+from ring_swa_jax._attention_fn import attention_fn as attention_fn
+from ring_swa_jax._axis import AxisName, explicit_axes
+from ring_swa_jax._layer import AttentionLayer
+from ring_swa_jax._rope import Rope
+
+__all__ = ["RingSlidingWindowAttention", "attention_fn"]
+
+
+class _Parts(NamedTuple):
+    """The layer's submodules and parameters."""
+
+    query: nn.DenseGeneral
+    key: nn.DenseGeneral
+    value: nn.DenseGeneral
+    out: nn.DenseGeneral
+    query_norm: Array | None
+    key_norm: Array | None
+    sink_logits: Array | None
+
+
+class RingSlidingWindowAttention(nn.Module):
+    """Causal self-attention to a sliding window, its sequence cut over the devices of a mesh.
+
+    The settings, parameters and maths are those of `ring_swa_jax.nnx.RingSlidingWindowAttention`,
+    which describes them, except that ``in_features`` may be left to the first x and that metadata
+    such as logical axes are given through the initialisers, as everywhere in Linen:
+    ``kernel_init=nn.with_logical_partitioning(init, ("embed", "heads", "kv"))``.
+
+    ``window_size`` is W: a token sees **W + 1 keys**, the W before it and itself, as
+    FlashAttention's ``(W, 0)``; Hugging Face's ``sliding_window=n`` is ``n - 1`` here; None makes a
+    full causal layer.
+
+    Raises:
+        ValueError: sizes or settings that do not fit.
+        TypeError: settings of another type.
+    """
+
+    num_heads: int
+    in_features: int | None = None
+    _: dataclasses.KW_ONLY
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    value_dim: int | None = None
+    out_features: int | None = None
+    window_size: int | None
+    num_sink_tokens: int = 0
+    learned_sinks: bool = False
+    logits_soft_cap: float | None = None
+    scale: float | None = None
+    qk_norm: bool | Literal["all_heads"] = False
+    qk_norm_epsilon: float = 1e-6
+    rope: Rope | None = Rope()
+    mesh: Mesh | AbstractMesh | None = None
+    seq_axis: AxisName | None = "seq"
+    batch_axis: AxisName | None = None
+    head_axis: AxisName | None = None
+    implementation: str | None = None
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    precision: PrecisionLike = None
+    use_bias: bool = True
+    use_out_bias: bool | None = None
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    out_kernel_init: Initializer | None = None
+    bias_init: Initializer = nn.initializers.zeros_init()
+    out_bias_init: Initializer | None = None
+    qk_norm_init: Initializer = nn.initializers.ones_init()
+    sink_logits_init: Initializer = nn.initializers.zeros_init()
+    qkv_promote_dtype: Callable[..., list[Any]] = promote_dtype
+    out_promote_dtype: Callable[..., list[Any]] = promote_dtype
+
+    def __call__(
+        self,
+        x: Float[Array, "B S E"],
+        *,
+        segment_ids: Int[Array, "B S"] | None = None,
+        positions: Int[Array, "B S"] | None = None,
+    ) -> Float[Array, "B S out_features"]:
+        """Attends within whole rows.
+
+        Args:
+            x: features of whole rows, in or out of jit.
+            segment_ids: a new sequence starts where the id changes; a negative id is padding.
+            positions: of the tokens, for the rotation alone; by default they start anew in every
+                sequence, or count from 0 where there are no ``segment_ids``.
+
+        Returns:
+            The layer's output; a padding token's is the bias of ``out``.
+
+        Raises:
+            ValueError: shapes or mesh axes that do not fit.
+            TypeError: ids or positions that are not integers.
+        """
+        layer = self._layer(x)
+        parts = self._parts(layer, x)
+        q, k, v = (project(x) for project in (parts.query, parts.key, parts.value))
+        positions = layer.positions(x, segment_ids, positions)
+        q, k = layer.prepare(q, k, positions, parts.query_norm, parts.key_norm)
+        context = layer.attend(q, k, v, segment_ids, parts.sink_logits)
+        return parts.out(context)
+
+    @nn.nowrap
+    def _layer(self, x: Array) -> AttentionLayer:
+        """The settings, with the features of x where none are given."""
+        in_features = x.shape[-1] if self.in_features is None else self.in_features
+        names = {field.name for field in dataclasses.fields(AttentionLayer)} - {"in_features"}
+        layer = AttentionLayer.create(
+            in_features=in_features, **{name: getattr(self, name) for name in names}
+        )
+        layer.check_input(x)
+        return layer
+
+    @nn.compact
+    def _parts(self, layer: AttentionLayer, x: Array) -> _Parts:
+        """Submodules and parameters; the only method that makes any."""
+        dense = functools.partial(
+            nn.DenseGeneral,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+        )
+        project = functools.partial(
+            dense,
+            use_bias=self.use_bias,
+            kernel_init=self.kernel_init,
+            bias_init=self.bias_init,
+            promote_dtype=self.qkv_promote_dtype,
+            dot_general=_dot_general(x, functools.partial(layer.sharding_of_heads, x)),
+        )
+        query_shape, key_shape = layer.norm_shapes
+        return _Parts(
+            query=project((layer.num_heads, layer.head_dim), name="query"),
+            key=project((layer.num_kv_heads, layer.head_dim), name="key"),
+            value=project((layer.num_kv_heads, layer.value_dim), name="value"),
+            out=dense(
+                layer.out_features,
+                axis=(-2, -1),
+                use_bias=self.use_bias if self.use_out_bias is None else self.use_out_bias,
+                kernel_init=self.out_kernel_init or self.kernel_init,
+                bias_init=self.out_bias_init or self.bias_init,
+                promote_dtype=self.out_promote_dtype,
+                dot_general=_dot_general(x, lambda _: layer.sharding_of_output(x)),
+                name="out",
+            ),
+            query_norm=self._param(self.qk_norm, "query_norm", self.qk_norm_init, query_shape),
+            key_norm=self._param(self.qk_norm, "key_norm", self.qk_norm_init, key_shape),
+            sink_logits=self._param(
+                self.learned_sinks, "sink_logits", self.sink_logits_init, (layer.num_heads,)
+            ),
+        )
+
+    @nn.nowrap
+    def _param(self, present, name: str, init: Initializer, shape) -> Array | None:
+        return self.param(name, init, shape, self.param_dtype) if present else None
+
+
+def _dot_general(x: Array, sharding_of: Callable[[Array], PartitionSpec | None]):
+    """On Explicit axes a dot_general whose result lies as told of the kernel; else the default."""
+    if not explicit_axes(x):
+        return None
+
+    def dot_general(inputs, kernel, dimensions, precision=None):
+        out_sharding = sharding_of(kernel)
+        return lax.dot_general(
+            inputs, kernel, dimensions, precision=precision, out_sharding=out_sharding
+        )
+
+    return dot_general
