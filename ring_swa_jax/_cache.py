@@ -194,11 +194,28 @@ def next_positions(
         cache: what came before.
         num_tokens: T.
         valid: False for padding, which takes up no position and gets 0; None: all are tokens.
+
+    Raises:
+        ValueError: ``valid`` is not [B, T].
+        TypeError: it is not boolean, or the cache is none.
     """
+    check_cache(cache)
     if valid is None:
         return cache.length[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)
+    valid = jnp.asarray(valid)
+    _checks.check_valid(valid, (cache.length.shape[0], num_tokens))
     rank = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
     return jnp.where(valid, cache.length[:, None] + rank, 0)
+
+
+def check_cache(cache) -> None:
+    """Checks that it is a cache.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(cache, Cache):
+        raise TypeError(f"cache must come from init_cache or a prefill, got {type(cache)}")
 
 
 def slot_positions(length: Int[Array, "B"], num_slots: int) -> Int[Array, "B C"]:

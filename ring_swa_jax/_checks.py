@@ -173,3 +173,16 @@ def check_segment_ids(segment_ids: Array, shape: tuple[int, ...] | None = None) 
     if segment_ids.ndim != 2 or (shape is not None and segment_ids.shape != shape):
         wanted = "[B, S]" if shape is None else f"[B, S] = {shape}"
         raise ValueError(f"segment_ids must have the shape {wanted}, got {segment_ids.shape}")
+
+
+def check_valid(valid: Array, shape: tuple[int, ...]) -> None:
+    """Checks that it says of each new token whether it is one.
+
+    Raises:
+        ValueError: another shape.
+        TypeError: not booleans.
+    """
+    if valid.dtype != bool:
+        raise TypeError(f"valid must be boolean, got {valid.dtype}")
+    if valid.shape != shape:
+        raise ValueError(f"valid must have the shape {shape}, got {valid.shape}")

@@ -12,6 +12,7 @@ from ring_swa_jax._cache import (
     Cache,
     append_sinks,
     append_window,
+    check_cache,
     next_positions,
     slot_positions,
     within_reach,
@@ -100,10 +101,7 @@ def decode_attention(
         valid = jnp.ones((batch, num_tokens), bool)
     else:
         valid = jnp.asarray(valid)
-        if valid.dtype != bool:
-            raise TypeError(f"valid must be boolean, got {valid.dtype}")
-        if valid.shape != (batch, num_tokens):
-            raise ValueError(f"valid must have the shape {(batch, num_tokens)}, got {valid.shape}")
+        _checks.check_valid(valid, (batch, num_tokens))
         # Weights of zero would not hide the NaN that a row's padding may hold.
         k, v = (jnp.where(valid[..., None, None], x, 0) for x in (k, v))
 
@@ -198,8 +196,7 @@ def _attend(runs, sink_logits, scale, cap) -> Float[Array, "B T N Hv"]:
 
 def _check_fits(cache, k, v, window, num_sinks, *, relative) -> None:
     """Checks that the cache is one of this layer and of keys like these."""
-    if not isinstance(cache, Cache):
-        raise TypeError(f"cache must come from init_cache or prefill_cache, got {type(cache)}")
+    check_cache(cache)
     for name, new, old in (("k", k, cache.key), ("v", v, cache.value)):
         if (new.shape[0], *new.shape[2:]) != (*old.shape[:2], old.shape[3]):
             raise ValueError(
