@@ -1,6 +1,7 @@
 """Decoding of a layer, from its projections to the attended values, for both Flax modules."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -64,7 +65,7 @@ def prefill(
         max_length=max_length,
         relative_positions=relative_positions,
     )
-    if relative_positions and _sinks_draw_near(layer, q.shape[1]):
+    if relative_positions and q.shape[1] > _same_positions(layer):
         _check_not_cut(layer, q, k)
         context = _attend_chunks(layer, q, k, v, segment_ids, learned.sink_logits)
     else:
@@ -142,11 +143,11 @@ def _attend_chunks(layer, q, k, v, segment_ids, sink_logits) -> Float[Array, "B 
     return out.reshape(batch, -1, *out.shape[3:])[:, :length]
 
 
-def _sinks_draw_near(layer: AttentionLayer, length: int) -> bool:
-    """Whether cache-relative positions may give other results than those of the sequence."""
+def _same_positions(layer: AttentionLayer) -> float:
+    """The longest prompt with equal results of cache-relative positions and of absolute ones."""
     if layer.rope is None or layer.window_size is None or layer.num_sink_tokens == 0:
-        return False
-    return length > layer.num_sink_tokens + layer.window_size + 1
+        return math.inf
+    return layer.num_sink_tokens + layer.window_size + 1
 
 
 def _check_positions(positions, relative_positions: bool) -> None:
@@ -158,13 +159,12 @@ def _check_positions(positions, relative_positions: bool) -> None:
 
 
 def _check_not_cut(layer: AttentionLayer, q, k) -> None:
-    devices = sequence_devices(
-        q, k, layer.mesh, layer.seq_axis, layer.batch_axis, layer.head_axis
-    )  # fmt: skip
+    axes = (layer.seq_axis, layer.batch_axis, layer.head_axis)
+    devices = sequence_devices(q, k, layer.mesh, *axes)
     if devices > 1:
         raise ValueError(
             f"with relative_positions=True a prompt of {q.shape[1]} tokens, more than "
-            f"num_sink_tokens + window_size + 1 = {layer.num_sink_tokens + layer.window_size + 1}, "
+            f"num_sink_tokens + window_size + 1 = {_same_positions(layer)}, "
             f"is attended in the order of its tokens, but seq_axis={layer.seq_axis!r} cuts it over "
             f"{devices} devices; prefill on a mesh where that axis has one device, or without "
             "relative_positions"

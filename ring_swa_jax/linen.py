@@ -130,10 +130,14 @@ class RingSlidingWindowAttention(nn.Module):
         Raises:
             ValueError: besides, neither ``head_dim`` nor ``in_features`` are given.
         """
-        if self.in_features is None and self.head_dim is None:
-            raise ValueError("init_cache cannot see x: give the module head_dim or in_features")
+        if self.in_features is not None:
+            in_features = self.in_features
+        elif self.head_dim is not None:
+            in_features = self.num_heads * self.head_dim  # any number: no cache depends on it
+        else:
+            raise ValueError("init_cache does not see x: give the module in_features or head_dim")
         return init_cache(
-            self._layer(self.in_features or self.num_heads * self.head_dim),
+            self._layer(in_features),
             batch_size,
             max_length=max_length,
             dtype=dtype or self.dtype or self.param_dtype,
