@@ -73,7 +73,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="first bytes of its document that every byte sees besides, in layers with a window "
         "(default: 4 in sliding-window, else 0)",
     )
-    group.add_argument("--layers", type=int, help="(default: 3, or 4 gpt-oss-like, 6 gemma-like)")
+    group.add_argument(
+        "--layers", type=int, help="(default: 3, 4 in gpt-oss-like, 6 in gemma-like)"
+    )
 
     group = parser.add_argument_group("devices")
     group.add_argument("--devices", type=int, help="how many (default: all GPUs, or 8 CPU devices)")
@@ -95,9 +97,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     if args.steps < 1:
         parser.error(f"--steps {args.steps}: at least one")
     length = len(patterns(args.window)[args.model])
-    args.layers = args.layers or {1: 3, 2: 4}.get(length, length)
-    if args.layers % length:
-        parser.error(f"--layers {args.layers}: {args.model} repeats {length} layers; a multiple")
+    if args.layers is None:
+        args.layers = -(-3 // length) * length
+    if args.layers < 1 or args.layers % length:
+        parser.error(f"--layers {args.layers}: {args.model} needs a multiple of {length}")
     return args
 
 
@@ -246,13 +249,8 @@ def continue_text(model: ByteTransformer, text: bytes, args: argparse.Namespace)
     """Samples what comes after `text`, the beginning of a document."""
     prompt = jnp.asarray(np.frombuffer(BEGIN + text, np.uint8), jnp.int32)
     with jax.set_mesh(one_device_mesh()):
-        tokens = sample(
-            on_one_device(model),
-            prompt,
-            args.sample_length,
-            args.temperature,
-            jax.random.key(args.seed),
-        )
+        settings = args.sample_length, args.temperature, jax.random.key(args.seed)
+        tokens = sample(on_one_device(model), prompt, *settings)
     continuation = np.asarray(tokens).astype(np.uint8).tobytes()
     return continuation.decode(errors="replace")
 

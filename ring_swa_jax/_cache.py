@@ -11,9 +11,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from ring_swa_jax import _checks
+from ring_swa_jax._axis import explicit_axes, spec_of
 from ring_swa_jax._segments import segment_starts
 
 _MOST_TOKENS = 2**31 - 1  # that `Cache.length` can count
@@ -58,8 +60,7 @@ class Cache:
     @property
     def max_length(self) -> int | None:
         """The most tokens a row may have; None where there may be any number."""
-        endless = self.window_size is not None and self.window_size < self.num_slots
-        return None if endless else self.num_slots
+        return _most_tokens(self.window_size, self.num_slots)
 
 
 def init_cache(
@@ -149,6 +150,12 @@ def prefill_cache(
     _checks.check_heads(k, k, v)
     batch, length = k.shape[:2]
     window, slots, sinks = _plan(window_size, num_sink_tokens, max_length)
+    most = _most_tokens(window, slots)
+    if most is not None and length > most:
+        raise ValueError(
+            f"the prompt of {length} tokens does not fit into max_length={max_length}; use a "
+            "larger max_length or cut the prompt's padding off"
+        )
     if segment_ids is None:
         begin = jnp.zeros(batch, jnp.int32)
         count = jnp.full(batch, length, jnp.int32)
@@ -163,12 +170,15 @@ def prefill_cache(
     def gather(x, positions):
         inside = (positions >= 0) & (positions < count[:, None])
         index = jnp.where(inside, begin[:, None] + positions, length)
-        rows = jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(x, index)
-        return jnp.swapaxes(rows, 1, 2)
+        return _gather(x, index)
 
+    if explicit_axes(k):
+        begin, count = (
+            jax.sharding.reshard(x, PartitionSpec(spec_of(k)[0])) for x in (begin, count)
+        )
     rolling = slot_positions(count, slots)
     first = jnp.broadcast_to(jnp.arange(sinks, dtype=jnp.int32), (batch, sinks))
-    cache = Cache(
+    return Cache(
         key=gather(k, rolling),
         value=gather(v, rolling),
         sink_key=gather(k, first),
@@ -177,12 +187,6 @@ def prefill_cache(
         window_size=window,
         relative_positions=relative_positions,
     )
-    if cache.max_length is not None and length > cache.max_length:
-        raise ValueError(
-            f"the prompt of {length} tokens does not fit into max_length={max_length}; use a "
-            "larger max_length or cut the prompt's padding off"
-        )
-    return cache
 
 
 def next_positions(
@@ -276,6 +280,19 @@ def within_reach(cache: Cache, num_tokens: int, valid: Bool[Array, "B T"]) -> Bo
     return rank < (limit - cache.length)[:, None]
 
 
+def _gather(x: Float[Array, "B S K H"], index: Int[Array, "B C"]) -> Float[Array, "B K C H"]:
+    """Rows of x, zeros where the index is past them, cut over batch and heads as x is."""
+
+    def gather(x, index):
+        rows = jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(x, index)
+        return jnp.swapaxes(rows, 1, 2)
+
+    if not explicit_axes(x):
+        return gather(x, index)
+    batch, _, heads, _ = spec_of(x)
+    return jax.sharding.auto_axes(gather, out_sharding=PartitionSpec(batch, heads))(x, index)
+
+
 def _slots_or_none(kept, slots, num_slots):
     """The slot of each token that is kept; the others get places past the buffer, all distinct."""
     return jnp.where(kept, slots, num_slots + jnp.arange(slots.shape[1], dtype=jnp.int32))
@@ -289,6 +306,11 @@ def _scatter(buffer, slots, tokens):
         return buffer.at[:, slots].set(tokens, mode="drop", unique_indices=True)
 
     return jax.vmap(put)(buffer, slots, jnp.swapaxes(tokens, 1, 2))
+
+
+def _most_tokens(window: int | None, num_slots: int) -> int | None:
+    """How many tokens fit into the slots; any number where those that leave the window may go."""
+    return None if window is not None and window < num_slots else num_slots
 
 
 def _plan(window_size, num_sink_tokens, max_length) -> tuple[int | None, int, int]:

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Float, Int
 
 from ring_swa_jax import _checks
-from ring_swa_jax._axis import AxisName, explicit_axes
+from ring_swa_jax._axis import AxisName, explicit_axes, spec_of
 from ring_swa_jax._rope import Rope, apply_rope
 from ring_swa_jax._segments import segment_positions
 from ring_swa_jax._sharded import only, ring_attention
@@ -189,13 +189,13 @@ class AttentionLayer:
         explicit = explicit_axes(x)
         if not explicit:
             return None
-        batch, seq, _ = _spec(x)
-        return only(PartitionSpec(batch, seq, self.head_axis or _spec(kernel)[1], None), explicit)
+        batch, seq, _ = spec_of(x)
+        return only(PartitionSpec(batch, seq, self.head_axis or spec_of(kernel)[1], None), explicit)
 
     def sharding_of_output(self, x: Array) -> PartitionSpec | None:
         """How the layer's output is to lie on Explicit mesh axes, as x does; None on others."""
         explicit = explicit_axes(x)
-        return only(PartitionSpec(*_spec(x)), explicit) if explicit else None
+        return only(PartitionSpec(*spec_of(x)), explicit) if explicit else None
 
     def attend(
         self,
@@ -222,9 +222,3 @@ class AttentionLayer:
             head_axis=self.head_axis,
             implementation=self.implementation,
         )
-
-
-def _spec(x: Array) -> tuple:
-    """Mesh axes of every dimension of x, as far as its type says."""
-    spec = jax.typeof(x).sharding.spec
-    return (*spec, *[None] * (x.ndim - len(spec)))
