@@ -1,120 +1,114 @@
-"""The byte-level Transformer of `train_lm.py`: sliding-window layers with sink tokens."""
+"""The byte-level Transformers of `train_lm.py`."""
 
-import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-import ring_swa_jax
+from ring_swa_jax import Rope, segment_positions
+from ring_swa_jax.nnx import RingSlidingWindowAttention
 
 VOCABULARY = 256
+FEATURES = 96
+
+Settings = dict[str, Any]
+# How to ask for attention: (module, features, cache) to (features, cache). The rest of a model is
+# the same in training, where there are no caches, in reading a prompt, and in going on with it.
+Attend = Callable[[RingSlidingWindowAttention, jax.Array, Any], tuple[jax.Array, Any]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The sizes of a model."""
-
-    window_size: int
-    num_sink_tokens: int
-    num_layers: int = 3
-    features: int = 96
-    num_heads: int = 2
-    num_kv_heads: int = 1
-    head_dim: int = 32
-    implementation: str | None = None
-
-
-class Attention(nnx.Module):
-    """Grouped-query attention to a sliding window of the same document, over all devices.
-
-    Nothing here speaks of devices, except that `ring_attention` finds the mesh axis "seq", over
-    which the sequence is cut, in the mesh of `jax.set_mesh`. It moves only the keys and values
-    that a neighbour's window reaches.
-    """
-
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        self.config = config
-        query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.query = nnx.Linear(config.features, query, use_bias=False, rngs=rngs)
-        self.key = nnx.Linear(config.features, key, use_bias=False, rngs=rngs)
-        self.value = nnx.Linear(config.features, key, use_bias=False, rngs=rngs)
-        self.output = nnx.Linear(query, config.features, use_bias=False, rngs=rngs)
-
-    def __call__(self, x: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
-        heads = (*x.shape[:2], -1, self.config.head_dim)
-        q = ring_swa_jax.apply_rope(self.query(x).reshape(heads), positions)
-        k = ring_swa_jax.apply_rope(self.key(x).reshape(heads), positions)
-        v = self.value(x).reshape(heads)
-        context = ring_swa_jax.ring_attention(
-            q,
-            k,
-            v,
-            window_size=self.config.window_size,
-            num_sink_tokens=self.config.num_sink_tokens,
-            segment_ids=segment_ids,
-            seq_axis="seq",
-            implementation=self.config.implementation,
-        )
-        return self.output(context.reshape(*x.shape[:2], -1))
-
-
-class FeedForward(nnx.Module):
-    """SwiGLU."""
-
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        hidden = 2 * config.features
-        self.gate = nnx.Linear(config.features, hidden, use_bias=False, rngs=rngs)
-        self.up = nnx.Linear(config.features, hidden, use_bias=False, rngs=rngs)
-        self.down = nnx.Linear(hidden, config.features, use_bias=False, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(nnx.silu(self.gate(x)) * self.up(x))
+def patterns(window_size: int) -> dict[str, tuple[Settings, ...]]:
+    """By the name of a model, settings of the layers that repeat."""
+    near, far = {"window_size": window_size}, {"window_size": None}
+    gpt_oss = {"learned_sinks": True, "use_bias": True, "rope": Rope(150_000.0)}
+    gemma_near = {"qk_norm": True, **near}
+    gemma_far = {"qk_norm": True, **far, "rope": Rope(1_000_000.0)}
+    return {
+        "sliding-window": ({"num_sink_tokens": 4, **near},),
+        "gpt-oss-like": ({**gpt_oss, **near}, {**gpt_oss, **far}),
+        "gemma-like": (*5 * [gemma_near], gemma_far),
+    }
 
 
 class Block(nnx.Module):
-    """One layer: attention, then the feed-forward network, each around a residual."""
+    """One layer: attention, then a SwiGLU network, each around a residual.
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        self.attention_norm = nnx.RMSNorm(config.features, rngs=rngs)
-        self.attention = Attention(config, rngs=rngs)
-        self.feed_forward_norm = nnx.RMSNorm(config.features, rngs=rngs)
-        self.feed_forward = FeedForward(config, rngs=rngs)
+    Nothing here speaks of devices, except that the attention finds the mesh axis "seq", over which
+    the sequence is cut, in the mesh of `jax.set_mesh`.
+    """
 
-    def __call__(self, x: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
-        x = x + self.attention(self.attention_norm(x), segment_ids, positions)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+    def __init__(self, settings: Settings, *, rngs: nnx.Rngs):
+        sizes: Settings = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 32, "use_bias": False}
+        hidden = 2 * FEATURES
+        self.attention_norm = nnx.RMSNorm(FEATURES, rngs=rngs)
+        self.attention = RingSlidingWindowAttention(
+            in_features=FEATURES, **(sizes | settings), rngs=rngs
+        )
+        self.feed_forward_norm = nnx.RMSNorm(FEATURES, rngs=rngs)
+        self.gate = nnx.Linear(FEATURES, hidden, use_bias=False, rngs=rngs)
+        self.up = nnx.Linear(FEATURES, hidden, use_bias=False, rngs=rngs)
+        self.down = nnx.Linear(hidden, FEATURES, use_bias=False, rngs=rngs)
+
+    def __call__(self, x: jax.Array, cache: Any, attend: Attend) -> tuple[jax.Array, Any]:
+        context, cache = attend(self.attention, self.attention_norm(x), cache)
+        x = x + context
+        y = self.feed_forward_norm(x)
+        return x + self.down(nnx.silu(self.gate(y)) * self.up(y)), cache
 
 
-# All layers are one Block whose parameters have a leading axis, so that one is compiled, not many.
+# The repeats of a pattern are one list of Blocks whose parameters, and caches, have a leading axis:
+# so one repeat is compiled, not all of them.
 @nnx.vmap(in_axes=(None, 0))
-def _create_blocks(config: Config, rngs: nnx.Rngs) -> Block:
-    return Block(config, rngs=rngs)
-
-
-@nnx.scan(in_axes=(0, nnx.Carry, None, None), out_axes=nnx.Carry)
-def _apply_blocks(
-    block: Block, x: jax.Array, segment_ids: jax.Array, positions: jax.Array
-) -> jax.Array:
-    return block(x, segment_ids, positions)
+def _create_blocks(pattern: tuple[Settings, ...], rngs: nnx.Rngs) -> nnx.List[Block]:
+    return nnx.List(Block(settings, rngs=rngs) for settings in pattern)
 
 
 class ByteTransformer(nnx.Module):
     """Predicts the next byte of every document in a pack."""
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        self.embedding = nnx.Embed(VOCABULARY, config.features, rngs=rngs)
-        self.blocks = _create_blocks(config, rngs.fork(split=config.num_layers))
-        self.norm = nnx.RMSNorm(config.features, rngs=rngs)
-        self.head = nnx.Linear(config.features, VOCABULARY, use_bias=False, rngs=rngs)
+    def __init__(self, pattern: tuple[Settings, ...], repeats: int, *, rngs: nnx.Rngs):
+        self.embedding = nnx.Embed(VOCABULARY, FEATURES, rngs=rngs)
+        self.blocks = _create_blocks(pattern, rngs.fork(split=repeats))
+        self.norm = nnx.RMSNorm(FEATURES, rngs=rngs)
+        self.head = nnx.Linear(FEATURES, VOCABULARY, use_bias=False, rngs=rngs)
 
     def __call__(self, tokens: jax.Array, segment_ids: jax.Array) -> jax.Array:
         # Positions count from the start of each document, wherever in the pack it lies.
-        positions = ring_swa_jax.segment_positions(segment_ids)
-        x = self.embedding(tokens)
-        x = _apply_blocks(self.blocks, x, segment_ids, positions)
-        return self.head(self.norm(x))
+        positions = segment_positions(segment_ids)
+
+        def attend(module, x, cache):
+            return module(x, segment_ids=segment_ids, positions=positions), cache
+
+        return self.apply(tokens, [None] * len(self.blocks), attend)[0]
+
+    def prefill(self, tokens: jax.Array, max_length: int) -> tuple[jax.Array, Any]:
+        """Logits of whole documents [B, S], and the caches to `decode` what follows."""
+
+        def attend(module, x, cache):
+            return module.prefill(x, max_length=max_length)
+
+        return self.apply(tokens, [None] * len(self.blocks), attend)
+
+    def decode(self, tokens: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
+        """Logits of the documents' next tokens [B, T], and the caches after these."""
+        return self.apply(tokens, caches, RingSlidingWindowAttention.decode)
+
+    def apply(self, tokens: jax.Array, caches: Any, attend: Attend) -> tuple[jax.Array, Any]:
+        """Logits, and the caches of all blocks, by one way to ask for attention."""
+
+        @nnx.scan(in_axes=(0, nnx.Carry, 0), out_axes=(nnx.Carry, 0))
+        def repeat(blocks, x, caches):
+            after = []
+            for block, cache in zip(blocks, caches, strict=True):
+                x, cache = block(x, cache, attend)
+                after.append(cache)
+            return x, after
+
+        x, caches = repeat(self.blocks, self.embedding(tokens), caches)
+        return self.head(self.norm(x)), caches
 
 
 def loss_fn(
@@ -127,18 +121,17 @@ def loss_fn(
     return jnp.sum(losses, where=has_target) / jnp.maximum(has_target.sum(), 1)
 
 
-@nnx.jit
-def sample_next(
-    model: ByteTransformer,
-    tokens: jax.Array,
-    position: int | jax.Array,
-    temperature: float | jax.Array,
-    key: jax.Array,
+@nnx.jit(static_argnames="length")
+def sample(
+    model: ByteTransformer, prompt: jax.Array, length: int, temperature: float, key: jax.Array
 ) -> jax.Array:
-    """Samples `tokens[position]` of the one document `tokens` [S]; what follows is not looked at.
+    """Samples the `length` tokens that follow `prompt` [S], the beginning of a document."""
+    logits, caches = model.prefill(prompt[None], prompt.size + length)
 
-    Computes all logits anew for every byte: simple, and quick enough for a few hundred bytes.
-    """
-    logits = model(tokens[None], jnp.zeros((1, tokens.size), jnp.int32))[0, position - 1]
-    token = jax.random.categorical(jax.random.fold_in(key, position), logits / temperature)
-    return tokens.at[position].set(token)
+    @nnx.scan(in_axes=(None, nnx.Carry, 0), out_axes=(nnx.Carry, 0))
+    def step(model, carry, key):
+        logits, caches = carry
+        token = jax.random.categorical(key, logits / temperature)
+        return model.decode(token, caches), token[0, 0]
+
+    return step(model, (logits[:, -1:], caches), jax.random.split(key, length))[1]

@@ -7,6 +7,9 @@ into sequences of 16384 bytes. The model is a byte-level Transformer whose layer
 window plus the first tokens ("sinks") of the same document. The sequence is cut over 8 CPU devices
 that this script sets up, or over the GPUs where there are some.
 
+--model gpt-oss-like and --model gemma-like mix layers with a window and layers that look at the
+whole document, one to one (with learned sinks) and five to one (with norms of queries and keys).
+
 Several processes, each started with the same flags (--devices counts those of all processes):
 
     python examples/train_lm.py --coordinator 127.0.0.1:4711 --num-processes 2 --process-id 0 &
@@ -30,7 +33,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from _data import BEGIN, Batch, load_corpus, packed_batches, shard
-from _model import ByteTransformer, Config, loss_fn, sample_next
+from _model import ByteTransformer, loss_fn, patterns, sample
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -56,18 +59,23 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
     group = parser.add_argument_group("model")
     group.add_argument(
+        "--model", choices=patterns(0), default="sliding-window", help=f"its kind {default}"
+    )
+    group.add_argument(
         "--window",
         type=int,
         default=127,
-        help=f"bytes that a layer looks back, besides the byte itself {default}",
+        help=f"bytes that a local layer looks back, besides the byte itself {default}",
     )
     group.add_argument(
         "--sinks",
         type=int,
-        default=4,
-        help=f"first bytes of its document that every byte sees besides {default}",
+        help="first bytes of its document that every byte sees besides, in layers with a window "
+        "(default: 4 in sliding-window, else 0)",
     )
-    group.add_argument("--layers", type=int, default=3, help=default)
+    group.add_argument(
+        "--layers", type=int, help="(default: 3, 4 in gpt-oss-like, 6 in gemma-like)"
+    )
 
     group = parser.add_argument_group("devices")
     group.add_argument("--devices", type=int, help="how many (default: all GPUs, or 8 CPU devices)")
@@ -88,6 +96,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     args = parser.parse_args(arguments)
     if args.steps < 1:
         parser.error(f"--steps {args.steps}: at least one")
+    length = len(patterns(args.window)[args.model])
+    if args.layers is None:
+        args.layers = -(-3 // length) * length
+    if args.layers < 1 or args.layers % length:
+        parser.error(f"--layers {args.layers}: {args.model} needs a multiple of {length}")
     return args
 
 
@@ -117,12 +130,9 @@ def one_device_mesh() -> Mesh:
 
 def create_model(args: argparse.Namespace, mesh: Mesh) -> tuple[ByteTransformer, nnx.Optimizer]:
     """Makes model and optimizer, replicated over the devices of the mesh."""
-    config = Config(
-        window_size=args.window,
-        num_sink_tokens=args.sinks,
-        num_layers=args.layers,
-        implementation=args.implementation,
-    )
+    given = {"num_sink_tokens": args.sinks, "implementation": args.implementation}
+    given = {name: value for name, value in given.items() if value is not None}
+    pattern = tuple({**settings, **given} for settings in patterns(args.window)[args.model])
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=args.learning_rate / 10,
         peak_value=args.learning_rate,
@@ -136,7 +146,7 @@ def create_model(args: argparse.Namespace, mesh: Mesh) -> tuple[ByteTransformer,
 
     @nnx.jit(out_shardings=NamedSharding(mesh, PartitionSpec()))
     def create() -> tuple[ByteTransformer, nnx.Optimizer]:
-        model = ByteTransformer(config, rngs=nnx.Rngs(args.seed))
+        model = ByteTransformer(pattern, args.layers // len(pattern), rngs=nnx.Rngs(args.seed))
         return model, nnx.Optimizer(model, adamw, wrt=nnx.Param)
 
     with jax.set_mesh(mesh):
@@ -237,14 +247,11 @@ def plot(losses: list[float], entropy: float, held_out: float, path: str) -> Non
 
 def continue_text(model: ByteTransformer, text: bytes, args: argparse.Namespace) -> str:
     """Samples what comes after `text`, the beginning of a document."""
-    prefix = np.frombuffer(BEGIN + text, np.uint8)
-    tokens = jnp.pad(jnp.asarray(prefix, jnp.int32), (0, args.sample_length))
-    key = jax.random.key(args.seed)
-    model = on_one_device(model)
+    prompt = jnp.asarray(np.frombuffer(BEGIN + text, np.uint8), jnp.int32)
     with jax.set_mesh(one_device_mesh()):
-        for position in range(prefix.size, tokens.size):
-            tokens = sample_next(model, tokens, position, args.temperature, key)
-    continuation = np.asarray(tokens[prefix.size :]).astype(np.uint8).tobytes()
+        settings = args.sample_length, args.temperature, jax.random.key(args.seed)
+        tokens = sample(on_one_device(model), prompt, *settings)
+    continuation = np.asarray(tokens).astype(np.uint8).tobytes()
     return continuation.decode(errors="replace")
 
 
@@ -268,7 +275,7 @@ def main() -> None:
         parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
         kind = mesh.devices.flat[0].device_kind
         print(f"text: {sum(map(len, corpus.train)):,} bytes in {len(corpus.train)} files")
-        print(f"model: {parameters:,} parameters, window {args.window}, {args.sinks} sinks")
+        print(f"model: {args.model}, {parameters:,} parameters, window {args.window}")
         print(f"sequence: {args.sequence_length:,} tokens over {mesh.size} devices ({kind})")
 
     batches = packed_batches(corpus.train, **packing)

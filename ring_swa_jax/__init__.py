@@ -1,5 +1,10 @@
 """Ring sliding-window and streaming-LLM attention for sequences cut over many devices."""
 
+from ring_swa_jax._cache import Cache as Cache
+from ring_swa_jax._cache import init_cache as init_cache
+from ring_swa_jax._cache import next_positions as next_positions
+from ring_swa_jax._cache import prefill_cache as prefill_cache
+from ring_swa_jax._decode import decode_attention as decode_attention
 from ring_swa_jax._models import ModelLayers as ModelLayers
 from ring_swa_jax._models import layer_settings as layer_settings
 from ring_swa_jax._models import models as models
@@ -17,14 +22,19 @@ from ring_swa_jax._segments import segment_positions as segment_positions
 from ring_swa_jax._sharded import ring_attention as ring_attention
 
 __all__ = [
+    "Cache",
     "LinearScaling",
     "Llama3Scaling",
     "ModelLayers",
     "Rope",
     "YarnScaling",
     "apply_rope",
+    "decode_attention",
+    "init_cache",
     "layer_settings",
     "models",
+    "next_positions",
+    "prefill_cache",
     "reference_attention",
     "ring_attention",
     "ring_sliding_window_attn",

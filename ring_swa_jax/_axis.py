@@ -63,3 +63,9 @@ def explicit_axes(x: Array) -> set[Hashable]:
     mesh = jax.typeof(x).sharding.mesh
     axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return {name for name, kind in axes if kind == AxisType.Explicit}
+
+
+def spec_of(x: Array) -> tuple:
+    """Mesh axes of every dimension of x, as far as its type says."""
+    spec = jax.typeof(x).sharding.spec
+    return (*spec, *[None] * (x.ndim - len(spec)))

@@ -60,6 +60,19 @@ def static_sinks(num_sink_tokens) -> int:
     return _static_count("num_sink_tokens", num_sink_tokens)
 
 
+def static_size(name: str, value) -> int:
+    """A size as a Python int of at least 1.
+
+    Raises:
+        TypeError: not a static integer.
+        ValueError: less than 1.
+    """
+    size = _static_count(name, value)
+    if size < 1:
+        raise ValueError(f"{name} must be at least 1, got {size}")
+    return size
+
+
 def _static_count(name: str, value) -> int:
     try:
         count = operator.index(value)
@@ -160,3 +173,16 @@ def check_segment_ids(segment_ids: Array, shape: tuple[int, ...] | None = None) 
     if segment_ids.ndim != 2 or (shape is not None and segment_ids.shape != shape):
         wanted = "[B, S]" if shape is None else f"[B, S] = {shape}"
         raise ValueError(f"segment_ids must have the shape {wanted}, got {segment_ids.shape}")
+
+
+def check_valid(valid: Array, shape: tuple[int, ...]) -> None:
+    """Checks that it says of each new token whether it is one.
+
+    Raises:
+        ValueError: another shape.
+        TypeError: not booleans.
+    """
+    if valid.dtype != bool:
+        raise TypeError(f"valid must be boolean, got {valid.dtype}")
+    if valid.shape != shape:
+        raise ValueError(f"valid must have the shape {shape}, got {valid.shape}")

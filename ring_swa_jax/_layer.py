@@ -1,7 +1,7 @@
 """What the Flax modules share: an attention layer's settings, and its maths between projections."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,18 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Float, Int
 
 from ring_swa_jax import _checks
-from ring_swa_jax._axis import AxisName, explicit_axes
+from ring_swa_jax._axis import AxisName, explicit_axes, spec_of
 from ring_swa_jax._rope import Rope, apply_rope
 from ring_swa_jax._segments import segment_positions
 from ring_swa_jax._sharded import only, ring_attention
+
+
+class Learned(NamedTuple):
+    """What a layer learns besides its projections, each None where it does not."""
+
+    query_norm: Float[Array, "H"] | Float[Array, "N H"] | None
+    key_norm: Float[Array, "H"] | Float[Array, "K H"] | None
+    sink_logits: Float[Array, "N"] | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,21 +133,35 @@ class AttentionLayer:
                 f"x must have the shape [B, S, {self.in_features}] of in_features, got {x.shape}"
             )
 
-    def prepare(
+    def forward(
         self,
         q: Float[Array, "B S N H"],
         k: Float[Array, "B S K H"],
-        positions: Int[Array, "B S"],
-        query_norm: Float[Array, "H"] | Float[Array, "N H"] | None,
-        key_norm: Float[Array, "H"] | Float[Array, "K H"] | None,
+        v: Float[Array, "B S K Hv"],
+        learned: Learned,
+        *,
+        segment_ids: Int[Array, "B S"] | None,
+        positions: Int[Array, "B S"] | None,
+    ) -> Float[Array, "B S N Hv"]:
+        """From the projections of whole rows to the attended values."""
+        q, k = self.normalise(q, k, learned)
+        positions = self.positions(q, segment_ids, positions)
+        q, k = self.rotate(q, positions), self.rotate(k, positions)
+        return self.attend(q, k, v, segment_ids, learned.sink_logits)
+
+    def normalise(
+        self, q: Float[Array, "B S N H"], k: Float[Array, "B S K H"], learned: Learned
     ) -> tuple[Float[Array, "B S N H"], Float[Array, "B S K H"]]:
-        """Normalises and rotates queries and keys, each where the layer does that."""
-        if query_norm is not None and key_norm is not None:
-            q, k = self._normalise(q, query_norm), self._normalise(k, key_norm)
-        if self.rope is None:
+        """Queries and keys after their norms, where the layer has any."""
+        if learned.query_norm is None or learned.key_norm is None:
             return q, k
-        rope = vars(self.rope)
-        return apply_rope(q, positions, **rope), apply_rope(k, positions, **rope)
+        return self._normalise(q, learned.query_norm), self._normalise(k, learned.key_norm)
+
+    def rotate(
+        self, x: Float[Array, "B S N H"], positions: Int[Array, "B S"]
+    ) -> Float[Array, "B S N H"]:
+        """Queries or keys, turned by their positions where the layer does that."""
+        return x if self.rope is None else apply_rope(x, positions, **vars(self.rope))
 
     def _normalise(self, x: Float[Array, "B S N H"], factor: Array) -> Float[Array, "B S N H"]:
         """RMSNorm over each head, or over all heads of a token together, in float32."""
@@ -150,7 +172,7 @@ class AttentionLayer:
 
     def positions(
         self,
-        x: Float[Array, "B S E"],
+        x: Array,
         segment_ids: Int[Array, "B S"] | None,
         positions: Int[Array, "B S"] | None,
     ) -> Int[Array, "B S"] | Int[Array, "1 S"]:
@@ -167,13 +189,13 @@ class AttentionLayer:
         explicit = explicit_axes(x)
         if not explicit:
             return None
-        batch, seq, _ = _spec(x)
-        return only(PartitionSpec(batch, seq, self.head_axis or _spec(kernel)[1], None), explicit)
+        batch, seq, _ = spec_of(x)
+        return only(PartitionSpec(batch, seq, self.head_axis or spec_of(kernel)[1], None), explicit)
 
     def sharding_of_output(self, x: Array) -> PartitionSpec | None:
         """How the layer's output is to lie on Explicit mesh axes, as x does; None on others."""
         explicit = explicit_axes(x)
-        return only(PartitionSpec(*_spec(x)), explicit) if explicit else None
+        return only(PartitionSpec(*spec_of(x)), explicit) if explicit else None
 
     def attend(
         self,
@@ -200,9 +222,3 @@ class AttentionLayer:
             head_axis=self.head_axis,
             implementation=self.implementation,
         )
-
-
-def _spec(x: Array) -> tuple:
-    """Mesh axes of every dimension of x, as far as its type says."""
-    spec = jax.typeof(x).sharding.spec
-    return (*spec, *[None] * (x.ndim - len(spec)))

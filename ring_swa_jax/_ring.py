@@ -278,9 +278,7 @@ def attend_chunk(
         num_sinks=0 if window is None else min(num_sinks, chunk),
         scale=_checks.static_scale(scale, q.shape[-1]),
         soft_cap=_checks.static_soft_cap(logits_soft_cap),
-        # Type checkers do not see the settings that jax.config makes up as it runs.
-        precision=jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-        or "highest",
+        precision=matmul_precision(),
     )
     name = pallas_kernels.choose(implementation, spec, q, v)
 
@@ -290,3 +288,9 @@ def attend_chunk(
         sinks = fetch_sinks(axis, k, v, bounds, spec.num_sinks)
     halo = RingHalo.of_window(axis, chunk, window)
     return pallas_kernels.attend(spec, halo, name, name, q, k, v, sinks, sink_logits, bounds.start)
+
+
+def matmul_precision() -> str:
+    """What ``jax.default_matmul_precision`` says, by default IEEE float32."""
+    # Type checkers do not see the settings that jax.config makes up as it runs.
+    return jax.config.jax_default_matmul_precision or "highest"  # type: ignore[attr-defined]

@@ -245,6 +245,12 @@ def _sharded_attention(q, k, v, segment_ids, sink_logits, *, layout: _Layout, **
     )(q, k, v, segment_ids, sink_logits)
 
 
+def sequence_devices(q, k, mesh, seq_axis, batch_axis, head_axis) -> int:
+    """Over how many devices `ring_attention` would cut the sequence of q and k."""
+    layout = _Layout.resolve(q, k, mesh, seq_axis, batch_axis, head_axis)
+    return layout.size(layout.seq)
+
+
 def only(spec: P, names: set[Hashable]) -> P:
     """The spec with the other axes dropped."""
     kept = [tuple(name for name in _names(axis) if name in names) or None for axis in spec]

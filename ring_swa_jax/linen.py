@@ -11,11 +11,13 @@ from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jax import Array, lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from ring_swa_jax._attention_fn import attention_fn as attention_fn
 from ring_swa_jax._axis import AxisName, explicit_axes
-from ring_swa_jax._layer import AttentionLayer
+from ring_swa_jax._cache import Cache
+from ring_swa_jax._layer import AttentionLayer, Learned
+from ring_swa_jax._layer_decode import decode, init_cache, prefill
 from ring_swa_jax._rope import Rope
 
 __all__ = ["RingSlidingWindowAttention", "attention_fn"]
@@ -28,9 +30,11 @@ class _Parts(NamedTuple):
     key: nn.DenseGeneral
     value: nn.DenseGeneral
     out: nn.DenseGeneral
-    query_norm: Array | None
-    key_norm: Array | None
-    sink_logits: Array | None
+    learned: Learned
+
+    def project(self, x: Array) -> tuple[Array, Array, Array]:
+        """Queries, keys and values of x, not yet normalised nor rotated."""
+        return self.query(x), self.key(x), self.value(x)
 
 
 class RingSlidingWindowAttention(nn.Module):
@@ -106,24 +110,96 @@ class RingSlidingWindowAttention(nn.Module):
             ValueError: shapes or mesh axes that do not fit.
             TypeError: ids or positions that are not integers.
         """
-        layer = self._layer(x)
-        parts = self._parts(layer, x)
-        q, k, v = (project(x) for project in (parts.query, parts.key, parts.value))
-        positions = layer.positions(x, segment_ids, positions)
-        q, k = layer.prepare(q, k, positions, parts.query_norm, parts.key_norm)
-        context = layer.attend(q, k, v, segment_ids, parts.sink_logits)
+        layer, parts = self._layer_and_parts(x)
+        context = layer.forward(
+            *parts.project(x), parts.learned, segment_ids=segment_ids, positions=positions
+        )
         return parts.out(context)
 
     @nn.nowrap
-    def _layer(self, x: Array) -> AttentionLayer:
+    def init_cache(
+        self,
+        batch_size: int,
+        *,
+        max_length: int | None = None,
+        dtype: Dtype | None = None,
+        relative_positions: bool = False,
+    ) -> Cache:
+        """An empty cache of this layer, as the NNX module's; needs no parameters.
+
+        Raises:
+            ValueError: besides, neither ``head_dim`` nor ``in_features`` are given.
+        """
+        if self.in_features is not None:
+            in_features = self.in_features
+        elif self.head_dim is not None:
+            in_features = self.num_heads * self.head_dim  # any number: no cache depends on it
+        else:
+            raise ValueError("init_cache does not see x: give the module in_features or head_dim")
+        return init_cache(
+            self._layer(in_features),
+            batch_size,
+            max_length=max_length,
+            dtype=dtype or self.dtype or self.param_dtype,
+            relative_positions=relative_positions,
+        )
+
+    def prefill(
+        self,
+        x: Float[Array, "B S E"],
+        *,
+        segment_ids: Int[Array, "B S"] | None = None,
+        positions: Int[Array, "B S"] | None = None,
+        max_length: int | None = None,
+        relative_positions: bool = False,
+    ) -> tuple[Float[Array, "B S out_features"], Cache]:
+        """The output of a call and the cache that `decode` goes on with, as the NNX module's.
+
+        ``y, cache = module.apply(variables, x, method="prefill")``
+        """
+        layer, parts = self._layer_and_parts(x)
+        context, cache = prefill(
+            layer,
+            *parts.project(x),
+            parts.learned,
+            segment_ids=segment_ids,
+            positions=positions,
+            max_length=max_length,
+            relative_positions=relative_positions,
+        )
+        return parts.out(context), cache
+
+    def decode(
+        self,
+        x: Float[Array, "B T E"],
+        cache: Cache,
+        *,
+        valid: Bool[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T out_features"], Cache]:
+        """Attends from the next tokens of each row, as the NNX module does.
+
+        ``y, cache = module.apply(variables, x, cache, method="decode")``
+        """
+        layer, parts = self._layer_and_parts(x)
+        context, cache = decode(
+            layer, *parts.project(x), parts.learned, cache, valid=valid, positions=positions
+        )
+        return parts.out(context), cache
+
+    @nn.nowrap
+    def _layer(self, in_features: int) -> AttentionLayer:
         """The settings, with the features of x where none are given."""
-        in_features = x.shape[-1] if self.in_features is None else self.in_features
         names = {field.name for field in dataclasses.fields(AttentionLayer)} - {"in_features"}
-        layer = AttentionLayer.create(
+        return AttentionLayer.create(
             in_features=in_features, **{name: getattr(self, name) for name in names}
         )
+
+    @nn.nowrap
+    def _layer_and_parts(self, x: Array) -> tuple[AttentionLayer, _Parts]:
+        layer = self._layer(x.shape[-1] if self.in_features is None else self.in_features)
         layer.check_input(x)
-        return layer
+        return layer, self._parts(layer, x)
 
     @nn.compact
     def _parts(self, layer: AttentionLayer, x: Array) -> _Parts:
@@ -157,10 +233,12 @@ class RingSlidingWindowAttention(nn.Module):
                 dot_general=_dot_general(x, lambda _: layer.sharding_of_output(x)),
                 name="out",
             ),
-            query_norm=self._param(self.qk_norm, "query_norm", self.qk_norm_init, query_shape),
-            key_norm=self._param(self.qk_norm, "key_norm", self.qk_norm_init, key_shape),
-            sink_logits=self._param(
-                self.learned_sinks, "sink_logits", self.sink_logits_init, (layer.num_heads,)
+            learned=Learned(
+                self._param(self.qk_norm, "query_norm", self.qk_norm_init, query_shape),
+                self._param(self.qk_norm, "key_norm", self.qk_norm_init, key_shape),
+                self._param(
+                    self.learned_sinks, "sink_logits", self.sink_logits_init, (layer.num_heads,)
+                ),
             ),
         )
 

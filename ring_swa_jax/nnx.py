@@ -11,11 +11,13 @@ from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer, PrecisionLike, PromoteDtypeFn
 from jax import Array
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from ring_swa_jax._attention_fn import attention_fn as attention_fn
 from ring_swa_jax._axis import AxisName
-from ring_swa_jax._layer import AttentionLayer
+from ring_swa_jax._cache import Cache
+from ring_swa_jax._layer import AttentionLayer, Learned
+from ring_swa_jax._layer_decode import decode, init_cache, prefill
 from ring_swa_jax._rope import Rope
 
 __all__ = ["RingSlidingWindowAttention", "attention_fn"]
@@ -216,25 +218,131 @@ class RingSlidingWindowAttention(nnx.Module):
             ValueError: shapes or mesh axes that do not fit.
             TypeError: ids or positions that are not integers.
         """
-        layer = self.layer
-        layer.check_input(x)
-        q, k, v = self._project(x)
-        q, k = layer.prepare(
-            q,
-            k,
-            layer.positions(x, segment_ids, positions),
-            _value(self.query_norm),
-            _value(self.key_norm),
+        self.layer.check_input(x)
+        context = self.layer.forward(
+            *self._project(x), self._learned(), segment_ids=segment_ids, positions=positions
         )
-        context = layer.attend(q, k, v, segment_ids, _value(self.sink_logits))
         return self._project_out(context, x)
 
-    def _project(self, x):
-        """Queries, keys and values of x, not yet normalised nor rotated."""
-        return tuple(
-            linear(x, out_sharding=self.layer.sharding_of_heads(x, linear.kernel[...]))
-            for linear in (self.query, self.key, self.value)
+    def init_cache(
+        self,
+        batch_size: int,
+        *,
+        max_length: int | None = None,
+        dtype: Dtype | None = None,
+        relative_positions: bool = False,
+    ) -> Cache:
+        """An empty cache of this layer, for `decode`.
+
+        Args:
+            batch_size: B.
+            max_length: the most tokens that a row will have; needed where ``window_size=None``.
+            dtype: of keys and values, which is that of the projections of x; by default the
+                module's dtype, or its parameters' where it has none.
+            relative_positions: whether to decode with cache-relative positions (see `decode`).
+
+        Raises:
+            ValueError: sizes that do not fit, or neither a window nor ``max_length``.
+            TypeError: sizes that are not static integers, or a dtype that is not floating-point.
+        """
+        return init_cache(
+            self.layer,
+            batch_size,
+            max_length=max_length,
+            dtype=dtype or self.key.dtype or self.key.param_dtype,
+            relative_positions=relative_positions,
         )
+
+    def prefill(
+        self,
+        x: Float[Array, "B S E"],
+        *,
+        segment_ids: Int[Array, "B S"] | None = None,
+        positions: Int[Array, "B S"] | None = None,
+        max_length: int | None = None,
+        relative_positions: bool = False,
+    ) -> tuple[Float[Array, "B S out_features"], Cache]:
+        """Attends within whole rows, as a call does, and keeps what `decode` goes on with.
+
+        Args:
+            x: features of whole rows, the sequence cut over the mesh as in a call.
+            segment_ids: a new sequence starts where the id changes; a negative id is padding, on
+                either side. `decode` goes on with each row's last sequence.
+            positions: as in a call; if given here, then give them to `decode` too.
+            max_length: the most tokens that a row will have; needed where ``window_size=None``.
+            relative_positions: cache-relative positions, see `decode`. The results equal those of
+                `decode`, token by token. With ``num_sink_tokens``, a prompt longer than
+                ``num_sink_tokens + window_size + 1`` is attended chunk after chunk on a sequence
+                that is not cut, and token after token where there are ``segment_ids``.
+
+        Returns:
+            The layer's output, and the cache.
+
+        Raises:
+            ValueError: shapes or mesh axes that do not fit, a prompt longer than ``max_length``,
+                ``relative_positions`` with ``positions``, or with a long prompt that is cut over
+                devices.
+            TypeError: ids or positions that are not integers.
+        """
+        self.layer.check_input(x)
+        context, cache = prefill(
+            self.layer,
+            *self._project(x),
+            self._learned(),
+            segment_ids=segment_ids,
+            positions=positions,
+            max_length=max_length,
+            relative_positions=relative_positions,
+        )
+        return self._project_out(context, x), cache
+
+    def decode(
+        self,
+        x: Float[Array, "B T E"],
+        cache: Cache,
+        *,
+        valid: Bool[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T out_features"], Cache]:
+        """Attends from the next tokens of each row: a call on the whole sequence, to rounding.
+
+        The cost does not depend on how long the sequence has become. *Cache-relative positions*
+        (StreamingLLM; ``relative_positions=True`` where the cache was made) are counted among the
+        keys that a token still sees instead of in its whole sequence, so that none exceeds
+        ``num_sink_tokens + window_size``, and the rotation of no endless stream leaves what
+        training has covered. `ring_swa_jax.decode_attention` defines both.
+
+        Args:
+            x: features of T >= 1 new tokens a row. No mesh axis may cut T.
+            cache: of this layer, after the tokens before.
+            valid: False for padding, which is not counted; None: all are tokens.
+            positions: of the new tokens, for the rotation alone; by default they go on counting.
+
+        Returns:
+            The layer's output (a padding token's is the bias of ``out``) and the cache with the
+            new tokens. Tokens past the cache's ``max_length`` get NaN.
+
+        Raises:
+            ValueError: shapes that do not fit, a cache of another layer, or ``positions`` with a
+                cache of relative ones.
+            TypeError: a dtype that is not the cache's, or no cache.
+        """
+        self.layer.check_input(x)
+        context, cache = decode(
+            self.layer, *self._project(x), self._learned(), cache, valid=valid, positions=positions
+        )
+        return self._project_out(context, x), cache
+
+    def _learned(self) -> Learned:
+        return Learned(*map(_value, (self.query_norm, self.key_norm, self.sink_logits)))
+
+    def _project(self, x) -> tuple[Array, Array, Array]:
+        """Queries, keys and values of x, not yet normalised nor rotated."""
+
+        def project(linear):
+            return linear(x, out_sharding=self.layer.sharding_of_heads(x, linear.kernel[...]))
+
+        return project(self.query), project(self.key), project(self.value)
 
     def _project_out(self, context, x):
         """The output of a context, sharded as x."""

@@ -7,17 +7,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = ["--steps=2", "--sequence-length=512", "--document-length=200", "--layers=1"]
 SETTINGS += ["--window=70", "--sinks=3", "--devices=4", "--sample-length=8", "--seed=5"]
+
+OTHER_MODELS = ["sliding-window", "gemma-like"]
 
 
 def start(output, *flags):
     drop = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
     environment = {k: v for k, v in os.environ.items() if k not in drop}
     environment["JAX_PLATFORMS"] = "cpu"
+    environment["PYTHONPATH"] = str(ROOT)
+    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # compiling is most of the time
     return subprocess.Popen(
         [sys.executable, "examples/train_lm.py", *SETTINGS, f"--output={output}", *flags],
         cwd=ROOT,
@@ -64,6 +72,45 @@ def test_example(one_process):
     assert "--- and the model goes on ---" in output
 
 
+@pytest.mark.parametrize(
+    ("model", "flags"),
+    [
+        ("gpt-oss-like", ["--layers=2"]),
+        pytest.param("gemma-like", ["--layers=6"], marks=pytest.mark.slow),
+    ],
+)
+def test_hybrids_learn_and_speak(model, flags, tmp_path):
+    output = finish(start(tmp_path / "curve.png", f"--model={model}", *flags))[0]
+    assert f"model: {model}" in output
+    first, last = losses(output)
+    assert last < first
+    assert "--- and the model goes on ---" in output
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt-oss-like", *(pytest.param(n, marks=pytest.mark.slow) for n in OTHER_MODELS)]
+)
+def test_prompt_and_steps_give_the_logits_of_training(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    from _model import ByteTransformer, patterns
+
+    pattern = [{**settings, "seq_axis": None} for settings in patterns(7)[name]]
+    model = ByteTransformer(tuple(pattern), 1, rngs=nnx.Rngs(0))
+    tokens = jax.random.randint(jax.random.key(0), (1, 40), 0, 256)
+
+    @nnx.jit
+    def both(model, tokens):
+        logits, caches = model.prefill(tokens[:, :20], 40)
+        found = [logits]
+        for chunk in (tokens[:, 20:21], tokens[:, 21:]):
+            logits, caches = model.decode(chunk, caches)
+            found.append(logits)
+        return jnp.concatenate(found, axis=1), model(tokens, jnp.zeros_like(tokens))
+
+    got, want = both(model, tokens)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
 def test_two_processes_give_the_losses_of_one(one_process, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -85,6 +132,7 @@ def test_two_processes_give_the_losses_of_one(one_process, tmp_path):
         (["--sequence-length=510"], "4 devices do not divide --sequence-length 510"),
         (["--num-processes=3"], "--devices 4 is not a multiple of --num-processes 3"),
         (["--steps=0"], "--steps 0: at least one"),
+        (["--model=gpt-oss-like", "--layers=3"], "--layers 3: gpt-oss-like needs a multiple of 2"),
     ],
 )
 def test_bad_flags_are_answered(flags, message, tmp_path):

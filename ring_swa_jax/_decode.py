@@ -1,0 +1,228 @@
+"""Attention of new tokens to a cache and to each other."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
+
+from ring_swa_jax import _checks
+from ring_swa_jax._cache import (
+    Cache,
+    append_sinks,
+    append_window,
+    check_cache,
+    next_positions,
+    slot_positions,
+    within_reach,
+)
+from ring_swa_jax._ring import matmul_precision
+
+Rotate = Callable[[Float[Array, "B S N H"], Int[Array, "B S"]], Float[Array, "B S N H"]]
+
+
+def decode_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K Hv"],
+    cache: Cache,
+    *,
+    window_size: int | None,
+    num_sink_tokens: int = 0,
+    valid: Bool[Array, "B T"] | None = None,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    sink_logits: Float[Array, "N"] | None = None,
+    rotate: Rotate | None = None,
+) -> tuple[Float[Array, "B T N Hv"], Cache]:
+    r"""Attention of the next T tokens of each row, as of the whole sequence, and the cache after.
+
+    The query at position i of its row attends the key at j iff ``j <= i`` and
+    (``i - j <= window_size`` or ``j < num_sink_tokens``):
+
+    .. math:: o_i = \frac{\sum_j e^{s_{ij}} v_j}{e^{z} + \sum_j e^{s_{ij}}}
+
+    with :math:`s_{ij} = q_i \cdot k_j \cdot \mathrm{scale}`, softly capped, and :math:`e^z` only
+    where there are ``sink_logits``. So token by token or in chunks, the results are those of
+    `ring_attention` to rounding. A step costs T times the cache's keys, and T squared in a chunk,
+    however long the sequence has grown.
+
+    **Positions.** By default q and k come rotated by their positions in the sequence, which are
+    `next_positions`. With *cache-relative positions* (StreamingLLM) they come unrotated, the cache
+    has ``relative_positions=True`` and ``rotate`` is given. The position of a key is then its index
+    among the keys that the query sees, sinks first, and the query's is that of its own key, so
+    that none exceeds ``num_sink_tokens + window_size`` in an endless stream: the sinks stay as
+    near as if nothing had been dropped between them and the window. Window keys keep their
+    distances, therefore results differ from the default mode in the logits of sinks that have left
+    the window, and in nothing else.
+
+    Args:
+        q: queries of T >= 1 new tokens a row.
+        k: their keys; N is a multiple of K.
+        v: their values, in the dtype of q and k and of the cache.
+        cache: of the tokens before, of this very layer.
+        window_size: W; a query sees **W + 1 keys**: the W before it and itself. None: all. Static.
+        num_sink_tokens: how many first tokens of its sequence a query always sees. Static.
+        valid: False for padding, which is neither counted nor cached and gets zeros; the others
+            are the row's next tokens in order. None: all are tokens.
+        scale: factor of ``q.k``, by default ``H**-0.5``.
+        logits_soft_cap: logits become ``cap * tanh(logits / cap)``.
+        sink_logits: a learned logit a query head that enlarges the denominator.
+        rotate: ``rotate(x, positions)`` turns queries or keys [B, S, N or K, H] by int32 positions
+            [B, S], such that products depend on the distance alone, as those of `apply_rope`. With
+            T > 1 positions reach ``num_sink_tokens + window_size + T - 1``, at the same distances.
+
+    Returns:
+        The attended values, in the dtype of q, and the cache with the new tokens. Where the
+        cache has a ``max_length``, tokens past it get **NaN** and are not cached; other rows are
+        not affected.
+
+    Raises:
+        ValueError: shapes, head counts or settings that do not fit each other or the cache, or
+            more new tokens than ``max_length``.
+        TypeError: dtypes that differ or are not floating-point, settings that are not static.
+
+    References:
+        Xiao et al., Efficient Streaming Language Models with Attention Sinks, arXiv:2309.17453.
+    """
+    q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
+    _checks.check_heads(q, k, v)
+    window = _checks.static_window(window_size)
+    num_sinks = _checks.static_sinks(num_sink_tokens)
+    cap = _checks.static_soft_cap(logits_soft_cap)
+    scale = _checks.static_scale(scale, q.shape[-1])
+    if sink_logits is not None:
+        sink_logits = jnp.asarray(sink_logits)
+        _checks.check_sink_logits(sink_logits, q.shape[2])
+    _check_fits(cache, k, v, window, num_sinks, relative=rotate is not None)
+    batch, num_tokens = q.shape[:2]
+    if valid is None:
+        valid = jnp.ones((batch, num_tokens), bool)
+    else:
+        valid = jnp.asarray(valid)
+        _checks.check_valid(valid, (batch, num_tokens))
+        # Weights of zero would not hide the NaN that a row's padding may hold.
+        k, v = (jnp.where(valid[..., None, None], x, 0) for x in (k, v))
+
+    positions = next_positions(cache, num_tokens, valid)
+    lost = valid & ~within_reach(cache, num_tokens, valid)
+    # Where cache-relative positions end, and by how much those of the window lag behind.
+    last_index = num_sinks + (window or 0)
+    gap = 0 if window is None else jnp.maximum(cache.length - last_index, 0)[:, None]
+
+    def in_window(key, value, key_positions):
+        distance = positions[:, :, None] - key_positions[:, None]
+        seen = (distance >= 0) & (key_positions >= 0)[:, None] & valid[..., None]
+        if window is not None:
+            seen &= distance <= window
+        if rotate is None:
+            return _Run(q, key, value, seen)
+        query = rotate(q, jnp.maximum(positions - gap, 0))
+        return _Run(query, _turn(rotate, key, jnp.maximum(key_positions - gap, 0)), value, seen)
+
+    def before_window(key, value, window):
+        slots = jnp.broadcast_to(jnp.arange(key.shape[2], dtype=jnp.int32), (batch, key.shape[2]))
+        seen = (positions[:, :, None] - slots[:, None] > window) & valid[..., None]
+        if rotate is None:
+            return _Run(q, key, value, seen)
+        query = rotate(q, jnp.minimum(positions, last_index))
+        return _Run(query, _turn(rotate, key, slots), value, seen)
+
+    runs = []
+    stored = cache.length
+    cache = append_sinks(cache, k, v, valid)
+    if window is not None and cache.sink_key.shape[2]:
+        runs.append(before_window(cache.sink_key, cache.sink_value, window))
+    if num_tokens == 1:  # what it overwrites is out of its window, so one run has all keys
+        cache = append_window(cache, k, v, valid)
+        stored = stored + valid[:, 0]
+    else:
+        new_positions = jnp.where(valid, positions, -1)
+        runs.append(in_window(k.swapaxes(1, 2), v.swapaxes(1, 2), new_positions))
+    runs.append(in_window(cache.key, cache.value, slot_positions(stored, cache.num_slots)))
+    out = _attend(runs, sink_logits, scale, cap).astype(q.dtype)
+    if num_tokens > 1:
+        # Read, then written, in this order: XLA need not keep a copy for the reader.
+        cache, out = lax.optimization_barrier((cache, out))
+        cache = append_window(cache, k, v, valid)
+    return jnp.where(lost[..., None, None], jnp.nan, out), cache
+
+
+class _Run(NamedTuple):
+    """Some of the keys, and the queries turned to meet them."""
+
+    query: Float[Array, "B T N H"]
+    key: Float[Array, "B K S H"]
+    value: Float[Array, "B K S Hv"]
+    seen: Bool[Array, "B T S"]
+
+
+def _turn(rotate, key, positions):
+    return rotate(key.swapaxes(1, 2), positions).swapaxes(1, 2)
+
+
+def _attend(runs, sink_logits, scale, cap) -> Float[Array, "B T N Hv"]:
+    """One softmax over all runs; zeros for a query that sees no key."""
+    batch, length, heads, _ = runs[0].query.shape
+    _, num_kv, _, value_dim = runs[0].value.shape
+    dtype = jnp.promote_types(runs[0].query.dtype, jnp.float32)
+    precision = matmul_precision()
+
+    def dot(equation, x, y):
+        return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=dtype)
+
+    def logits(run):
+        grouped = run.query.reshape(batch, length, num_kv, heads // num_kv, -1)
+        x = dot("btkgh,bksh->bkgts", grouped, run.key) * scale
+        x = x if cap is None else cap * jnp.tanh(x / cap)
+        return jnp.where(run.seen[:, None, None], x, -jnp.inf)
+
+    all_logits = [logits(run) for run in runs]
+    top = jnp.max(jnp.stack([x.max(-1) for x in all_logits]), axis=0)
+    if sink_logits is not None:
+        learned = sink_logits.astype(dtype).reshape(num_kv, -1, 1)
+        top = jnp.maximum(top, learned)
+    top = jnp.where(top == -jnp.inf, 0, top)
+    total = jnp.zeros_like(top) if sink_logits is None else jnp.exp(learned - top)
+    out = jnp.zeros((batch, num_kv, heads // num_kv, length, value_dim), dtype)
+    for run, x in zip(runs, all_logits, strict=True):
+        weights = jnp.exp(x - top[..., None])
+        total += weights.sum(-1)
+        out += dot("bkgts,bksv->bkgtv", weights.astype(run.value.dtype), run.value)
+    out = out / jnp.where(total == 0, 1, total)[..., None]
+    return jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, value_dim)
+
+
+def _check_fits(cache, k, v, window, num_sinks, *, relative) -> None:
+    """Checks that the cache is one of this layer and of keys like these."""
+    check_cache(cache)
+    for name, new, old in (("k", k, cache.key), ("v", v, cache.value)):
+        if (new.shape[0], *new.shape[2:]) != (*old.shape[:2], old.shape[3]):
+            raise ValueError(
+                f"{name} {new.shape}, [B, T, K, H], and the cache's {old.shape}, [B, K, C, H], "
+                "must have the same batch, heads and head dim"
+            )
+        if new.dtype != old.dtype:
+            raise TypeError(
+                f"{name} is {new.dtype}, but the cache holds {old.dtype}; make the cache with "
+                f"dtype={new.dtype} or cast q, k and v"
+            )
+    if window != cache.window_size:
+        raise ValueError(f"window_size={window}, but the cache was made for {cache.window_size}")
+    held = cache.sink_key.shape[2]
+    if cache.max_length is None and num_sinks != held:
+        raise ValueError(f"num_sink_tokens={num_sinks}, but the cache was made for {held}")
+    if cache.max_length is not None and k.shape[1] > cache.max_length:
+        raise ValueError(
+            f"{k.shape[1]} new tokens do not fit into the cache's max_length={cache.max_length}"
+        )
+    if relative and not cache.relative_positions:
+        raise ValueError(
+            "rotate was given, but the cache holds rotated keys; make it with "
+            "relative_positions=True, or rotate q and k by next_positions(cache, T) beforehand"
+        )
+    if cache.relative_positions and not relative:
+        raise ValueError(
+            "the cache has relative_positions=True, so pass unrotated q and k, and rotate=..."
+        )
