@@ -75,8 +75,8 @@ def test_example(one_process):
 @pytest.mark.parametrize(
     ("model", "flags"),
     [
-        ("gpt-oss-like", ["--layers=2"]),
-        pytest.param("gemma-like", ["--layers=6"], marks=pytest.mark.slow),
+        ("gpt-oss-like", ["--layers=2", "--devices=2"]),
+        pytest.param("gemma-like", ["--layers=6", "--devices=2"], marks=pytest.mark.slow),
     ],
 )
 def test_hybrids_learn_and_speak(model, flags, tmp_path):
