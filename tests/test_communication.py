@@ -67,7 +67,7 @@ def test_halo_bytes_equal_the_formula(window, implementation):
     assert {one.kind for one in forward + backward} <= {"collective-permute"}
 
 
-@pytest.mark.parametrize("window", [5, 2 * CHUNK + 3])
+@pytest.mark.parametrize("window", [5, pytest.param(2 * CHUNK + 3, marks=pytest.mark.slow)])
 def test_bytes_do_not_grow_with_the_mesh(window, implementation):
     few = programs(far_case(8, window, 0), "shard_novma", implementation)
     many = with_devices(32, window, 0, implementation)

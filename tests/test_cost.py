@@ -62,7 +62,8 @@ def test_full_causal_has_no_square_buffer(implementation):
     assert largest_buffer(long.as_text()) < 4096 * 4096 / 4
 
 
-@pytest.mark.parametrize("window", [WINDOW, pytest.param(700, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [WINDOW, 700])
 def test_memory_of_a_device_depends_on_its_chunk_only(window, implementation):
     options = dict(window_size=window)
     few = compiled(512 * 4, implementation, make_mesh(seq=4), **options)
@@ -71,6 +72,7 @@ def test_memory_of_a_device_depends_on_its_chunk_only(window, implementation):
     assert largest_buffer(many.as_text()) < 512 * 8 * 512 / 4
 
 
+@pytest.mark.slow
 def test_many_hops_keep_few_halos_alive(implementation):
     """Full causal: twice the devices, four more hops, but not four more halos on each device."""
     halo = 512 * 4 * (16 + 16)  # bytes of the keys and values of a chunk

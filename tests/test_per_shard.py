@@ -58,6 +58,7 @@ def test_batch_and_heads_sharded_too(implementation, check_vma):
     check(case, build, implementation)
 
 
+@pytest.mark.slow
 def test_without_jit(implementation):
     check(Case(5, 3, 6, 2, learned=True), over_ring(False), implementation, jit=False)
 
@@ -93,6 +94,7 @@ def test_streaming_default_is_one_sink_token(implementation):
     np.testing.assert_allclose(packed, case.expected.out[0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_number_of_devices_does_not_change_the_result(implementation):
     case = Case(24, 1, 10, 2, learned=True, heads=(4, 2))
     for devices in (2, 3, 8):

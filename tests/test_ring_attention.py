@@ -50,7 +50,9 @@ def test_explicit_axes_are_read_from_the_inputs(implementation):
     check(SMALL, over_mesh(AxisType.Explicit, CUBE), implementation, spec=spec)
 
 
-@KINDS
+@pytest.mark.parametrize(
+    "kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
+)
 def test_sequence_over_a_tuple(kind, implementation):
     sizes, axes = dict(outer=2, inner=2), ("outer", "inner")
     check(CASE, over_mesh(kind, sizes, seq_axis=axes), implementation, spec=P(None, axes))

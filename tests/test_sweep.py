@@ -33,7 +33,7 @@ def test_odd_case(name, implementation):
 
 # No shrinking: each step would compile, and the printed case is small already.
 @settings(
-    max_examples=10,
+    max_examples=6,
     derandomize=True,
     deadline=None,
     database=None,

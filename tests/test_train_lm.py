@@ -72,11 +72,12 @@ def test_example(one_process):
     assert "--- and the model goes on ---" in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "flags"),
     [
         ("gpt-oss-like", ["--layers=2", "--devices=2"]),
-        pytest.param("gemma-like", ["--layers=6", "--devices=2"], marks=pytest.mark.slow),
+        ("gemma-like", ["--layers=6", "--devices=2"]),
     ],
 )
 def test_hybrids_learn_and_speak(model, flags, tmp_path):
@@ -111,6 +112,7 @@ def test_prompt_and_steps_give_the_logits_of_training(name, monkeypatch):
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(one_process, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

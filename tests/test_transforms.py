@@ -88,6 +88,7 @@ def test_vmap_of_ring_attention(implementation):
         compare_each(jax.jit(jax.vmap(with_gradients(function)))(*stacked(pair)), pair)
 
 
+@pytest.mark.slow
 def test_vmap_with_shared_keys_and_sinks(implementation):
     first = WHOLE
     (q, k, v, sink), dout = first.arrays()
