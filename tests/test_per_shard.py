@@ -26,9 +26,12 @@ KINDS = {
     "sliding_varlen": Case(6, 4, 4, documents=DOCUMENTS, packed=True, learned=True),
     "streaming_varlen": Case(6, 4, 8, 2, DOCUMENTS, packed=True, learned=True),
 }
+SLOW = ("sliding", "sliding_varlen")  # the others do more
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind in SLOW else ()) for kind in KINDS]
+)
 def test_ring_sums_gradients_over_devices_once(kind, implementation, check_vma):
     check(KINDS[kind], over_ring(check_vma), implementation)
 

@@ -235,7 +235,7 @@ def test_losses_are_those_of_one_device(start, mesh, kind):
     [
         (NNX, ("data_seq", AxisType.Auto), ("data_seq_heads", AxisType.Explicit)),
         (NNX, ("data_seq_heads", AxisType.Explicit), ("one device",)),
-        (LINEN, ("seq", AxisType.Auto), ("data_seq", AxisType.Auto)),
+        slow(LINEN, ("seq", AxisType.Auto), ("data_seq", AxisType.Auto)),
         slow(NNX, ("one device",), ("data_seq", AxisType.Auto)),
         slow(LINEN, ("data_seq", AxisType.Auto), ("data_seq_heads", AxisType.Explicit)),
         slow(LINEN, ("data_seq_heads", AxisType.Explicit), ("one device",)),

@@ -51,7 +51,9 @@ def compare_each(result, pair):
         compare(Result(*(x[i] for x in result)), case.expected, case.dtype, case)
 
 
-@pytest.mark.parametrize("case", [WHOLE, PACKED], ids=["whole", "packed"])
+@pytest.mark.parametrize(
+    "case", [pytest.param(WHOLE, marks=pytest.mark.slow), PACKED], ids=["whole", "packed"]
+)
 def test_vmap_of_gradients(case, implementation):
     pair = twins(case)
     function, _ = over_ring(False)(case, implementation)
@@ -138,7 +140,7 @@ def weights_and_input():
 OPTIONS = dict(window_size=7, num_sink_tokens=2)
 
 
-@pytest.mark.parametrize("policy", [None, "context"])
+@pytest.mark.parametrize("policy", [pytest.param(None, marks=pytest.mark.slow), "context"])
 def test_scan_over_layers(policy, implementation):
     def attend(q, k, v):
         return rsj.ring_attention(q, k, v, implementation=implementation, **OPTIONS)
