@@ -86,12 +86,14 @@ def test_every_case(name, small_tiles):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.devices > 1])
+@pytest.mark.parametrize("small_tiles", [False], indirect=True, ids=["masked"])
 def test_every_last_chunk(name, small_tiles):
     check_last_chunk(CASES[name])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [WHOLE, PACKED], ids=["whole", "packed"])
+@pytest.mark.parametrize("small_tiles", [False], indirect=True, ids=["masked"])
 def test_vmap(case, small_tiles):
     """Gradients of vmap on one device, and vmap of gradients over a ring."""
     pair = twins(case)
@@ -102,7 +104,7 @@ def test_vmap(case, small_tiles):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1000, 1016), ids=lambda seed: f"random-{seed}")
+@pytest.mark.parametrize("seed", range(1000, 1010), ids=lambda seed: f"random-{seed}")
 def test_random_case(seed, small_tiles):
     case = random_case(random.Random(seed))
     if any(dim % 16 for dim in case.dims):
