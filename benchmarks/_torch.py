@@ -1,7 +1,7 @@
-"""torch's flex_attention on one shape, in a process of its own: `python -m benchmarks._torch NAME`.
+"""torch's flex_attention in a process of its own: `python -m benchmarks._torch REPEATS NAME...`.
 
-Prints "ready" once all is compiled, waits for a line on stdin, and prints the times as JSON. So
-the compiling goes on beside JAX's, and the timing when nobody else uses the GPU.
+Prints "ready" once all shapes are compiled, and then, for each name on stdin, its times as a line
+of JSON. So the compiling goes on beside JAX's, and the timing when nobody else uses the GPU.
 """
 
 import json
@@ -32,7 +32,8 @@ def launches(shape: Shape):
             return seen
         return seen & ((i - j <= shape.window) | (j - begins[i] < shape.sinks))
 
-    mask = create_block_mask(sees, None, None, shape.length, shape.length, "cuda", _compile=True)
+    mask = create_block_mask(sees, None, None, shape.length, shape.length, "cuda")
+    torch.cuda.empty_cache()  # of the whole square of the mask: JAX needs the memory
     flex = torch.compile(flex_attention, dynamic=False)
     grouped = shape.heads != shape.kv_heads
 
@@ -47,31 +48,47 @@ def launches(shape: Shape):
     return forward, both
 
 
-def main() -> None:
-    """Answers with {"forward": seconds, "both": seconds}, or {"reason": text}."""
-    shape, repeats = ALL[sys.argv[1]], int(sys.argv[2])
-    answer: dict[str, float | str]
-    try:
-        import torch
+def compiled(shape: Shape):
+    """Its launches, run once, or the reason why there are none."""
+    import torch
 
+    try:
         functions = launches(shape)
         for function in functions:
             function()
         torch.cuda.synchronize()
-        print("ready", flush=True)
-        sys.stdin.readline()
-
-        def wait(_):
-            torch.cuda.synchronize()
-
-        seconds = []
-        for function in functions:
-            calls = calls_within(0.1, function, wait=wait)
-            seconds.append(median_seconds(function, calls=calls, repeats=repeats, wait=wait))
-        answer = {"forward": seconds[0], "both": seconds[1]}
     except Exception as error:  # whatever it is, the parent prints it in the table
-        answer = {"reason": f"{type(error).__name__}: {error}"}
-    print(json.dumps(answer), flush=True)
+        return f"{type(error).__name__}: {error}"
+    return functions
+
+
+def times(functions, repeats: int) -> dict[str, float]:
+    """{"forward": seconds, "both": seconds}."""
+    import torch
+
+    def wait(_):
+        torch.cuda.synchronize()
+
+    seconds = {}
+    for name, function in zip(("forward", "both"), functions, strict=True):
+        calls = calls_within(0.1, function, wait=wait)
+        seconds[name] = median_seconds(function, calls=calls, repeats=repeats, wait=wait)
+    return seconds
+
+
+def main() -> None:
+    """Answers each name with its times, or with {"reason": text}."""
+    import torch
+
+    # Each shape compiles the same function anew; past the limit torch would run it uncompiled.
+    torch._dynamo.config.recompile_limit = 4 * len(ALL)
+    repeats, *names = sys.argv[1:]
+    made = {name: compiled(ALL[name]) for name in names}
+    print("ready", flush=True)
+    for line in sys.stdin:
+        found = made.pop(line.strip())
+        answer = {"reason": found} if isinstance(found, str) else times(found, int(repeats))
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

@@ -113,37 +113,31 @@ def measure(shape: Shape, name: str, built, inputs: tuple[Any, ...], repeats: in
 
 
 class TorchPeer:
-    """torch's flex_attention on one shape, compiling in a process of its own from now on."""
+    """torch's flex_attention on some shapes, compiling in a process of its own from now on."""
 
-    def __init__(self, shape: Shape, repeats: int):
-        self.shape = shape
+    def __init__(self, shapes: list[Shape], repeats: int):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks._torch", shape.name, str(repeats)],
+            [sys.executable, "-m", "benchmarks._torch", str(repeats), *(x.name for x in shapes)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
         )
-        self.answer = ""
 
-    def wait_until_ready(self) -> None:
-        """Returns once it has compiled all, or failed."""
+    def read(self) -> str:
+        """A line of what it says; empty once it is gone."""
         assert self.process.stdout is not None
-        while self.answer != "ready" and not self.answer.startswith("{"):
-            line = self.process.stdout.readline()
-            if not line:
-                self.answer = json.dumps({"reason": f"exited with {self.process.wait()}"})
-                return
-            self.answer = line.strip()
+        return self.process.stdout.readline().strip()
 
-    def measure(self) -> Row:
-        """Lets it time, and ends it."""
-        if self.answer == "ready":
-            lines = self.process.communicate("go\n")[0].splitlines()
-            self.answer = lines[-1] if lines else json.dumps({"reason": "died while timing"})
-        else:
-            self.process.communicate()
-        return Row(self.shape.name, TORCH, False, **json.loads(self.answer))
+    def measure(self, shape: Shape) -> Row:
+        """Lets it time one shape."""
+        assert self.process.stdin is not None
+        try:
+            print(shape.name, file=self.process.stdin, flush=True)
+            answer = json.loads(self.read())
+        except (BrokenPipeError, json.JSONDecodeError):
+            answer = {"reason": f"torch's process exited with {self.process.wait()}"}
+        return Row(shape.name, TORCH, False, **answer)
 
 
 def device_rates() -> dict[str, float]:
@@ -166,14 +160,14 @@ def machine() -> dict[str, Any]:
 
 def compare(shapes: list[Shape], names: list[str], repeats: int) -> list[Row]:
     """Compiles all, then times one after the other and prints each shape's table."""
-    peers = []
+    torch = None
     if TORCH in names and importlib.util.find_spec("torch") is not None:
-        peers = [TorchPeer(shape, repeats) for shape in shapes]
+        torch = TorchPeer(shapes, repeats)
     jobs = [(shape, name) for shape in shapes for name in names if name != TORCH]
     with ThreadPoolExecutor(16) as pool:
         futures = {job: pool.submit(build, job[0], CONTENDERS[job[1]]) for job in jobs}
-    for peer in peers:
-        peer.wait_until_ready()
+    if torch is not None:
+        torch.read()
     rows = []
     for shape in shapes:
         inputs, expected, results, found = arrays(shape), None, None, []
@@ -184,8 +178,9 @@ def compare(shapes: list[Shape], names: list[str], repeats: int) -> list[Row]:
                 expected = results if expected is None else expected
                 found.append(row)
         del inputs, expected, results
-        found += [peer.measure() for peer in peers if peer.shape is shape]
-        if TORCH in names and not peers:
+        if torch is not None:
+            found.append(torch.measure(shape))
+        elif TORCH in names:
             found.append(Row(shape.name, TORCH, False, reason="torch is not installed"))
         print(_report.table(shape.name, found), flush=True)
         rows += found
