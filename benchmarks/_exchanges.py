@@ -109,6 +109,7 @@ def all_gather_cudnn(shape: RingShape, devices: int, implementation: str | None)
         raise NotImplementedError("packed sequences that end before the device's keys begin")
     cudnn = CONTENDERS["cudnn"].build(shape)
     chunk, halo = shape.chunk(devices), shape.halo(devices)
+    halo = min(-(-halo // 64) * 64, shape.length - chunk)  # cuDNN refuses odd lengths
 
     def attend(query, key, value, ends):
         position = lax.axis_index(AXIS) * chunk

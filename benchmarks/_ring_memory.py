@@ -14,6 +14,7 @@ term in bytes of a device:
   B T N H 4, and a second log-sum-exp, in the forward pass.
 
 What a packed row adds (starts of its sequences, 4 T) and what sink tokens add is far below these.
+The kernels are the Triton ones; "xla" and interpret mode have buffers of their own.
 """
 
 import dataclasses

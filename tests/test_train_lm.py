@@ -1,43 +1,18 @@
 """examples/train_lm.py with small settings: in one process, and in two under jax.distributed."""
 
-import os
 import re
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests import processes
+
 SETTINGS = ["--steps=2", "--sequence-length=512", "--document-length=200", "--layers=1"]
 SETTINGS += ["--window=70", "--sinks=3", "--devices=4", "--sample-length=8", "--seed=5"]
 
 
 def start(output, *flags):
-    drop = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
-    environment = {k: v for k, v in os.environ.items() if k not in drop}
-    environment["JAX_PLATFORMS"] = "cpu"
-    return subprocess.Popen(
-        [sys.executable, "examples/train_lm.py", *SETTINGS, f"--output={output}", *flags],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(*processes):
-    """What the processes wrote to stdout, all of which must succeed."""
-    try:
-        outputs = [process.communicate(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, (out, err) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, out + err[-3000:]
-    return [out for out, _ in outputs]
+    command = ["examples/train_lm.py", *SETTINGS, f"--output={output}", *flags]
+    return processes.start(*command, **processes.CPU)
 
 
 def losses(output):
@@ -49,7 +24,7 @@ def losses(output):
 def one_process(tmp_path_factory):
     """Output and PNG of one process with four devices."""
     picture = tmp_path_factory.mktemp("train_lm") / "new folder" / "curve.png"
-    return finish(start(picture))[0], picture
+    return processes.succeed([start(picture)])[0], picture
 
 
 def test_example(one_process):
@@ -65,18 +40,24 @@ def test_example(one_process):
 
 
 def test_two_processes_give_the_losses_of_one(one_process, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    flags = [f"--coordinator=127.0.0.1:{port}", "--num-processes=2"]
+    flags = [f"--coordinator=127.0.0.1:{processes.free_port()}", "--num-processes=2"]
     pictures = [tmp_path / f"{index}.png" for index in range(2)]
-    zero, one = finish(
-        *(start(pictures[i], *flags, f"--process-id={i}") for i in range(2)),
+    zero, one = processes.succeed(
+        [start(pictures[i], *flags, f"--process-id={i}") for i in range(2)]
     )
     assert losses(zero) == pytest.approx(losses(one_process[0]), rel=1e-5)
     assert pictures[0].exists()
     assert not pictures[1].exists()
     assert "loss" not in one, "only the first process prints"
+
+
+def test_processes_with_other_settings_are_told(tmp_path):
+    flags = [f"--coordinator=127.0.0.1:{processes.free_port()}", "--num-processes=2"]
+    own = ("--sequence-length=512", "--sequence-length=1024")
+    started = [start(tmp_path / "curve.png", *flags, own[n], f"--process-id={n}") for n in range(2)]
+    for status, _, err in processes.outputs(started):
+        assert status != 0
+        assert "disagree on sequence_length: 512 in process 0, 1024 in process 1" in err
 
 
 @pytest.mark.parametrize(
