@@ -7,6 +7,7 @@ inside a shard_map over the axis "seq". It raises NotImplementedError for what i
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -26,7 +27,7 @@ Build = Callable[[RingShape, int, str | None], Attend]
 
 def ring(shape: RingShape, devices: int, implementation: str | None) -> Attend:
     """The public functions."""
-    options = {
+    options: dict[str, Any] = {
         "window_size": shape.window,
         "num_sink_tokens": shape.sinks,
         "axis_name": AXIS,
@@ -138,8 +139,8 @@ def all_to_all_cudnn(shape: RingShape, devices: int, implementation: str | None)
         return lax.all_to_all(x, AXIS, split_axis=cut, concat_axis=joined, tiled=True)
 
     def attend(query, key, value, ends):
-        whole = (exchange(x, 2, 1) for x in (query, key, value))
-        return exchange(cudnn(*whole, ends), 1, 2)
+        query, key, value = (exchange(x, 2, 1) for x in (query, key, value))
+        return exchange(cudnn(query, key, value, ends), 1, 2)
 
     return attend
 

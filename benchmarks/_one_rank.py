@@ -33,7 +33,7 @@ def programs(shape: RingShape, devices: int, implementation: str | None):
 
     def launch(query, far, near, sinks, start):
         kernels = module(pallas_kernels.choose(implementation, spec, query, near[1]))
-        runs = (KeyRun(*far, -halo), KeyRun(*near, 0))
+        runs = (KeyRun(far[0], far[1], -halo), KeyRun(near[0], near[1], 0))
         state = kernels.forward(
             spec, query, runs, sinks, None, start, None,
             rows=(0, chunk), resume=False, out_dtype=query.dtype,

@@ -86,7 +86,10 @@ def build_over_mesh(shape: RingShape, mesh: Mesh, name: str, implementation: str
     )
 
     def both(query, key, value, ends, dout):
-        out, pull = jax.vjp(lambda *x: attend(*x, ends), query, key, value)
+        def from_arrays(query, key, value):
+            return attend(query, key, value, ends)
+
+        out, pull = jax.vjp(from_arrays, query, key, value)
         return out, pull(dout)
 
     types = specs(shape, mesh)
