@@ -126,7 +126,7 @@ def _chart(path: Path, machine: dict[str, Any], shapes: list[RingShape], rows: l
         axis.grid(axis="y", alpha=0.3)
     axes[0].set_title(
         f"{machine['devices']} x {machine['device']}, jax {machine['jax']}, bfloat16. "
-        f"Above 1: slower than the ring. {ORIGINAL}",
+        f"Above 1: slower than the ring. Original: {ORIGINAL}",
         fontsize="small",
     )
     axes[0].legend(ncols=4, fontsize="small")
