@@ -32,6 +32,8 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from ring_swa_jax import check_processes
+
 from _data import BEGIN, Batch, load_corpus, packed_batches, shard
 from _model import ByteTransformer, loss_fn, patterns, sample
 
@@ -259,6 +261,8 @@ def main() -> None:
     """The whole job: data, training, evaluation, loss curve and sample."""
     args = parse_arguments()
     mesh = set_up_mesh(args)
+    own = ("coordinator", "process_id", "output")  # all else is the same in every process
+    check_processes(mesh, **{name: x for name, x in vars(args).items() if name not in own})
     corpus = load_corpus()
     entropy = corpus.unigram_entropy()
     model, optimizer = create_model(args, mesh)

@@ -8,6 +8,7 @@ from ring_swa_jax._decode import decode_attention as decode_attention
 from ring_swa_jax._models import ModelLayers as ModelLayers
 from ring_swa_jax._models import layer_settings as layer_settings
 from ring_swa_jax._models import models as models
+from ring_swa_jax._processes import check_processes as check_processes
 from ring_swa_jax._reference import reference_attention as reference_attention
 from ring_swa_jax._ring import ring_sliding_window_attn as ring_sliding_window_attn
 from ring_swa_jax._ring import ring_sliding_window_attn_varlen as ring_sliding_window_attn_varlen
@@ -29,6 +30,7 @@ __all__ = [
     "Rope",
     "YarnScaling",
     "apply_rope",
+    "check_processes",
     "decode_attention",
     "init_cache",
     "layer_settings",

@@ -59,7 +59,7 @@ class Program:
 
 
 def mesh(devices):
-    """Mesh of 1 or 4 Hopper GPUs with the axis "seq"."""
+    """Mesh of 1, 2 or 4 Hopper GPUs with the axis "seq"."""
     chips = _topology().devices[:devices]
     return Mesh(np.array(chips), ("seq",), axis_types=(AxisType.Auto,))
 

@@ -1,11 +1,6 @@
 """examples/train_lm.py with small settings: in one process, and in two under jax.distributed."""
 
-import os
 import re
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-ROOT = Path(__file__).parent.parent
+from tests import processes
+
 SETTINGS = ["--steps=2", "--sequence-length=512", "--document-length=200", "--layers=1"]
 SETTINGS += ["--window=70", "--sinks=3", "--devices=4", "--sample-length=8", "--seed=5"]
 
@@ -21,31 +17,10 @@ OTHER_MODELS = ["sliding-window", "gemma-like"]
 
 
 def start(output, *flags):
-    drop = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
-    environment = {k: v for k, v in os.environ.items() if k not in drop}
-    environment["JAX_PLATFORMS"] = "cpu"
-    environment["PYTHONPATH"] = str(ROOT)
-    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # compiling is most of the time
-    return subprocess.Popen(
-        [sys.executable, "examples/train_lm.py", *SETTINGS, f"--output={output}", *flags],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(*processes):
-    """What the processes wrote to stdout, all of which must succeed."""
-    try:
-        outputs = [process.communicate(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, (out, err) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, out + err[-3000:]
-    return [out for out, _ in outputs]
+    command = ["examples/train_lm.py", *SETTINGS, f"--output={output}", *flags]
+    # Compiling is most of the time.
+    environment = processes.CPU | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    return processes.start(*command, **environment)
 
 
 def losses(output):
@@ -57,7 +32,7 @@ def losses(output):
 def one_process(tmp_path_factory):
     """Output and PNG of one process with four devices."""
     picture = tmp_path_factory.mktemp("train_lm") / "new folder" / "curve.png"
-    return finish(start(picture))[0], picture
+    return processes.succeed([start(picture)])[0], picture
 
 
 def test_example(one_process):
@@ -81,7 +56,7 @@ def test_example(one_process):
     ],
 )
 def test_hybrids_learn_and_speak(model, flags, tmp_path):
-    output = finish(start(tmp_path / "curve.png", f"--model={model}", *flags))[0]
+    output = processes.succeed([start(tmp_path / "curve.png", f"--model={model}", *flags)])[0]
     assert f"model: {model}" in output
     first, last = losses(output)
     assert last < first
@@ -92,7 +67,7 @@ def test_hybrids_learn_and_speak(model, flags, tmp_path):
     "name", ["gpt-oss-like", *(pytest.param(n, marks=pytest.mark.slow) for n in OTHER_MODELS)]
 )
 def test_prompt_and_steps_give_the_logits_of_training(name, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.syspath_prepend(str(processes.ROOT / "examples"))
     from _model import ByteTransformer, patterns
 
     pattern = [{**settings, "seq_axis": None} for settings in patterns(7)[name]]
@@ -114,18 +89,24 @@ def test_prompt_and_steps_give_the_logits_of_training(name, monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(one_process, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    flags = [f"--coordinator=127.0.0.1:{port}", "--num-processes=2"]
+    flags = [f"--coordinator=127.0.0.1:{processes.free_port()}", "--num-processes=2"]
     pictures = [tmp_path / f"{index}.png" for index in range(2)]
-    zero, one = finish(
-        *(start(pictures[i], *flags, f"--process-id={i}") for i in range(2)),
+    zero, one = processes.succeed(
+        [start(pictures[i], *flags, f"--process-id={i}") for i in range(2)]
     )
     assert losses(zero) == pytest.approx(losses(one_process[0]), rel=1e-5)
     assert pictures[0].exists()
     assert not pictures[1].exists()
     assert "loss" not in one, "only the first process prints"
+
+
+def test_processes_with_other_settings_are_told(tmp_path):
+    flags = [f"--coordinator=127.0.0.1:{processes.free_port()}", "--num-processes=2"]
+    own = ("--sequence-length=512", "--sequence-length=1024")
+    started = [start(tmp_path / "curve.png", *flags, own[n], f"--process-id={n}") for n in range(2)]
+    for status, _, err in processes.outputs(started):
+        assert status != 0
+        assert "disagree on sequence_length: 512 in process 0, 1024 in process 1" in err
 
 
 @pytest.mark.parametrize(

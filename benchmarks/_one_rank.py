@@ -1,0 +1,82 @@
+"""The yardstick of the ring: its busiest device's work on one GPU, nothing to wait for.
+
+The keys before the chunk are already in this GPU's memory, in arrays of their own, and one launch
+a pass takes them together with the chunk's. So what a ring loses to the exchange, and to cutting
+its launches around it, both count against the ring.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+import pallas_kernels
+from benchmarks._ring_shapes import RingShape
+from pallas_kernels import SinkRun, Spec
+from pallas_kernels._implementations import module
+from pallas_kernels._spec import KeyRun
+
+
+def spec_of(shape: RingShape) -> Spec:
+    """The settings of the kernels."""
+    return Spec(shape.window, shape.sinks, shape.dim**-0.5, None, "highest")
+
+
+def programs(shape: RingShape, devices: int, implementation: str | None):
+    """(forward, forward and backward) of `inputs`, without and with the cotangent.
+
+    The gradients go to the queries, the chunk's keys and values, and those before them.
+    """
+    spec, halo, chunk = spec_of(shape), shape.halo(devices), shape.chunk(devices)
+
+    def launch(query, far, near, sinks, start):
+        kernels = module(pallas_kernels.choose(implementation, spec, query, near[1]))
+        runs = (KeyRun(far[0], far[1], -halo), KeyRun(near[0], near[1], 0))
+        state = kernels.forward(
+            spec, query, runs, sinks, None, start, None,
+            rows=(0, chunk), resume=False, out_dtype=query.dtype,
+        )  # fmt: skip
+        return kernels, runs, state
+
+    def forward(*inputs):
+        return launch(*inputs)[2].out
+
+    def both(query, far, near, sinks, start, dout):
+        kernels, runs, state = launch(query, far, near, sinks, start)
+        dquery, dkeys, dsinks, _ = kernels.backward(
+            spec, query, runs, sinks, start, state.out, dout, state.lse, None,
+            rows=chunk, dquery_dtype=query.dtype, dkey_dtype=near[0].dtype,
+        )  # fmt: skip
+        return state.out, (dquery, dkeys, dsinks)
+
+    return forward, both
+
+
+def inputs(shape: RingShape, devices: int) -> Callable[..., tuple[Any, ...]]:
+    """Function of the global (query, key, value, cu_seqlens, dout): what the device has of them."""
+    rank, chunk, halo = shape.busiest(devices), shape.chunk(devices), shape.halo(devices)
+    begin = rank * chunk
+    starts = shape.starts()[begin : begin + chunk] - begin
+    first = begin + int(starts[0])
+    if begin < halo:
+        raise NotImplementedError(f"device {rank} has fewer keys before it than the last one")
+
+    def cut(query: Array, key: Array, value: Array, ends: Array | None, dout: Array):
+        here, far = slice(begin, begin + chunk), slice(begin - halo, begin)
+        sinks = None
+        if shape.sinks:
+            rows = slice(first, first + shape.sinks)
+            sinks = SinkRun(*(x[:, rows].astype(jnp.float32) for x in (key, value)))
+        start = jnp.int32(-begin) if ends is None else jnp.asarray(starts, jnp.int32)[None]
+        near = (key[:, here], value[:, here])
+        return query[:, here], (key[:, far], value[:, far]), near, sinks, start, dout[:, here]
+
+    return cut
+
+
+def part(shape: RingShape, devices: int, result: Array) -> Array:
+    """What of a global [B, S, N, H] array is the device's."""
+    begin, chunk = shape.busiest(devices) * shape.chunk(devices), shape.chunk(devices)
+    return jax.jit(lambda x: x[:, begin : begin + chunk])(result)

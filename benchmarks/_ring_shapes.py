@@ -1,0 +1,103 @@
+"""The shapes of the ring's benchmark, and what the PyTorch original took on them."""
+
+import dataclasses
+
+import numpy as np
+
+from benchmarks._shapes import Shape
+
+ORIGINAL = "PyTorch original, FlashAttention-2, two H200 (copied, not run here)"
+
+
+@dataclasses.dataclass(frozen=True)
+class RingShape(Shape):
+    """One attention call over a ring; ``length`` is that of the whole sequence.
+
+    Attributes:
+        batch: rows of the batch.
+        original: milliseconds of the original on two H200, forward and forward+backward.
+    """
+
+    batch: int = 1
+    original: tuple[float, float] | None = None
+
+    def chunk(self, devices: int) -> int:
+        """Tokens of a device.
+
+        Raises:
+            ValueError: the devices do not divide the sequence.
+        """
+        if self.length % devices:
+            raise ValueError(f"{devices} devices do not divide the {self.length} tokens")
+        return self.length // devices
+
+    def halo(self, devices: int) -> int:
+        """Keys before the chunk that the windows of the last device reach."""
+        most = self.length - self.chunk(devices)
+        return most if self.window is None else min(self.window, most)
+
+    def ends(self) -> np.ndarray:
+        """cu_seqlens."""
+        return np.cumsum([0, *(self.documents or (self.length,))]).astype(np.int32)
+
+    def starts(self) -> np.ndarray:
+        """Position of the first token of each token's sequence."""
+        ends = self.ends()
+        return np.repeat(ends[:-1], np.diff(ends))
+
+    def busiest(self, devices: int) -> int:
+        """The device with the most attended pairs, the last of these."""
+        i = np.arange(self.length, dtype=np.int64) - self.starts()
+        window = i if self.window is None else np.minimum(i, self.window)
+        pairs = window + 1 + np.minimum(i - window, self.sinks)
+        work = pairs.reshape(devices, self.chunk(devices)).sum(1)
+        return devices - 1 - int(work[::-1].argmax())
+
+    def tiny(self) -> "RingShape":
+        """A shape of the same kind for a smoke test: a 64th of the tokens, few and small heads."""
+        documents = tuple(length // 64 // 8 * 8 for length in self.documents)
+        length = sum(documents) or self.length // 64
+        return dataclasses.replace(
+            self,
+            length=length,
+            documents=documents,
+            window=None if self.window is None else self.window // 64,
+            heads=8,
+            kv_heads=4,
+            dim=16,
+            original=None,
+        )
+
+
+PACK = (512, 2000, 4000, 16000)
+
+
+def _rows():
+    for kind, sinks, whole, packed in (
+        (
+            "sliding",
+            0,
+            {1000: (1.659, 5.662), 4000: (4.315, 14.809), 8000: (8.185, 27.163)},
+            {1000: (1.947, 5.839), 4000: (4.253, 12.017)},
+        ),
+        (
+            "streaming",
+            1,
+            {1000: (1.880, 7.705), 4000: (4.596, 16.717), 8000: (8.352, 28.884)},
+            {1000: (2.651, 8.444), 4000: (4.464, 14.930)},
+        ),
+    ):
+        for window, original in whole.items():
+            yield RingShape(f"{kind}-{window}", 32768, 32, 4, 128, window, sinks, original=original)
+        for window, original in packed.items():
+            yield RingShape(
+                f"{kind}-varlen-{window}", sum(PACK), 32, 4, 128, window, sinks, PACK,
+                original=original,
+            )  # fmt: skip
+    yield RingShape("mistral", 32768, 32, 8, 128, 4095, original=(4.557, 15.428))
+    yield RingShape("gptoss", 32768, 64, 8, 64, 127, original=(1.017, 3.407))
+    # The shape of the context-parallel tutorial in Transformer Engine's JAX documentation.
+    yield RingShape("te-tutorial", 65536, 128, 8, 128, 8192, batch=2)
+
+
+SHAPES = {shape.name: shape for shape in _rows()}
