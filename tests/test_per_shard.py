@@ -42,7 +42,7 @@ def test_whole_sequence_here(kind, implementation):
     check(case, "one_device", implementation)
 
 
-@pytest.mark.parametrize("documents", [None, ((5, 20, -3),)])
+@pytest.mark.parametrize("documents", [pytest.param(None, marks=pytest.mark.slow), ((5, 20, -3),)])
 def test_sequence_over_two_axes(documents, implementation):
     case = Case(7, 4, 9, 3, documents, documents is not None, heads=(4, 2), learned=True)
     if implementation == "triton":
@@ -66,7 +66,7 @@ def test_without_jit(implementation):
     check(Case(5, 3, 6, 2, learned=True), over_ring(False), implementation, jit=False)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_low_precision_over_hops(dtype, implementation):
     case = Case(16, 4, 40, heads=(4, 2), dims=(32, 16), dtype=dtype, batch=2)
     check(case, over_ring(False), implementation)

@@ -33,7 +33,7 @@ def test_odd_case(name, implementation):
 
 # No shrinking: each step would compile, and the printed case is small already.
 @settings(
-    max_examples=6,
+    max_examples=4,
     derandomize=True,
     deadline=None,
     database=None,

@@ -213,7 +213,7 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
     ("start", "mesh", "kind"),
     [
         (NNX, "data_seq_heads", AxisType.Explicit),
-        (LINEN, "data_seq", AxisType.Auto),
+        slow(LINEN, "data_seq", AxisType.Auto),
         slow(NNX, "data_seq", AxisType.Auto),
         slow(NNX, "data_seq", AxisType.Explicit),
         slow(NNX, "data_seq_heads", AxisType.Auto),
