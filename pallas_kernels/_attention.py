@@ -31,6 +31,7 @@ from pallas_kernels._spec import (
     Starts,
     State,
     accumulator_dtype,
+    vary_as,
 )
 from pallas_kernels._vmap import folds_vmap
 
@@ -138,6 +139,13 @@ attend.defvjp(_attend_fwd, _attend_bwd)
 
 def _forward(spec, halo, implementation, query, key, value, sinks, sink_logits, start):
     """The state of all rows, and the halo that the backward pass is to find, if kept."""
+    arrays = (query, key, value, sinks, sink_logits, start)
+    state, kept = _launch_all_forward(spec, halo, implementation, *arrays)
+    # Mosaic GPU's kernels know nothing of manual mesh axes.
+    return State(*(vary_as(query, x) for x in state)), kept
+
+
+def _launch_all_forward(spec, halo, implementation, query, key, value, sinks, sink_logits, start):
     batch, rows, heads, _ = query.shape
     dtype = accumulator_dtype(query.dtype)
     lengths = halo.lengths

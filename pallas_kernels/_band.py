@@ -42,7 +42,8 @@ def sees(i, j, start, window: int | None, num_sinks: int, *, packed: bool):
 
 def sees_fetched_sink(i, j, start, window: int | None, num_sinks: int):
     """Query i attends key j fetched as a sink: never a key that the shard or the window holds."""
-    return is_sink(i, j, start, num_sinks) & ~in_window(i, j, None, window) & (j < 0)
+    beyond_window = False if window is None else i - j > window
+    return is_sink(i, j, start, num_sinks) & beyond_window & (j < 0)
 
 
 def sees_sink_before(i, j, start, num_sinks: int, stop):
@@ -71,6 +72,16 @@ def sees_near(i, j, start, window: int | None, num_sinks: int, reach: int, *, pa
 def sees_far_sink(i, j, start, num_sinks: int, reach: int):
     """What `sees_near` leaves out; ``reach`` is so large that no window covers these."""
     return is_sink(i, j, start, num_sinks) & (i - start >= reach)
+
+
+def key_span(first, last, first_start, window: int | None, *, offset: int, length: int):
+    """First and last of the keys of a run that queries ``first..last`` may see in their windows.
+
+    They count from the run's own first key. ``first_start`` is that of the first query; there is
+    no key if the last one comes before the first.
+    """
+    low = jnp.maximum(_windows_begin(first, first_start, window) - offset, 0)
+    return low, jnp.maximum(jnp.minimum(last - offset, length - 1), low - 1)
 
 
 def key_plan(
@@ -156,6 +167,16 @@ def query_plan(
     return jnp.stack(jnp.broadcast_arrays(*ranges), axis=-1).astype(jnp.int32)
 
 
+def fetched_sink_count(last, first_start, crossing, window: int, *, length: int):
+    """How many fetched sinks a tile of queries sees whose last query is ``last``.
+
+    ``first_start`` is the start of its first query, ``crossing`` that of the shard's first.
+    """
+    before_window = jnp.minimum(last - window - crossing, -crossing)
+    slots = jnp.clip(before_window, 0, length)
+    return jnp.where(first_start == crossing, slots, 0)
+
+
 def fetched_sink_key_plan(
     start: Int[Array, "..."],
     window: int,
@@ -167,10 +188,7 @@ def fetched_sink_key_plan(
 ) -> Int[Array, "... tiles"]:
     """How many tiles of fetched sinks each tile of queries sees."""
     first, last = _tile_edges(rows, query_tile)
-    crossing = _crossing(start)
-    before_window = jnp.minimum(last - window - crossing, -crossing)
-    slots = jnp.clip(before_window, 0, length)
-    slots = jnp.where(_at(start, first) == crossing, slots, 0)
+    slots = fetched_sink_count(last, _at(start, first), _crossing(start), window, length=length)
     return (-(-slots // key_tile)).astype(jnp.int32)
 
 

@@ -3,8 +3,11 @@
 import functools
 import importlib.util
 import math
+import re
 
 import jax
+
+HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
 
 
 def compiled_platform() -> str:
@@ -53,11 +56,40 @@ def check_triton() -> None:
 def compute_capability() -> float:
     """Compute capability of the GPU compiled for, e.g. 9.0; 0 for one that is not NVIDIA's.
 
-    Infinite for a GPU that is not here: what it is worth, whoever compiles for it knows.
+    For a GPU that is not here it is 9.0 if its name is that of a Hopper, else infinite: what it
+    is worth, whoever compiles for it knows.
     """
     here = jax.devices()[0]
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None and device.device_kind != here.device_kind:
-        return math.inf
+        return 9.0 if HOPPER.search(device.device_kind) else math.inf
     capability = str(getattr(here, "compute_capability", 0))
     return 0.0 if capability.startswith("gfx") else float(capability)
+
+
+def check_mosaic_gpu() -> None:
+    """Checks for Pallas' Mosaic GPU backend and a Hopper GPU.
+
+    Raises:
+        NotImplementedError: one of them is missing.
+    """
+    if importlib.util.find_spec("jax.experimental.pallas.mosaic_gpu") is None:
+        raise NotImplementedError(
+            f"implementation='mosaic_gpu' needs Mosaic GPU, which jax {jax.__version__} has not"
+        )
+    platform = compiled_platform()
+    if platform != "gpu":
+        raise NotImplementedError(
+            f"implementation='mosaic_gpu' runs on Hopper GPUs, not on {platform!r}"
+        )
+    if compute_capability() != 9.0:
+        raise NotImplementedError(
+            "implementation='mosaic_gpu' needs a Hopper GPU (compute capability 9.0), "
+            f"this one has {compute_capability()}"
+        )
+
+
+def multiprocessors() -> int:
+    """How many multiprocessors the GPU compiled for has; a Hopper's 132 if it is not here."""
+    here = jax.devices()[0]
+    return getattr(here, "core_count", 132) if here.platform == "gpu" else 132

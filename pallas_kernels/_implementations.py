@@ -9,8 +9,12 @@ from pallas_kernels import _device
 from pallas_kernels._spec import Spec
 
 NAMES = ("xla", "triton", "mosaic_gpu")
-_MODULES = {"xla": "pallas_kernels._xla", "triton": "pallas_kernels._triton"}
-_BEST_FIRST = {"gpu": ("triton", "xla")}
+_MODULES = {
+    "xla": "pallas_kernels._xla",
+    "triton": "pallas_kernels._triton",
+    "mosaic_gpu": "pallas_kernels._mosaic",
+}
+_BEST_FIRST = {"gpu": ("mosaic_gpu", "triton", "xla")}
 
 
 def choose(implementation: str | None, spec: Spec, query: Array, value: Array) -> str:
@@ -23,11 +27,6 @@ def choose(implementation: str | None, spec: Spec, query: Array, value: Array) -
     if implementation is not None:
         if implementation not in NAMES:
             raise ValueError(f"implementation={implementation!r} is none of {NAMES} or None")
-        if implementation not in _MODULES:
-            raise NotImplementedError(
-                f"implementation={implementation!r} is not part of this version; "
-                f"use one of {tuple(_MODULES)} or None"
-            )
         module(implementation).check(spec, query, value)
         return implementation
     for name in _BEST_FIRST.get(_device.compiled_platform(), ("xla",)):
@@ -46,4 +45,6 @@ def module(name: str) -> ModuleType:
     """
     if name == "triton":
         _device.check_triton()
+    if name == "mosaic_gpu":
+        _device.check_mosaic_gpu()
     return importlib.import_module(_MODULES[name])

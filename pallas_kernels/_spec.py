@@ -80,6 +80,12 @@ def full_like_varying(like: Array, shape: tuple[int, ...], fill: float, dtype) -
     return lax.pcast(full, axes, to="varying") if axes else full
 
 
+def vary_as(like: Array, x: Array) -> Array:
+    """``x`` as an array that varies over the same manual mesh axes as ``like``."""
+    axes = jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
+    return lax.pcast(x, tuple(axes), to="varying") if axes else x
+
+
 def shape_like_varying(like: Array, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
     """The type of an array that varies over the same manual mesh axes as ``like``."""
     kind = jax.typeof(like).manual_axis_type

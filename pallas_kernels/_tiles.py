@@ -128,6 +128,32 @@ def triton_plan(dtype, head_dim: int, value_dim: int, window: int | None, group:
     return plan.of_group(group)
 
 
+@dataclasses.dataclass(frozen=True)
+class MosaicTiles:
+    """Tiles of the Mosaic GPU forward kernel.
+
+    A tile of queries has 128 rows: the same 128 / ``heads`` positions of ``heads`` heads of a
+    group. ``slots`` tiles of ``key`` keys and values are in flight, and ``query_slots`` tiles of
+    queries.
+    """
+
+    key: int
+    slots: int
+    heads: int = 1
+    query_slots: int = 1
+
+
+def mosaic_tiles(head_dim: int, value_dim: int, window: int | None, group: int) -> MosaicTiles:
+    """The tiles for these inputs."""
+    dim = max(head_dim, value_dim)
+    heads = math.gcd(8, group) if window is not None and window < 2048 else 1
+    if dim <= 64:
+        return MosaicTiles(64 if window is not None and window < 256 else 128, 4, heads, 2)
+    if dim <= 128:
+        return MosaicTiles(128, 2, heads)
+    return MosaicTiles(64, 2, heads)
+
+
 def sink_tile(num_sinks: int) -> int:
     """Rows of a tile of sinks."""
     return min(64, max(16, 1 << (num_sinks - 1).bit_length()))

@@ -1,0 +1,85 @@
+"""Implementation "mosaic_gpu": a Mosaic GPU forward kernel for Hopper, before Triton's backward."""
+
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels import _device, _triton
+from pallas_kernels._mosaic_forward import forward as _forward
+from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State
+from pallas_kernels._tiles import MosaicTiles, mosaic_tiles
+
+backward = _triton.backward
+
+
+def check(spec: Spec, query: Array, value: Array) -> None:
+    """Checks that the kernels can compute this here.
+
+    Raises:
+        NotImplementedError: they cannot; names the argument.
+    """
+    _device.check_mosaic_gpu()
+    _triton.check(spec, query, value)
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(
+            f"implementation='mosaic_gpu' takes bfloat16 or float16, got q of {query.dtype}"
+        )
+    for name, x in (("q", query), ("v", value)):
+        if x.shape[1] % 8:
+            raise NotImplementedError(
+                "implementation='mosaic_gpu' takes shards of a multiple of 8 tokens, "
+                f"got {x.shape[1]} of {name}"
+            )
+
+
+def query_tile_rows(spec: Spec, query: Array, run: KeyRun) -> int:
+    """Launches begin at multiples of a query tile."""
+    return 128 // _tiles(spec, query, run).heads
+
+
+def forward(
+    spec: Spec,
+    query: Array,
+    runs: tuple[KeyRun, ...],
+    sinks: SinkRun | None,
+    sink_logits: Array | None,
+    start: Starts,
+    state: State | None,
+    *,
+    rows: tuple[int, int],
+    resume: bool,
+    out_dtype: jnp.dtype,
+) -> State:
+    """As ``pallas_kernels._xla.forward``."""
+    return _forward(
+        spec,
+        query,
+        tuple(_of_eighths(run) for run in runs),
+        sinks,
+        sink_logits,
+        start,
+        state,
+        rows=rows,
+        resume=resume,
+        out_dtype=out_dtype,
+        tiles=_tiles(spec, query, runs[0]),
+        programs=_device.multiprocessors(),
+    )
+
+
+def _of_eighths(run: KeyRun) -> KeyRun:
+    """The run with zeros before it, so that TMA can count it by 8 rows.
+
+    They stand before all keys that a window reaches: only the farthest part of a halo is of
+    another length.
+    """
+    missing = -run.key.shape[1] % 8
+    if not missing:
+        return run
+    pad = ((0, 0), (missing, 0), (0, 0), (0, 0))
+    return KeyRun(jnp.pad(run.key, pad), jnp.pad(run.value, pad), run.offset - missing)
+
+
+def _tiles(spec: Spec, query: Array, run: KeyRun) -> MosaicTiles:
+    heads, dim = query.shape[2:]
+    group = heads // run.key.shape[2]
+    return mosaic_tiles(dim, run.value.shape[-1], spec.window, group)

@@ -1,0 +1,37 @@
+"""What the Mosaic GPU kernels share: layouts, shared memory and loops."""
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+LOG2_E = 1.4426950408889634
+LOWEST = -1e30
+"""Stands for -inf where a difference of two must be a number."""
+CONSUMERS = 2
+"""Warpgroups that compute."""
+ROWS = 64
+"""Rows of a warpgroup's matrices: what a WGMMA instruction has."""
+MATRIX = plgpu.Layout.WGMMA
+COLUMN = plgpu.Layout.WGMMA.reduce(1)
+
+
+def swizzled(shape: tuple[int, ...], dtype, inner: int | None = None):
+    """SMEM that TMA writes and WGMMA reads; ``inner`` is the length of a product's inner axis."""
+    size = jnp.dtype(dtype).itemsize
+
+    def fits(swizzle):
+        return not shape[-1] * size % swizzle and not (inner or 0) * size % swizzle
+
+    swizzle = next(filter(fits, (128, 64, 32)))
+    transforms = (plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def spread(x: Array, width: int) -> Array:
+    """A column as a matrix of equal columns."""
+    return lax.broadcast_in_dim(x, (ROWS, width), [0])
+
+
+def fori(begin, end, body, carry):
+    """A loop whose bounds may be Python's integers."""
+    return lax.fori_loop(jnp.int32(begin), jnp.int32(end), body, carry)
