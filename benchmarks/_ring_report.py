@@ -116,21 +116,27 @@ def _chart(path: Path, machine: dict[str, Any], shapes: list[RingShape], rows: l
     names = list(dict.fromkeys(name for found in over.values() for name in found))
     width = 0.8 / max(len(names), 1)
     figure, axes = plt.subplots(2, 1, figsize=(15, 8), sharex=True)
+    refused = {(row.shape, row.name) for row in rows if row.reason is not None}
     for axis, kind, title in zip(axes, KINDS, ("forward", "forward + backward"), strict=True):
         for n, name in enumerate(names):
             heights = [over[s.name].get(name, {}).get(kind, 0) for s in shapes]
             places = [x + (n - (len(names) - 1) / 2) * width for x in range(len(shapes))]
             axis.bar(places, heights, width, label=name)
+            none = [x for x, s in zip(places, shapes, strict=True) if (s.name, name) in refused]
+            axis.plot(none, [0.06] * len(none), "x", color=f"C{n}", markersize=5)
         axis.axhline(1, color="black", linewidth=1)
         axis.set_ylabel(f"{title}: time / the ring's")
         axis.grid(axis="y", alpha=0.3)
+        axis.set_axisbelow(True)
+        axis.margins(x=0.01)
     axes[0].set_title(
         f"{machine['devices']} x {machine['device']}, jax {machine['jax']}, bfloat16. "
-        f"Above 1: slower than the ring. Original: {ORIGINAL}",
+        f"Above 1: slower than the ring. x: no time, see the JSON. Original: {ORIGINAL}",
         fontsize="small",
     )
     axes[0].legend(ncols=4, fontsize="small")
-    axes[1].set_xticks(range(len(shapes)), [s.name for s in shapes], rotation=20, fontsize="small")
+    labels = [s.name.replace("-varlen", "\nvarlen") for s in shapes]
+    axes[1].set_xticks(range(len(shapes)), labels, fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -59,8 +59,8 @@ class Program:
 
 
 def mesh(devices):
-    """Mesh of 1, 2 or 4 Hopper GPUs with the axis "seq"."""
-    chips = _topology().devices[:devices]
+    """Mesh of any number of Hopper GPUs with the axis "seq"."""
+    chips = _topology(max(4, devices)).devices[:devices]
     return Mesh(np.array(chips), ("seq",), axis_types=(AxisType.Auto,))
 
 
@@ -80,7 +80,7 @@ def compile_program(function, arguments, devices):
 
 
 @functools.cache
-def _topology():
+def _topology(devices):
     for name in ("jax_plugins.xla_cuda13", "nvidia"):
         try:
             found = importlib.util.find_spec(name)
@@ -89,7 +89,7 @@ def _topology():
         if found is None:
             pytest.fail(f"there is no {name}: install the packages that tests/hopper.py names")
     return topologies.get_topology_desc(
-        platform="cuda", target_config=TARGET.read_text(), topology="1x1x4"
+        platform="cuda", target_config=TARGET.read_text(), topology=f"1x1x{devices}"
     )
 
 
