@@ -160,8 +160,10 @@ def _launch_all_forward(spec, halo, implementation, query, key, value, sinks, si
     near = -(-lengths[0] // tile) * tile
     if len(lengths) == 1 and 2 * near <= rows:
         fetched = halo.fetch(0, key, value, after=None)
-        runs = (_hop_run(halo, 0, fetched), local)
         state = launch((local,), sinks, sink_logits, None, (near, rows), query.dtype)
+        # What needs the halo waits for the launch, so that the halo travels under it.
+        far = tuple(jnp.where(state.lse[0, 0, -1] <= jnp.inf, x, jnp.nan) for x in fetched)
+        runs = (_hop_run(halo, 0, far), local)
         state = launch(runs, sinks, sink_logits, state, (0, near), query.dtype)
         return state, fetched
 
