@@ -33,7 +33,7 @@ def check(spec: Spec, query: Array, value: Array) -> None:
 
 def query_tile_rows(spec: Spec, query: Array, run: KeyRun) -> int:
     """Launches begin at multiples of a query tile."""
-    return 128 // _tiles(spec, query, run).heads
+    return 128 // _tiles(spec, query, run, whole=True).heads
 
 
 def forward(
@@ -61,7 +61,7 @@ def forward(
         rows=rows,
         resume=resume,
         out_dtype=out_dtype,
-        tiles=_tiles(spec, query, runs[0]),
+        tiles=_tiles(spec, query, runs[0], whole=not resume and out_dtype == query.dtype),
         programs=_device.multiprocessors(),
     )
 
@@ -79,7 +79,9 @@ def _of_eighths(run: KeyRun) -> KeyRun:
     return KeyRun(jnp.pad(run.key, pad), jnp.pad(run.value, pad), run.offset - missing)
 
 
-def _tiles(spec: Spec, query: Array, run: KeyRun) -> MosaicTiles:
+def _tiles(spec: Spec, query: Array, run: KeyRun, *, whole: bool) -> MosaicTiles:
     heads, dim = query.shape[2:]
     group = heads // run.key.shape[2]
-    return mosaic_tiles(dim, run.value.shape[-1], spec.window, group)
+    return mosaic_tiles(
+        dim, run.value.shape[-1], spec.window, group, whole=whole, sinks=spec.num_sinks > 0
+    )

@@ -43,7 +43,7 @@ class Walk:
         self.num_sinks = spec.sinks_in(runs[-1].offset)
         self.fetched = 0 if sinks is None else sinks.key.shape[1]
         windowed = spec.window is not None and (self.num_sinks or sinks is not None)
-        self.sink_rows = sink_tile(spec.num_sinks) if windowed else 0
+        self.sink_rows = sink_tile(1) if windowed else 0
         if self.packed:
             # By warpgroups: the starts of their rows, which repeat head by head.
             start = jnp.pad(start, ((0, 0), (0, -length % self.size)), mode="edge")

@@ -143,15 +143,38 @@ class MosaicTiles:
     query_slots: int = 1
 
 
-def mosaic_tiles(head_dim: int, value_dim: int, window: int | None, group: int) -> MosaicTiles:
-    """The tiles for these inputs."""
+SHARED_MEMORY = 225 * 1024
+"""Bytes that the slots of a block of threads may take on Hopper, less some for barriers."""
+
+
+def mosaic_tiles(
+    head_dim: int, value_dim: int, window: int | None, group: int, *, whole: bool, sinks: bool
+) -> MosaicTiles:
+    """The tiles for these inputs: what won on an H100, as far as it fits into shared memory.
+
+    Several heads of a group in a tile waste less at the edges of a window. ``whole`` says that no
+    other launch goes on from the results.
+    """
     dim = max(head_dim, value_dim)
-    heads = math.gcd(8, group) if window is not None and window < 2048 else 1
+    heads = math.gcd(8, group) if whole and window is not None and window < 2048 else 1
     if dim <= 64:
-        return MosaicTiles(64 if window is not None and window < 256 else 128, 4, heads, 2)
-    if dim <= 128:
-        return MosaicTiles(128, 2, heads)
-    return MosaicTiles(64, 2, heads)
+        wanted = [MosaicTiles(64, 4, heads, 2) if heads > 1 else MosaicTiles(128, 3, heads, 2)]
+    elif dim <= 128:
+        wanted = [MosaicTiles(128, 2, heads)]
+    else:
+        wanted = []
+    wanted += [MosaicTiles(64, 2, heads), MosaicTiles(32, 2, heads)]
+    extra = 2 * sink_tile(1) * 2 * dim if sinks else 0
+    if not whole:
+        extra += 128 * 64 * 4
+    elif head_dim != value_dim:
+        extra += 128 * 64 * 2
+
+    def fits(tiles: MosaicTiles) -> bool:
+        keys = tiles.slots * tiles.key * (head_dim + value_dim) * 2
+        return keys + tiles.query_slots * 128 * head_dim * 2 + extra <= SHARED_MEMORY
+
+    return next(filter(fits, wanted))
 
 
 def sink_tile(num_sinks: int) -> int:
