@@ -7,8 +7,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 LOG2_E = 1.4426950408889634
 LOWEST = -1e30
 """Stands for -inf where a difference of two must be a number."""
-CONSUMERS = 2
-"""Warpgroups that compute."""
 ROWS = 64
 """Rows of a warpgroup's matrices: what a WGMMA instruction has."""
 MATRIX = plgpu.Layout.WGMMA

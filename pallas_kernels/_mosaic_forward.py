@@ -19,7 +19,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels._band import sees, sees_fetched_sink, sees_sink_before
 from pallas_kernels._mosaic_blocks import (
     COLUMN,
-    CONSUMERS,
     LOG2_E,
     LOWEST,
     MATRIX,
@@ -52,9 +51,12 @@ def forward(
     batch, length, heads, dim = query.shape
     value_dim, dtype = runs[0].value.shape[3], query.dtype
     walk = Walk(spec, query, runs, sinks, start, rows, tiles, programs)
-    half, share = walk.half, tiles.heads
-    in_place = (value_dim, out_dtype) == (dim, dtype) and not resume
-    width = value_dim if in_place else next(w for w in (64, 48, 32, 16) if value_dim % w == 0)
+    half, share, consumers = walk.half, tiles.heads, tiles.warpgroups
+    whole = out_dtype == dtype and not resume
+    in_place = whole and value_dim == dim and not tiles.apart
+    width = next(w for w in (64, 48, 32, 16) if value_dim % w == 0)
+    if in_place or (whole and tiles.apart):
+        width = value_dim
     operands: dict[str, Any] = {**walk.arrays, "query": query}
     if sink_logits is not None:
         learned = sink_logits.reshape(batch, heads // share, share, 1)
@@ -187,10 +189,16 @@ def forward(
                         acc, *results = refs
 
                         def multiply(logits):
+                            if tiles.turns:
+                                plgpu.barrier_wait(barriers["turn"].at[me])
                             plgpu.barrier_wait(barriers["key"].at[slot])
                             plgpu.wgmma(logits, query_smem, smem["key"].at[slot].T)
                             plgpu.barrier_wait(barriers["value"].at[before])
                             plgpu.wgmma(acc, weights, smem["value"].at[before])
+                            if tiles.turns:
+                                plgpu.barrier_arrive(
+                                    barriers["turn"].at[lax.rem(me + 1, jnp.int32(consumers))]
+                                )
                             products = plgpu.wgmma_accumulator_load(logits, wait_n=1)
                             plgpu.barrier_arrive(barriers["key_free"].at[slot])
                             found = window_softmax(products, top, total, n)
@@ -209,6 +217,8 @@ def forward(
 
                 carry = (top, total, acc, weights)
                 top, total, acc, weights = fori(1, tile.count, step, carry)
+                if not in_place:
+                    plgpu.barrier_arrive(barriers["query_free"].at[slot])
                 last = slot_of(tile.count - 1)
 
                 def finish(acc):
@@ -219,12 +229,26 @@ def forward(
                 plgpu.barrier_arrive(barriers["value_free"].at[last])
                 return top, total, acc
 
-            top, total, acc = lax.cond(tile.count > 0, visit, lambda x: x, (top, total, acc))
+            def skip(carry):
+                if not in_place:
+                    plgpu.barrier_arrive(barriers["query_free"].at[slot])
+                return carry
+
+            top, total, acc = lax.cond(tile.count > 0, visit, skip, (top, total, acc))
             write(tile, out_ref, lse_ref, smem, barriers, me, slot, (top, total, acc))
-            plgpu.barrier_arrive(barriers["query_free"].at[slot])
+            if in_place:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(barriers["query_free"].at[slot])
             return passed + tile.count
 
+        if tiles.turns:
+
+            @pl.when(me == consumers - 1)
+            def first_turn():
+                plgpu.barrier_arrive(barriers["turn"].at[0])
+
         fori(0, walk.items(), item, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
 
     def write(tile, out_ref, lse_ref, smem, barriers, me, slot, carry):
         """The tile's results, continued from what is there if asked to."""
@@ -242,6 +266,8 @@ def forward(
                 yield head, smem_ref.at[pl.ds(head * half, half)]
 
         before = None
+        if not in_place:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         if resume:
             for head, part in parts(lse_smem):
                 plgpu.copy_gmem_to_smem(gmem(lse_ref, head), part, barriers["state"].at[me])
@@ -259,6 +285,8 @@ def forward(
         lse_smem[...] = jnp.where(alive, top / LOG2_E + jnp.log(total), -jnp.inf)
         for first in range(0, value_dim, width):
             columns = pl.ds(first, width)
+            if first:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             result = acc if width == value_dim else acc[:, first : first + width]
             if resume:
                 for head, part in parts(out_smem):
@@ -275,7 +303,6 @@ def forward(
                 for head, part in parts(lse_smem):
                     plgpu.copy_smem_to_gmem(part, gmem(lse_ref, head), commit_group=False)
             plgpu.commit_smem_to_gmem_group()
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def fetch(refs, smem, barriers):
         def copy(source, name, slot, free, used):
@@ -293,7 +320,7 @@ def forward(
             def wait():
                 plgpu.barrier_wait(barriers["query_free"].at[slot])
 
-            for consumer in range(CONSUMERS):
+            for consumer in range(consumers):
                 for head in range(share):
                     where = (tile.row, pl.ds(tile.begin(consumer), half), tile.first_head + head)
                     plgpu.copy_gmem_to_smem(
@@ -344,27 +371,29 @@ def forward(
         jax.ShapeDtypeStruct((batch, heads, padded), jnp.float32),
     )
     smem = {
-        "query": swizzled((tiles.query_slots, CONSUMERS, ROWS, dim), dtype),
+        "query": swizzled((tiles.query_slots, consumers, ROWS, dim), dtype),
         "key": swizzled((tiles.slots, tiles.key, dim), dtype),
         "value": swizzled((tiles.slots, tiles.key, value_dim), dtype, inner=tiles.key),
-        "lse": plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
+        "lse": plgpu.SMEM((consumers, ROWS), jnp.float32),
     }
     barriers = {
-        "query": plgpu.Barrier(num_arrivals=CONSUMERS * share, num_barriers=tiles.query_slots),
-        "query_free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tiles.query_slots),
+        "query": plgpu.Barrier(num_arrivals=consumers * share, num_barriers=tiles.query_slots),
+        "query_free": plgpu.Barrier(num_arrivals=consumers, num_barriers=tiles.query_slots),
     }
     for name in ("key", "value"):
         barriers[name] = plgpu.Barrier(num_barriers=tiles.slots)
-        barriers[name + "_free"] = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tiles.slots)
+        barriers[name + "_free"] = plgpu.Barrier(num_arrivals=consumers, num_barriers=tiles.slots)
     if not in_place:
-        smem["out"] = swizzled((CONSUMERS, ROWS, width), out_dtype)
+        smem["out"] = swizzled((consumers, ROWS, width), out_dtype)
+    if tiles.turns:
+        barriers["turn"] = plgpu.Barrier(num_barriers=consumers)
     if resume:
-        barriers["state"] = plgpu.Barrier(num_arrivals=share, num_barriers=CONSUMERS)
+        barriers["state"] = plgpu.Barrier(num_arrivals=share, num_barriers=consumers)
     if walk.sink_rows:
         smem["sink_key"] = swizzled((walk.sink_rows, dim), dtype)
         smem["sink_value"] = swizzled((walk.sink_rows, value_dim), dtype, inner=walk.sink_rows)
         barriers["sinks"] = plgpu.Barrier(num_arrivals=2)
-        barriers["sinks_free"] = plgpu.Barrier(num_arrivals=CONSUMERS)
+        barriers["sinks_free"] = plgpu.Barrier(num_arrivals=consumers)
     leaves, tree = jax.tree.flatten(operands)
 
     def ring_swa_forward(*refs):
@@ -374,12 +403,12 @@ def forward(
         def body(smem, barriers):
             me = lax.axis_index("warpgroup")
 
-            @pl.when(me < CONSUMERS)
+            @pl.when(me < consumers)
             def computing():
-                plgpu.set_max_registers(240, action="increase")
+                plgpu.set_max_registers({1: 240, 2: 240, 3: 160, 4: 112}[consumers], action="increase")
                 compute(inputs, out_ref, lse_ref, smem, barriers, me)
 
-            @pl.when(me == CONSUMERS)
+            @pl.when(me == consumers)
             def fetching():
                 plgpu.set_max_registers(24, action="decrease")
                 fetch(inputs, smem, barriers)
@@ -391,7 +420,7 @@ def forward(
         ring_swa_forward,
         grid=(min(programs, walk.num_tiles),),
         grid_names=("program",),
-        num_threads=CONSUMERS + 1,
+        num_threads=consumers + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels._band import fetched_sink_count, key_span
-from pallas_kernels._mosaic_blocks import CONSUMERS, ROWS
+from pallas_kernels._mosaic_blocks import ROWS
 from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts
 from pallas_kernels._tiles import MosaicTiles, sink_tile
 
@@ -33,7 +33,7 @@ class Walk:
         self.spec, self.rows, self.tiles, self.programs = spec, rows, tiles, programs
         self.runs = tuple((run.offset, run.key.shape[1]) for run in runs)
         self.half = ROWS // tiles.heads
-        self.size = CONSUMERS * self.half
+        self.size = tiles.positions
         self.blocks = -(-(rows[1] - rows[0]) // self.size)
         self.head_blocks = heads // tiles.heads
         self.group = heads // runs[0].key.shape[2]
@@ -134,7 +134,7 @@ class Tile:
     def group(self, consumer):
         """Number of a warpgroup's rows, counted from the shard's first."""
         first = self.walk.rows[0] // self.walk.half
-        return first + self.block * CONSUMERS + consumer
+        return first + self.block * self.walk.tiles.warpgroups + consumer
 
     def begin(self, consumer):
         """Position of a warpgroup's first query, a multiple of 8."""

@@ -132,15 +132,24 @@ def triton_plan(dtype, head_dim: int, value_dim: int, window: int | None, group:
 class MosaicTiles:
     """Tiles of the Mosaic GPU forward kernel.
 
-    A tile of queries has 128 rows: the same 128 / ``heads`` positions of ``heads`` heads of a
-    group. ``slots`` tiles of ``key`` keys and values are in flight, and ``query_slots`` tiles of
-    queries.
+    A tile of queries has 64 rows for each of the ``warpgroups`` that compute: the same positions
+    of ``heads`` heads of a group. ``slots`` tiles of ``key`` keys and values are in flight, and
+    ``query_slots`` tiles of queries. Results have shared memory of their own if ``apart``, else
+    that of their queries. With ``turns`` the warpgroups start their products one after the other.
     """
 
     key: int
     slots: int
     heads: int = 1
     query_slots: int = 1
+    warpgroups: int = 2
+    apart: bool = False
+    turns: bool = False
+
+    @property
+    def positions(self) -> int:
+        """Positions of a tile of queries."""
+        return self.warpgroups * 64 // self.heads
 
 
 SHARED_MEMORY = 225 * 1024
