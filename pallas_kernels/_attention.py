@@ -162,18 +162,19 @@ def _launch_all_forward(spec, halo, implementation, query, key, value, sinks, si
         fetched = halo.fetch(0, key, value, after=None)
         state = launch((local,), sinks, sink_logits, None, (near, rows), query.dtype)
         # What needs the halo waits for the launch, so that the halo travels under it.
-        far = tuple(jnp.where(state.lse[0, 0, -1] <= jnp.inf, x, jnp.nan) for x in fetched)
-        runs = (_hop_run(halo, 0, far), local)
+        done = state.lse[0, 0, -1] <= jnp.inf  # True, but no compiler may assume it
+        far, far_value = (jnp.where(done, x, jnp.nan) for x in fetched)
+        runs = (_hop_run(halo, 0, (far, far_value)), local)
         state = launch(runs, sinks, sink_logits, state, (0, near), query.dtype)
         return state, fetched
 
     state = launch((local,), sinks, sink_logits, None, (0, rows), dtype)
-    done: list[Array] = []
+    ended: list[Array] = []
     for hop, length in enumerate(lengths):
-        fetched = _fetch(halo, hop, done, key, value)
-        far = _hop_run(halo, hop, fetched)
-        state = launch((far,), None, None, state, (0, length), dtype, resume=True)
-        done.append(state.lse[0, 0, 0])
+        fetched = _fetch(halo, hop, ended, key, value)
+        run = _hop_run(halo, hop, fetched)
+        state = launch((run,), None, None, state, (0, length), dtype, resume=True)
+        ended.append(state.lse[0, 0, 0])
     kept = fetched if len(lengths) == 1 else None
     return State(state.out.astype(query.dtype), state.lse), kept
 

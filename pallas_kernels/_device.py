@@ -68,14 +68,15 @@ def compute_capability() -> float:
 
 
 def check_mosaic_gpu() -> None:
-    """Checks for Pallas' Mosaic GPU backend and a Hopper GPU.
+    """Checks for a Mosaic GPU backend of Pallas that the kernels know, and for a Hopper GPU.
 
     Raises:
         NotImplementedError: one of them is missing.
     """
-    if importlib.util.find_spec("jax.experimental.pallas.mosaic_gpu") is None:
+    if jax.__version_info__ < (0, 11):
         raise NotImplementedError(
-            f"implementation='mosaic_gpu' needs Mosaic GPU, which jax {jax.__version__} has not"
+            "implementation='mosaic_gpu' needs the Mosaic GPU of jax 0.11 or newer, "
+            f"this is jax {jax.__version__}"
         )
     platform = compiled_platform()
     if platform != "gpu":

@@ -1,14 +1,24 @@
-"""Implementation "mosaic_gpu": a Mosaic GPU forward kernel for Hopper, before Triton's backward."""
+"""Implementation "mosaic_gpu": a Mosaic GPU forward kernel for Hopper.
+
+The backward pass is Triton's, or where this JAX has no Triton that of "xla".
+"""
+
+from types import ModuleType
 
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import _device, _triton
+from pallas_kernels import _device, _xla
 from pallas_kernels._mosaic_forward import forward as _forward
 from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State
 from pallas_kernels._tiles import MosaicTiles, mosaic_tiles
 
-backward = _triton.backward
+_backward: ModuleType = _xla
+if _device.has_triton():
+    from pallas_kernels import _triton
+
+    _backward = _triton
+backward = _backward.backward
 
 
 def check(spec: Spec, query: Array, value: Array) -> None:
@@ -18,22 +28,27 @@ def check(spec: Spec, query: Array, value: Array) -> None:
         NotImplementedError: they cannot; names the argument.
     """
     _device.check_mosaic_gpu()
-    _triton.check(spec, query, value)
+    _backward.check(spec, query, value)
+    for name, dim in (("q and k", query.shape[-1]), ("v", value.shape[-1])):
+        if dim % 16 or dim > 256:
+            raise NotImplementedError(
+                "implementation='mosaic_gpu' takes head dims that are multiples of 16 up to 256, "
+                f"got {dim} of {name}"
+            )
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(
             f"implementation='mosaic_gpu' takes bfloat16 or float16, got q of {query.dtype}"
         )
-    for name, x in (("q", query), ("v", value)):
-        if x.shape[1] % 8:
-            raise NotImplementedError(
-                "implementation='mosaic_gpu' takes shards of a multiple of 8 tokens, "
-                f"got {x.shape[1]} of {name}"
-            )
+    if query.shape[1] % 8:
+        raise NotImplementedError(
+            "implementation='mosaic_gpu' takes shards of a multiple of 8 tokens, "
+            f"got {query.shape[1]}"
+        )
 
 
 def query_tile_rows(spec: Spec, query: Array, run: KeyRun) -> int:
     """Launches begin at multiples of a query tile."""
-    return 128 // _tiles(spec, query, run, whole=True).heads
+    return _tiles(spec, query, run, whole=True).positions
 
 
 def forward(

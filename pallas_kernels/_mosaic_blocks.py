@@ -1,5 +1,7 @@
 """What the Mosaic GPU kernels share: layouts, shared memory and loops."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -23,6 +25,11 @@ def swizzled(shape: tuple[int, ...], dtype, inner: int | None = None):
     swizzle = next(filter(fits, (128, 64, 32)))
     transforms = (plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def load(ref: Any, layout) -> Array:
+    """All of a ref."""
+    return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]  # jax 0.10's
 
 
 def spread(x: Array, width: int) -> Array:

@@ -24,6 +24,7 @@ from pallas_kernels._mosaic_blocks import (
     MATRIX,
     ROWS,
     fori,
+    load,
     spread,
     swizzled,
 )
@@ -67,13 +68,12 @@ def forward(
         def item(number, passed):
             tile = walk.tile(refs, number)
             begin = tile.begin(me)
+            low = tile.clear_from(me)
             slot = lax.rem(number, jnp.int32(tiles.query_slots))
             query_smem = smem["query"].at[slot, me]
             starts = tile.start
             if walk.packed:
-                starts = plgpu.load(
-                    refs["start"].at[tile.row, tile.group(me)], layout=COLUMN, optimized=False
-                )
+                starts = load(refs["start"].at[tile.row, tile.group(me)], COLUMN)
 
             def positions(size, first_key):
                 """(i, j, start) of a matrix of logits."""
@@ -95,7 +95,6 @@ def forward(
             def sinks_masked(n, logits):
                 first_key, stop, fetched = tile.place_of_sinks(n)
                 i, j, start = positions(logits.shape[1], first_key)
-
 
                 def own(logits):
                     seen = sees_sink_before(i, j, start, spec.num_sinks, stop)
@@ -127,7 +126,7 @@ def forward(
 
             def window_softmax(products, top, total, n):
                 def mask(logits):
-                    clear = tile.is_clear(me, n)
+                    clear = tile.is_clear(begin, low, n)
                     return lax.cond(clear, lambda x: x, partial(masked, n), logits)
 
                 return softmax(products, top, total, mask)
@@ -136,9 +135,7 @@ def forward(
             zeros = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), COLUMN)
             top, total = zeros + LOWEST, zeros
             if sink_logits is not None:
-                learned = plgpu.load(
-                    refs["learned"].at[tile.row, tile.head_block], layout=COLUMN, optimized=False
-                )
+                learned = load(refs["learned"].at[tile.row, tile.head_block], COLUMN)
                 top = jnp.maximum(learned * LOG2_E, LOWEST)
                 total = jnp.where(learned > -jnp.inf, 1.0, 0.0)
             acc = plgpu.layout_cast(jnp.zeros((ROWS, value_dim), jnp.float32), MATRIX)
@@ -265,14 +262,14 @@ def forward(
             for head in range(share):
                 yield head, smem_ref.at[pl.ds(head * half, half)]
 
-        before = None
+        before = total
         if not in_place:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         if resume:
             for head, part in parts(lse_smem):
                 plgpu.copy_gmem_to_smem(gmem(lse_ref, head), part, barriers["state"].at[me])
             plgpu.barrier_wait(barriers["state"].at[me])
-            lse = plgpu.load(lse_smem, layout=COLUMN)
+            lse = load(lse_smem, COLUMN)
             seen = lse > -jnp.inf
             before_top = jnp.where(seen, lse * LOG2_E, LOWEST)
             new_top = jnp.maximum(top, before_top)
@@ -294,7 +291,7 @@ def forward(
                         gmem(out_ref, head, columns), part, barriers["state"].at[me]
                     )
                 plgpu.barrier_wait(barriers["state"].at[me])
-                result += plgpu.load(out_smem, layout=MATRIX) * spread(before, width)
+                result += load(out_smem, MATRIX) * spread(before, width)
             out_smem[...] = (result * spread(inverse, width)).astype(out_dtype)
             plgpu.commit_smem()
             for head, part in parts(out_smem):
@@ -405,7 +402,7 @@ def forward(
 
             @pl.when(me < consumers)
             def computing():
-                plgpu.set_max_registers({1: 240, 2: 240, 3: 160, 4: 112}[consumers], action="increase")
+                plgpu.set_max_registers(tiles.registers, action="increase")
                 compute(inputs, out_ref, lse_ref, smem, barriers, me)
 
             @pl.when(me == consumers)
@@ -418,7 +415,7 @@ def forward(
     launch = partial(
         plgpu.kernel,
         ring_swa_forward,
-        grid=(min(programs, walk.num_tiles),),
+        grid=(walk.grid,),
         grid_names=("program",),
         num_threads=consumers + 1,
         thread_name="warpgroup",

@@ -8,7 +8,7 @@ from jax import Array, lax
 from pallas_kernels._band import fetched_sink_count, key_span
 from pallas_kernels._mosaic_blocks import ROWS
 from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts
-from pallas_kernels._tiles import MosaicTiles, sink_tile
+from pallas_kernels._tiles import MOSAIC_SINKS, MosaicTiles
 
 
 class Walk:
@@ -30,7 +30,7 @@ class Walk:
         programs: int,
     ):
         batch, length, heads, _ = query.shape
-        self.spec, self.rows, self.tiles, self.programs = spec, rows, tiles, programs
+        self.spec, self.rows, self.tiles = spec, rows, tiles
         self.runs = tuple((run.offset, run.key.shape[1]) for run in runs)
         self.half = ROWS // tiles.heads
         self.size = tiles.positions
@@ -38,12 +38,13 @@ class Walk:
         self.head_blocks = heads // tiles.heads
         self.group = heads // runs[0].key.shape[2]
         self.num_tiles = self.blocks * self.head_blocks * batch
+        self.grid = min(programs, self.num_tiles)
         self.packed = start.ndim > 0
         self.has_halo = any(run.offset for run in runs)
         self.num_sinks = spec.sinks_in(runs[-1].offset)
         self.fetched = 0 if sinks is None else sinks.key.shape[1]
         windowed = spec.window is not None and (self.num_sinks or sinks is not None)
-        self.sink_rows = sink_tile(1) if windowed else 0
+        self.sink_rows = MOSAIC_SINKS if windowed else 0
         if self.packed:
             # By warpgroups: the starts of their rows, which repeat head by head.
             start = jnp.pad(start, ((0, 0), (0, -length % self.size)), mode="edge")
@@ -63,15 +64,18 @@ class Walk:
 
     def items(self) -> Array:
         """How many tiles this program takes."""
-        left = self.num_tiles - lax.axis_index("program")
-        return lax.div(left + min(self.programs, self.num_tiles) - 1, self._stride())
+        rounds, left = divmod(self.num_tiles, self.grid)
+        return rounds + (self._in_round(jnp.int32(rounds)) < left).astype(jnp.int32)
 
     def tile(self, refs, number) -> "Tile":
         """The ``number``-th tile of this program."""
-        return Tile(self, refs, lax.axis_index("program") + number * self._stride())
+        return Tile(self, refs, number * self.grid + self._in_round(number))
 
-    def _stride(self):
-        return jnp.int32(min(self.programs, self.num_tiles))
+    def _in_round(self, number):
+        """There and back: tiles get shorter, so that nobody gets the longest of each round."""
+        program = lax.axis_index("program")
+        odd = lax.rem(number, jnp.int32(2)) == 1
+        return jnp.where(odd, self.grid - 1 - program, program)
 
 
 class Tile:
@@ -98,9 +102,7 @@ class Tile:
         spec, key = walk.spec, walk.tiles.key
         self.eighths, self.counts = [], []
         for offset, length in walk.runs:
-            low, high = key_span(
-                first, last, self.start, spec.window, offset=offset, length=length
-            )
+            low, high = key_span(first, last, self.start, spec.window, offset=offset, length=length)
             eighth = lax.div(low, jnp.int32(8))
             self.eighths.append(eighth)
             count = lax.div(high - eighth * 8 + key, jnp.int32(key))
@@ -123,11 +125,10 @@ class Tile:
             self.own_sink_count = jnp.where(self.sink_stop > begin, count, 0)
         self.sink_count = self.own_sink_count
         if walk.fetched:
+            assert spec.window is not None
             crossing = self.refs["start"][self.row if walk.packed else 0, 0, 0]
             self.crossing = crossing
-            slots = fetched_sink_count(
-                last, self.start, crossing, spec.window, length=walk.fetched
-            )
+            slots = fetched_sink_count(last, self.start, crossing, spec.window, length=walk.fetched)
             count = lax.div(slots + walk.sink_rows - 1, jnp.int32(walk.sink_rows))
             self.sink_count = self.own_sink_count + count
 
@@ -143,31 +144,38 @@ class Tile:
     def place(self, n):
         """Position of the first key of the ``n``-th tile of keys, and the end of its run."""
         begin = stop = None
-        passed = 0
+        passed: Any = 0
         for (offset, length), eighth, count in zip(
             self.walk.runs, self.eighths, self.counts, strict=True
         ):
-            here = eighth * 8 + (n - passed) * self.walk.tiles.key + offset
+            here = eighth * 8 + offset - passed * self.walk.tiles.key
             end = jnp.int32(offset + length)
             begin = here if begin is None else jnp.where(n >= passed, here, begin)
             stop = end if stop is None else jnp.where(n >= passed, end, stop)
             passed = passed + count
-        return begin, stop
+        return begin + n * self.walk.tiles.key, stop
 
-    def is_clear(self, consumer, n):
-        """Every query of the warpgroup sees every key of the ``n``-th tile in its window."""
-        walk, key = self.walk, self.walk.tiles.key
-        begin, stop = self.place(n)
-        first = self.begin(consumer)
-        last = jnp.minimum(first + walk.half, walk.rows[1]) - 1
-        clear = begin + key - 1 <= first
-        if walk.has_halo:
-            clear &= begin + key <= stop
+    def clear_from(self, consumer):
+        """First position that windows of all queries of the warpgroup reach; None: any."""
+        walk = self.walk
+        low = None
         if walk.spec.window is not None:
-            clear &= begin >= last - walk.spec.window
+            last = jnp.minimum(self.begin(consumer) + walk.half, walk.rows[1]) - 1
+            low = last - walk.spec.window
         if walk.packed:
-            clear &= begin >= self.refs["start"][self.row, self.group(consumer), ROWS - 1]
-        return clear
+            start = self.refs["start"][self.row, self.group(consumer), ROWS - 1]
+            low = start if low is None else jnp.maximum(low, start)
+        return low
+
+    def is_clear(self, begin, low, n):
+        """Every query from ``begin`` on sees every key of the ``n``-th tile in its window.
+
+        ``low`` is that of ``clear_from``.
+        """
+        first, stop = self.place(n)
+        stop = jnp.minimum(stop, begin + 1) if self.walk.has_halo else begin + 1
+        clear = first + self.walk.tiles.key <= stop
+        return clear if low is None else clear & (first >= low)
 
     def place_of_sinks(self, n):
         """(position of the first key, end, whether fetched) of the ``n``-th tile of sinks."""

@@ -146,14 +146,44 @@ class MosaicTiles:
     apart: bool = False
     turns: bool = False
 
+    def __post_init__(self):
+        if self.key % 16 or not 16 <= self.key <= 256:
+            raise ValueError(f"a key tile must be a multiple of 16 up to 256, got {self.key}")
+        if (
+            8 % self.heads
+            or self.warpgroups not in (1, 2, 3)
+            or min(self.slots, self.query_slots) < 1
+        ):
+            raise ValueError(f"no such launch: {self}")
+
     @property
     def positions(self) -> int:
         """Positions of a tile of queries."""
         return self.warpgroups * 64 // self.heads
 
+    @property
+    def registers(self) -> int:
+        """Registers of a thread that computes: those that one which fetches does without."""
+        return 160 if self.warpgroups == 3 else 240
 
+    def shared_memory(self, head_dim: int, value_dim: int, *, whole: bool, sinks: bool) -> int:
+        """Bytes of 16-bit queries, keys, values and results."""
+        rows = self.warpgroups * 64
+        keys = self.slots * self.key + (MOSAIC_SINKS if sinks else 0)
+        elements = self.query_slots * rows * head_dim + keys * (head_dim + value_dim)
+        if not whole:
+            elements += 2 * rows * 64
+        elif self.apart:
+            elements += rows * value_dim
+        elif value_dim != head_dim:
+            elements += rows * 64
+        return 2 * elements
+
+
+MOSAIC_SINKS = 16
+"""Rows of a tile of sinks in the Mosaic GPU kernel."""
 SHARED_MEMORY = 225 * 1024
-"""Bytes that the slots of a block of threads may take on Hopper, less some for barriers."""
+"""Bytes that a Hopper GPU lends a block of threads, less some for barriers and log-sum-exps."""
 
 
 def mosaic_tiles(
@@ -162,28 +192,23 @@ def mosaic_tiles(
     """The tiles for these inputs: what won on an H100, as far as it fits into shared memory.
 
     Several heads of a group in a tile waste less at the edges of a window. ``whole`` says that no
-    other launch goes on from the results.
+    other launch begins or goes on from partial results.
     """
     dim = max(head_dim, value_dim)
     heads = math.gcd(8, group) if whole and window is not None and window < 2048 else 1
-    if dim <= 64:
-        wanted = [MosaicTiles(64, 4, heads, 2) if heads > 1 else MosaicTiles(128, 3, heads, 2)]
-    elif dim <= 128:
-        wanted = [MosaicTiles(128, 2, heads)]
-    else:
-        wanted = []
-    wanted += [MosaicTiles(64, 2, heads), MosaicTiles(32, 2, heads)]
-    extra = 2 * sink_tile(1) * 2 * dim if sinks else 0
-    if not whole:
-        extra += 128 * 64 * 4
-    elif head_dim != value_dim:
-        extra += 128 * 64 * 2
-
-    def fits(tiles: MosaicTiles) -> bool:
-        keys = tiles.slots * tiles.key * (head_dim + value_dim) * 2
-        return keys + tiles.query_slots * 128 * head_dim * 2 + extra <= SHARED_MEMORY
-
-    return next(filter(fits, wanted))
+    wanted = [MosaicTiles(64, 2, heads), MosaicTiles(32, 2, heads)]
+    if dim <= 128:
+        wanted.insert(0, MosaicTiles(128, 2, heads))
+        wanted.insert(0, MosaicTiles(128, 2, heads, apart=True, turns=heads > 1))
+    if dim <= 64 and window is not None and window < 256:
+        reach = 192 // heads + window + 7
+        key = min((80, 64, 48), key=lambda key: -(-reach // key) * key)
+        wanted.insert(0, MosaicTiles(key, 3, heads, query_slots=2, warpgroups=3, apart=True))
+    return next(
+        tiles
+        for tiles in wanted
+        if tiles.shared_memory(head_dim, value_dim, whole=whole, sinks=sinks) <= SHARED_MEMORY
+    )
 
 
 def sink_tile(num_sinks: int) -> int:

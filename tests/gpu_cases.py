@@ -53,3 +53,14 @@ def edge_case(rng: random.Random, devices=1) -> Case:
         dtype=dtype,
         seed=rng.randrange(2**16),
     )
+
+
+def of_eighths(case: Case) -> Case:
+    """The case in half precision with chunks of a multiple of 8 tokens, filled up with padding."""
+    chunk = -(-case.chunk // 8) * 8
+    more = case.devices * (chunk - case.chunk)
+    documents = case.documents
+    if documents is not None and more:
+        documents = tuple((*row, -more) for row in documents)
+    dtype = "bfloat16" if case.dtype == "float32" else case.dtype
+    return dataclasses.replace(case, chunk=chunk, documents=documents, dtype=dtype)

@@ -72,7 +72,10 @@ def compile_program(function, arguments, devices):
             "xla_dump_to": folder,
             "xla_dump_emitter_re": "ptx",  # ".*" would dump every pass, ten times the time
         }
-        with jax.set_mesh(mesh(devices)):
+        # Mosaic GPU compiles on its own.
+        with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh(devices)):
+            patch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+            patch.setenv("MOSAIC_GPU_DUMP_TO", folder)
             compiled = jax.jit(function).lower(*arguments).compile(compiler_options=options)
         hlo = compiled.as_text()
         kernels = [k for path in sorted(Path(folder).glob("*.ptx")) for k in _kernels(path)]

@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
 @contextlib.contextmanager
 def poisoned_outputs():
-    """Every `pl.pallas_call` traced inside gets NaN buffers to write its outputs into."""
+    """Every kernel traced inside gets NaN buffers to write its outputs into."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pl, "pallas_call", _poisoning(pl.pallas_call))
+        patch.setattr(plgpu, "kernel", _poisoning_mosaic(plgpu.kernel))
         jax.clear_caches()  # no trace from before, and none left behind
         yield
     jax.clear_caches()
@@ -39,6 +41,18 @@ def _poisoning(pallas_call):
                 input_output_aliases=aliases | {taken + i: n for i, n in enumerate(fresh)},
                 **options,
             )(*arrays, tuple(_nan(shapes[n]) for n in fresh))
+
+        return run
+
+    return call
+
+
+def _poisoning_mosaic(kernel):
+    def call(body, *, out_type, **options):
+        def run(*arrays):
+            refs = [jax.new_ref(jnp.full(x.shape, jnp.nan, x.dtype)) for x in out_type]
+            kernel(body, out_type=(), **options)(*arrays, *refs)
+            return [jax.freeze(ref) for ref in refs]
 
         return run
 
