@@ -77,8 +77,17 @@ def forward(
         resume=resume,
         out_dtype=out_dtype,
         tiles=_tiles(spec, query, runs[0], whole=not resume and out_dtype == query.dtype),
-        programs=_device.multiprocessors(),
+        programs=_programs(spec),
     )
+
+
+def _programs(spec: Spec) -> int:
+    """How many programs share the tiles.
+
+    Under a window all have as many keys, and each multiprocessor gets its share at once. Without
+    one the GPU deals them out.
+    """
+    return _device.multiprocessors() if spec.window is not None else 2**31 - 1
 
 
 def _of_eighths(run: KeyRun) -> KeyRun:

@@ -1,10 +1,10 @@
-"""Forward kernel in Mosaic GPU, for Hopper: as many programs as it has multiprocessors.
+"""Forward kernel in Mosaic GPU, for Hopper.
 
-Each program takes tiles of queries one after the other. Two warpgroups compute, each on half of
-a tile's rows; a third one fetches queries, keys and values through TMA into slots, also those of
-the tiles to come. The softmax of a tile of keys runs beside the product of the tile before with
-its values. It is in base 2 and keeps ``LOWEST`` instead of -inf as the maximum of a query that has
-seen no key, so that no difference of infinities arises.
+A program takes tiles of queries one after the other. Two or three warpgroups compute, each on its
+part of a tile's rows; another one fetches queries, keys and values through TMA into slots, also
+those of the tiles to come. The softmax of a tile of keys runs beside the product of the tile
+before with its values. It is in base 2 and keeps ``LOWEST`` instead of -inf as the maximum of a
+query that has seen no key, so that no difference of infinities arises.
 """
 
 from functools import partial

@@ -199,7 +199,8 @@ def mosaic_tiles(
     wanted = [MosaicTiles(64, 2, heads), MosaicTiles(32, 2, heads)]
     if dim <= 128:
         wanted.insert(0, MosaicTiles(128, 2, heads))
-        wanted.insert(0, MosaicTiles(128, 2, heads, apart=True, turns=heads > 1))
+        if window is not None:
+            wanted.insert(0, MosaicTiles(128, 2, heads, apart=True, turns=heads > 1))
     if dim <= 64 and window is not None and window < 256:
         reach = 192 // heads + window + 7
         key = min((80, 64, 48), key=lambda key: -(-reach // key) * key)

@@ -73,6 +73,8 @@ def jobs():
         for n, (name, case) in enumerate(odd_cases().items()):
             if implementation == "xla" and n % 3:
                 continue
+            if implementation == "mosaic_gpu" and name.endswith("-float32"):
+                continue  # in half precision it is the next case
             job = local_job(taken(case, implementation), implementation)
             yield pytest.param(job, id=f"{name}-{implementation}")
     for implementation in KERNELS:
@@ -80,7 +82,7 @@ def jobs():
         def case(seed, devices=1, implementation=implementation):
             return taken(edge_case(random.Random(seed), devices), implementation)
 
-        for seed in range(32):
+        for seed in range(12 if implementation == "mosaic_gpu" else 28):
             yield pytest.param(
                 local_job(case(seed), implementation), id=f"random-{seed}-{implementation}"
             )

@@ -98,6 +98,9 @@ TWO = "two gradients of 64 x 128; smaller tiles were at least 4% slower on an H1
 MASK = "starts and positions for the mask of packed sequences, beside two gradients"
 IEEE = "no tensor core computes IEEE float32; of 12 tiles tried on an H100 none was faster"
 
+WIDE = "two tiles of weights and an accumulator of 64 x 256, or of 64 x 128 beside heads of 192"
+THIRD = "three warpgroups of 160 registers; 64 keys a tile spill less but were 8% slower on an H100"
+
 # (variant, kernel): (bytes a thread may spill in all launches of the kernel together, why).
 # Some bytes above what jax 0.11.2 spills with ptxas 13.5: other versions differ by a few.
 SPILLS = {
@@ -114,6 +117,11 @@ SPILLS = {
     ("sinks_segments", KEYS): (160, MASK),
     ("sinks_segments_ring", KEYS): (296, MASK),
     ("float16", KEYS): (24, TWO),
+    ("gemma2_9b_mosaic", FORWARD): (24, WIDE),
+    ("gemma3_4b_ring_mosaic", FORWARD): (48, WIDE),
+    ("mimo_v2_flash_ring_mosaic", FORWARD): (32, WIDE),
+    ("gpt_oss_ring_mosaic", FORWARD): (560, THIRD),
+    ("sinks_segments_ring_mosaic", FORWARD): (352, MASK),
     ("float32", FORWARD): (1500, IEEE),
     ("float32", QUERY): (1600, IEEE),
     ("float32", KEYS): (3500, IEEE),
