@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import _device, _xla
+from pallas_kernels._head_dims import check_head_dims
 from pallas_kernels._mosaic_forward import forward as _forward
 from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State
 from pallas_kernels._tiles import MosaicTiles, mosaic_tiles
@@ -29,12 +30,7 @@ def check(spec: Spec, query: Array, value: Array) -> None:
     """
     _device.check_mosaic_gpu()
     _backward.check(spec, query, value)
-    for name, dim in (("q and k", query.shape[-1]), ("v", value.shape[-1])):
-        if dim % 16 or dim > 256:
-            raise NotImplementedError(
-                "implementation='mosaic_gpu' takes head dims that are multiples of 16 up to 256, "
-                f"got {dim} of {name}"
-            )
+    check_head_dims("mosaic_gpu", query, value)
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(
             f"implementation='mosaic_gpu' takes bfloat16 or float16, got q of {query.dtype}"

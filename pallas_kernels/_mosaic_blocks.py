@@ -6,9 +6,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-LOG2_E = 1.4426950408889634
-LOWEST = -1e30
-"""Stands for -inf where a difference of two must be a number."""
 ROWS = 64
 """Rows of a warpgroup's matrices: what a WGMMA instruction has."""
 MATRIX = plgpu.Layout.WGMMA

@@ -17,10 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._band import sees, sees_fetched_sink, sees_sink_before
+from pallas_kernels._logits import LOG2_E, LOWEST, cap_logits
 from pallas_kernels._mosaic_blocks import (
     COLUMN,
-    LOG2_E,
-    LOWEST,
     MATRIX,
     ROWS,
     fori,
@@ -106,17 +105,8 @@ def forward(
 
                 return own(logits) if sinks is None else lax.cond(fetched, far, own, logits)
 
-            def capped(products):
-                """Logits, and the factor that makes exponents of 2 of them."""
-                if spec.soft_cap is not None:
-                    bounded = jnp.tanh(products * (spec.scale / spec.soft_cap))
-                    return bounded, spec.soft_cap * LOG2_E
-                if spec.scale > 0:
-                    return products, spec.scale * LOG2_E
-                return products * spec.scale, LOG2_E
-
             def softmax(products, top, total, mask):
-                logits, factor = capped(products)
+                logits, factor, _ = cap_logits(spec, products)
                 logits = mask(logits)
                 new_top = jnp.maximum(top, logits.max(axis=1) * factor)
                 shrink = jnp.exp2(top - new_top)

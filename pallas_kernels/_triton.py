@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import _device
+from pallas_kernels._head_dims import check_head_dims
 from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State
 from pallas_kernels._tiles import TritonPlan, sink_tile, triton_plan
 from pallas_kernels._triton_backward_keys import QueryArrays, backward_keys
@@ -24,12 +25,7 @@ def check(spec: Spec, query: Array, value: Array) -> None:
         NotImplementedError: they cannot; names the argument.
     """
     _device.check_triton()
-    for name, dim in (("q and k", query.shape[-1]), ("v", value.shape[-1])):
-        if dim % 16 or dim > 256:
-            raise NotImplementedError(
-                f"implementation='triton' takes head dims that are multiples of 16 up to 256, "
-                f"got {dim} of {name}"
-            )
+    check_head_dims("triton", query, value)
     if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise NotImplementedError(
             f"implementation='triton' takes float32, bfloat16 or float16, got q of {query.dtype}"

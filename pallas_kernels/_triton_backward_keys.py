@@ -13,11 +13,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels._band import query_plan, sees_near, sink_chunk_plan
+from pallas_kernels._logits import cap_logits
 from pallas_kernels._spec import KeyRun, Spec, Starts, shape_like_varying
 from pallas_kernels._tiles import TritonTiles
 from pallas_kernels._triton_blocks import (
     batch_block,
-    cap_logits,
     dot,
     exp2_scaled,
     head_parts,

@@ -9,10 +9,10 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels._logits import cap_logits
 from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, shape_like_varying
 from pallas_kernels._tiles import TritonTiles
 from pallas_kernels._triton_blocks import (
-    cap_logits,
     dot,
     exp2_scaled,
     head_parts,

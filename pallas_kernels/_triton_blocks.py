@@ -1,4 +1,4 @@
-"""What the Triton kernels share: loads and stores of tiles in parts, products and logits."""
+"""What the Triton kernels share: loads and stores of tiles in parts, products and exponents."""
 
 from typing import Any
 
@@ -8,11 +8,8 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels._logits import LOG2_E
 from pallas_kernels._spec import Spec
-
-LOG2_E = 1.4426950408889634
-LOWEST = -1e30
-"""Stands for -inf where a difference of two must be a number."""
 
 
 def head_parts(dim: int) -> tuple[tuple[int, int], ...]:
@@ -82,16 +79,6 @@ def inner(spec: Spec, xs: list[Array], ys: list[Array]) -> Array:
     for x, y in zip(xs[1:], ys[1:], strict=True):
         total += dot(spec, x, y.T)
     return total
-
-
-def cap_logits(spec: Spec, products: Array) -> tuple[Array, float, Array | None]:
-    """Logits, the positive factor that takes them to base 2, and the derivative of the cap."""
-    if spec.soft_cap is not None:
-        bounded = jnp.tanh(products * (spec.scale / spec.soft_cap))
-        return bounded, spec.soft_cap * LOG2_E, 1 - bounded * bounded
-    if spec.scale > 0:
-        return products, spec.scale * LOG2_E, None
-    return products * spec.scale, LOG2_E, None
 
 
 def exp2_scaled(logits: Array, factor: float, top: Array, *, interpret: bool) -> Array:

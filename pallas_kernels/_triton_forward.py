@@ -9,13 +9,11 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels._logits import LOG2_E, LOWEST, cap_logits
 from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State, shape_like_varying
 from pallas_kernels._tiles import TritonTiles
 from pallas_kernels._triton_blocks import (
-    LOG2_E,
-    LOWEST,
     batch_block,
-    cap_logits,
     dot,
     exp2_scaled,
     head_parts,
