@@ -26,9 +26,9 @@ def pytest_terminal_summary(terminalreporter):
     if not kernels:
         return
     terminalreporter.section(f"kernels for sm_90a, jax {jax.__version__}")
-    terminalreporter.line(f"{'variant':<22}{'kernel':<30}{'registers':>9}{'spilled':>11}")
+    terminalreporter.line(f"{'variant':<28}{'kernel':<36}{'registers':>9}{'spilled':>11}")
     for variant, name, registers, spills in kernels:
-        terminalreporter.line(f"{variant:<22}{name:<30}{registers:>9}{spills:>9} B")
+        terminalreporter.line(f"{variant:<28}{name:<36}{registers:>9}{spills:>9} B")
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)

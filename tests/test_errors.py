@@ -201,6 +201,13 @@ def test_unknown_implementation(attend):
         attend(*arrays(), implementation="cuda_graphs")
 
 
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="may be for this GPU")
+@WITH_KERNELS
+def test_implementation_for_another_device(attend):
+    with complains(NotImplementedError, "implementation", "mosaic_gpu"):
+        attend(*arrays(), implementation="mosaic_gpu")
+
+
 def test_sequence_that_the_mesh_does_not_divide():
     with complains(ValueError, 13, 2, "seq"):
         over_mesh(*arrays(length=13))
