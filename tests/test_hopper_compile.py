@@ -120,7 +120,7 @@ SPILLS = {
     ("float16", KEYS): (24, TWO),
     ("gemma2_9b_mosaic", FORWARD): (24, WIDE),
     ("gemma3_4b_ring_mosaic", FORWARD): (48, WIDE),
-    ("mimo_v2_flash_ring_mosaic", FORWARD): (32, WIDE),
+    ("mimo_v2_flash_ring_mosaic", FORWARD): (48, WIDE),
     ("gpt_oss_ring_mosaic", FORWARD): (560, THIRD),
     ("sinks_segments_ring_mosaic", FORWARD): (352, MASK),
     ("float32", FORWARD): (1500, IEEE),
