@@ -280,11 +280,11 @@ def backward(
     smem = {
         "key": swizzled((KEYS, dim), dtype, columns=half),
         "value": swizzled((KEYS, value_dim), dtype),
-        "query": swizzled((slots, QUERIES, dim), dtype),
+        "query": swizzled((slots, QUERIES, dim), dtype, columns=half),
         "dout": swizzled((slots, QUERIES, value_dim), dtype),
         "top": plgpu.SMEM((slots, QUERIES), jnp.float32),
         "delta": plgpu.SMEM((slots, QUERIES), jnp.float32),
-        "dlogits": swizzled((KEYS, QUERIES), dtype),
+        "dlogits": swizzled((KEYS, QUERIES), dtype, columns=half),
         "dquery": swizzled((2, QUERIES, half), jnp.float32),
         "out": swizzled((2, ROWS, out_width), out_dtype),
     }
