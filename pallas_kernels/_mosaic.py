@@ -10,16 +10,16 @@ from jax import Array
 
 from pallas_kernels import _device, _xla
 from pallas_kernels._head_dims import check_head_dims
+from pallas_kernels._mosaic_backward import backward as _backward
 from pallas_kernels._mosaic_forward import forward as _forward
 from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State
 from pallas_kernels._tiles import MosaicTiles, mosaic_tiles
 
-_backward: ModuleType = _xla
+_other: ModuleType = _xla
 if _device.has_triton():
     from pallas_kernels import _triton
 
-    _backward = _triton
-backward = _backward.backward
+    _other = _triton
 
 
 def check(spec: Spec, query: Array, value: Array) -> None:
@@ -29,7 +29,7 @@ def check(spec: Spec, query: Array, value: Array) -> None:
         NotImplementedError: they cannot; names the argument.
     """
     _device.check_mosaic_gpu()
-    _backward.check(spec, query, value)
+    _other.check(spec, query, value)
     check_head_dims("mosaic_gpu", query, value)
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(
@@ -75,6 +75,62 @@ def forward(
         tiles=_tiles(spec, query, runs[0], whole=not resume and out_dtype == query.dtype),
         programs=_programs(spec),
     )
+
+
+def backward(
+    spec: Spec,
+    query: Array,
+    runs: tuple[KeyRun, ...],
+    sinks: SinkRun | None,
+    start: Starts,
+    out: Array,
+    dout: Array,
+    lse: Array,
+    dquery: Array | None,
+    *,
+    rows: int,
+    dquery_dtype: jnp.dtype,
+    dkey_dtype: jnp.dtype,
+) -> tuple[Array, tuple[tuple[Array, Array], ...], SinkRun | None, Array]:
+    """As ``pallas_kernels._xla.backward``."""
+    dtypes = dict(dquery_dtype=dquery_dtype, dkey_dtype=dkey_dtype)
+    if not _fuses(spec, query, runs, sinks):
+        return _other.backward(
+            spec, query, runs, sinks, start, out, dout, lse, dquery, rows=rows, **dtypes
+        )
+    (run,) = runs
+    products = out[:, :rows].astype(jnp.float32) * dout[:, :rows].astype(jnp.float32)
+    delta = jnp.moveaxis(products.sum(-1), 1, 2)
+    total, dkey, dvalue = _backward(
+        spec,
+        query,
+        _of_eighths(run),
+        start,
+        dout,
+        lse,
+        delta,
+        rows=rows,
+        out_dtype=dkey_dtype,
+        slots=2,
+        programs=_device.multiprocessors(),
+    )
+    total = total[:, :rows] * spec.scale
+    if dquery is not None:
+        total += jnp.pad(dquery, ((0, 0), (0, rows - dquery.shape[1]), (0, 0), (0, 0)))
+    missing = dkey.shape[1] - run.key.shape[1]
+    return (
+        total.astype(dquery_dtype),
+        ((dkey[:, missing:], dvalue[:, missing:]),),
+        None,
+        delta,
+    )
+
+
+def _fuses(spec: Spec, query: Array, runs: tuple[KeyRun, ...], sinks: SinkRun | None) -> bool:
+    """Whether the fused backward kernel does this."""
+    dim, value_dim = query.shape[-1], runs[0].value.shape[-1]
+    no_sinks = spec.window is None or not spec.num_sinks
+    return len(runs) == 1 and sinks is None and no_sinks and dim % 32 == 0 and max(dim, value_dim) <= 128
 
 
 def _programs(spec: Spec) -> int:

@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels._band import query_plan, sees
 from pallas_kernels._logits import LOG2_E, cap_logits
 from pallas_kernels._mosaic_blocks import MATRIX, ROW, ROWS, fori, load, swizzled, wait_for, add_one
-from pallas_kernels._spec import KeyRun, Spec, Starts
+from pallas_kernels._spec import KeyRun, Spec, Starts, full_like_varying
 
 QUERIES = 64
 """Queries of a tile."""
@@ -72,14 +72,18 @@ def backward(
     first = jax.vmap(lambda end: jnp.searchsorted(end, tiles_of_queries, side="right"))(
         plan[..., 3]
     ).astype(jnp.int32)
-    pad = ((0, 0), (0, 0), (0, -length % QUERIES))
+
+    def filled(x, value):
+        """[B, N, at least rows] cut or filled up to whole tiles."""
+        x = x[..., : blocks * QUERIES]
+        pad = ((0, 0), (0, 0), (0, blocks * QUERIES - x.shape[-1]))
+        return jnp.pad(x, pad, constant_values=value)
+
     operands: dict[str, Any] = {
         "query": query,
         "dout": dout,
-        "top": jnp.pad(
-            jnp.where(lse > -jnp.inf, lse * LOG2_E, DEAD), pad, constant_values=DEAD
-        ),
-        "delta": jnp.pad(delta, pad),
+        "top": filled(jnp.where(lse > -jnp.inf, lse * LOG2_E, DEAD), DEAD),
+        "delta": filled(delta, 0.0),
         "key": run.key,
         "value": run.value,
         "plan": plan,
@@ -331,10 +335,13 @@ def backward(
 
         pl.run_scoped(body, smem, barriers, collective_axes="warpgroup")
 
-    dquery = jax.new_ref(jnp.zeros((batch, blocks * QUERIES, heads, dim), jnp.float32))
-    turn = jax.new_ref(jnp.zeros((batch, heads, blocks), jnp.int32))
-    dkey = jax.new_ref(lax.empty(run.key.shape, out_dtype))
-    dvalue = jax.new_ref(lax.empty(run.value.shape, out_dtype))
+    def made(*shape, dtype):
+        return jax.new_ref(full_like_varying(query, shape, 0, dtype))
+
+    dquery = made(batch, blocks * QUERIES, heads, dim, dtype=jnp.float32)
+    turn = made(batch, heads, blocks, dtype=jnp.int32)
+    dkey = made(*run.key.shape, dtype=out_dtype)
+    dvalue = made(*run.value.shape, dtype=out_dtype)
     plgpu.kernel(
         ring_swa_backward,
         out_type=(),
