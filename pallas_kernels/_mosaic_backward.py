@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels._band import query_plan, sees
 from pallas_kernels._logits import LOG2_E, cap_logits
 from pallas_kernels._mosaic_blocks import MATRIX, ROW, ROWS, fori, load, swizzled, wait_for, add_one
-from pallas_kernels._spec import KeyRun, Spec, Starts, full_like_varying
+from pallas_kernels._spec import KeyRun, Spec, Starts, vary_as
 
 QUERIES = 64
 """Queries of a tile."""
@@ -335,13 +335,10 @@ def backward(
 
         pl.run_scoped(body, smem, barriers, collective_axes="warpgroup")
 
-    def made(*shape, dtype):
-        return jax.new_ref(full_like_varying(query, shape, 0, dtype))
-
-    dquery = made(batch, blocks * QUERIES, heads, dim, dtype=jnp.float32)
-    turn = made(batch, heads, blocks, dtype=jnp.int32)
-    dkey = made(*run.key.shape, dtype=out_dtype)
-    dvalue = made(*run.value.shape, dtype=out_dtype)
+    # Refs and kernels of Mosaic GPU know nothing of manual mesh axes.
+    dquery = jax.new_ref(jnp.zeros((batch, blocks * QUERIES, heads, dim), jnp.float32))
+    turn = jax.new_ref(jnp.zeros((batch, heads, blocks), jnp.int32))
+    dkey, dvalue = (jax.new_ref(lax.empty(x.shape, out_dtype)) for x in run[:2])
     plgpu.kernel(
         ring_swa_backward,
         out_type=(),
@@ -353,7 +350,8 @@ def backward(
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),
     )(*leaves, dquery, turn, dkey, dvalue)
-    return jax.freeze(dquery), jax.freeze(dkey), jax.freeze(dvalue)
+    dquery, dkey, dvalue = (vary_as(query, jax.freeze(x)) for x in (dquery, dkey, dvalue))
+    return dquery, dkey, dvalue
 
 
 def across(x: Array) -> Array:
