@@ -6,9 +6,11 @@ tiles of queries that see the keys, of all heads of the group. One more warpgrou
 and their gradients through TMA; another one adds the gradients of queries to what other tiles of
 keys have added, in float32 in global memory.
 
-These additions come in the order of the keys, so that results repeat their bits. Each tile of
-keys begins with its farthest queries: a tile of queries is then reached by its tiles of keys one
-after the other, in that order, and hardly anybody waits.
+These additions come in a fixed order, from the last keys to the first, so that results repeat their
+bits. Each tile of keys begins with its own queries and goes on to later ones, so that tiles of keys
+at work side by side are at different queries, reach a tile of queries one after the other, in that
+order, and hardly wait. Programs take tiles of keys from the last to the first too: what a program
+waits for is under way.
 """
 
 from functools import partial
@@ -67,11 +69,11 @@ def backward(
         offset=run.offset, length=keys, key_tile=KEYS, reach=0,
     )  # fmt: skip
     plan = plan if packed else plan[None]
-    # The tiles of keys that a tile of queries is seen by are consecutive; this is the first.
+    # The tiles of keys that a tile of queries sees are consecutive; this is the last of them.
     tiles_of_queries = jnp.arange(blocks, dtype=jnp.int32)
-    first = jax.vmap(lambda end: jnp.searchsorted(end, tiles_of_queries, side="right"))(
-        plan[..., 3]
-    ).astype(jnp.int32)
+    last = jax.vmap(lambda begin: jnp.searchsorted(begin, tiles_of_queries, side="right"))(
+        plan[..., 0]
+    )
 
     def filled(x, value):
         """[B, N, at least rows] cut or filled up to whole tiles."""
@@ -87,7 +89,7 @@ def backward(
         "key": run.key,
         "value": run.value,
         "plan": plan,
-        "first": first,
+        "last": last.astype(jnp.int32) - 1,
     }
     if packed:
         operands["start"] = jnp.pad(start, ((0, 0), (0, -length % QUERIES)), mode="edge")
@@ -95,7 +97,7 @@ def backward(
     def locate(number):
         """(row, key/value head, tile of keys) of a program's ``number``-th item."""
         index = lax.axis_index("program") + number * grid
-        tile = lax.rem(index, jnp.int32(key_tiles))
+        tile = key_tiles - 1 - lax.rem(index, jnp.int32(key_tiles))
         index = lax.div(index, jnp.int32(key_tiles))
         return lax.div(index, jnp.int32(num_kv)), lax.rem(index, jnp.int32(num_kv)), tile
 
@@ -113,7 +115,7 @@ def backward(
 
         def visit(n, carry):
             member = lax.div(n, count)
-            block = end - 1 - (n - member * count)
+            block = begin + n - member * count
             clear = (block >= clear_begin) & (block < clear_end)
             return step(n, kv_head * group + member, block, clear, carry)
 
@@ -252,7 +254,7 @@ def backward(
         fori(0, num_items(), item, jnp.int32(0))
 
     def add(refs, smem, barriers):
-        """Adds the gradients of queries, each tile of queries in the order of the keys."""
+        """Adds the gradients of queries, each tile of queries in the fixed order."""
 
         def item(number, _):
             row, _, tile = locate(number)
@@ -261,7 +263,7 @@ def backward(
                 del n, clear
                 plgpu.barrier_wait(barriers["dquery"])
                 turn = refs["turn"].at[row, head, block]
-                wait_for(turn, tile - refs["first"][row if packed else 0, block])
+                wait_for(turn, refs["last"][row if packed else 0, block] - tile)
                 for part in range(2):
                     where = (row, pl.ds(block * QUERIES, QUERIES), head, pl.ds(part * half, half))
                     plgpu.copy_smem_to_gmem(
