@@ -1,10 +1,11 @@
-"""Draws docs/hops.png, docs/schedule.png and docs/sinks.png: `python docs/make_exchange_figures.py`.
+"""Draws docs/hops.png, schedule.png and sinks.png: `python docs/make_exchange_figures.py`.
 
 Lengths of hops are those that the library exchanges.
 """
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from ring_swa_jax._axis import SequenceAxis
 from ring_swa_jax._halo import RingHalo
@@ -62,7 +63,8 @@ def draw_schedule(axes: Axes, title: str, launches: list, travels: list) -> None
 
 def draw_schedules() -> None:
     """Forward and backward, for one hop and for three."""
-    figure, axes = pyplot.subplots(4, 1, figsize=(9, 6.6), layout="constrained")
+    layout = ConstrainedLayoutEngine(hspace=0.12)
+    figure, axes = pyplot.subplots(4, 1, figsize=(9, 6.6), layout=layout)
     draw_schedule(
         axes[0],
         "Forward, a window of at most half a chunk",
@@ -90,7 +92,6 @@ def draw_schedules() -> None:
         [(0, 1.2, "k, v 3"), (1.2, 2.6, "k, v 2"), (2.7, 3.9, "home 3"), (3.9, 5.1, "k, v 1"),
          (5.2, 6.9, "home 2"), (7.7, 9.4, "home 1")],
     )  # fmt: skip
-    figure.get_layout_engine().set(hspace=0.12)
     save(figure, "schedule")
 
 

@@ -1,4 +1,4 @@
-"""Draws docs/mask.png and docs/tiles.png: `python docs/make_mask_figures.py`.
+"""Draws docs/mask.png and tiles.png: `python docs/make_mask_figures.py`.
 
 Masks and tiles are those of the library: the functions that the kernels use say what to fill.
 """
