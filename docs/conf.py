@@ -13,7 +13,6 @@ project = "ring-swa-jax"
 copyright = "the ring-swa-jax authors"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
-suppress_warnings = ["toc.empty_glob"]  # a checkout may lack the notebooks
 
 html_theme = "furo"
 html_title = "ring-swa-jax"
