@@ -4,6 +4,8 @@ import pathlib
 import shutil
 import sys
 
+from pygments.lexers.shell import BashLexer
+
 DOCS = pathlib.Path(__file__).parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent)]
 
@@ -22,6 +24,7 @@ pygments_style = "tango"
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"
+smartquotes = False
 
 # In docstrings `name` is a link where the name is documented here.
 default_role = "py:obj"
@@ -35,6 +38,7 @@ napoleon_attr_annotations = False  # the signature has them
 
 def setup(app):
     """Called by Sphinx."""
+    app.add_lexer("console", BashLexer)  # commands without a prompt
     app.connect("autodoc-process-signature", signature)
 
 

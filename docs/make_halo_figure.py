@@ -63,7 +63,7 @@ def draw_exchange(axes: Axes) -> None:
         )
     bottom = (DEVICES - 1) * step + height
     axes.set(xlim=(-0.5, DEVICES * CHUNK + 0.5), ylim=(bottom + 0.4, -1.6))
-    axes.set_title("Only the last keys and values of a chunk travel, to the next device",
+    axes.set_title("The last keys and values of a chunk travel",
                    fontsize=11)  # fmt: skip
     axes.axis("off")
 
@@ -71,7 +71,7 @@ def draw_exchange(axes: Axes) -> None:
 def main() -> None:
     """Writes the picture."""
     figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(12, 4.9), layout="constrained", width_ratios=[1, 1.35]
+        1, 2, figsize=(9.6, 4.2), layout="constrained", width_ratios=[1, 1.25]
     )
     draw_band(left)
     draw_exchange(right)
