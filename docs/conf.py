@@ -1,13 +1,15 @@
 """Sphinx settings: `sphinx-build -W --keep-going -n docs docs/_build`."""
 
 import pathlib
+import re
 import shutil
 import sys
 
 from pygments.lexers.shell import BashLexer
 
-DOCS = pathlib.Path(__file__).parent
-sys.path[:0] = [str(DOCS), str(DOCS.parent)]
+ROOT = pathlib.Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+sys.path[:0] = [str(DOCS), str(ROOT)]
 
 from _signatures import signature  # noqa: E402
 
@@ -15,6 +17,7 @@ project = "ring-swa-jax"
 copyright = "the ring-swa-jax authors"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
+suppress_warnings = ["misc.highlighting_failure"]  # commands of IPython in notebooks
 
 html_theme = "furo"
 html_title = "ring-swa-jax"
@@ -36,16 +39,31 @@ napoleon_numpy_docstring = False
 napoleon_attr_annotations = False  # the signature has them
 
 
+def leave_out_links_to_files(app, name, source):
+    """Links to files of the repository that are no pages become text; others stay, and are checked.
+
+    Pages and notebooks lie one folder below the root, so that all such links begin with "../".
+    """
+    del app, name
+
+    def shorten(link):
+        text, path, anchor = link.groups("")
+        if path.startswith("docs/"):  # from a notebook, which has moved into docs/
+            return f"[{text}](../{path.removeprefix('docs/')}{anchor})"
+        return text if (ROOT / path).exists() else link[0]
+
+    source[0] = re.sub(r"\[([^]]*)\]\(\.\./([^)#\s]+)(#[^)\s]*)?\)", shorten, source[0])
+
+
 def setup(app):
     """Called by Sphinx."""
     app.add_lexer("console", BashLexer)  # commands without a prompt
+    app.connect("source-read", leave_out_links_to_files)
     app.connect("autodoc-process-signature", signature)
 
 
 # Sphinx reads what lies below its own folder only.
-NOTEBOOKS = DOCS / "notebooks"
-shutil.rmtree(NOTEBOOKS, ignore_errors=True)
-for notebook in sorted((DOCS.parent / "notebooks").glob("*.ipynb")):
-    NOTEBOOKS.mkdir(exist_ok=True)
-    text = notebook.read_text(encoding="utf-8")
-    (NOTEBOOKS / notebook.name).write_text(text.replace("](../docs/", "](../"), encoding="utf-8")
+shutil.rmtree(DOCS / "notebooks", ignore_errors=True)
+for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+    (DOCS / "notebooks").mkdir(exist_ok=True)
+    shutil.copy(notebook, DOCS / "notebooks")
