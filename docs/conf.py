@@ -52,7 +52,7 @@ def leave_out_links_to_files(app, name, source):
             return f"[{text}](../{path.removeprefix('docs/')}{anchor})"
         return text if (ROOT / path).exists() else link[0]
 
-    source[0] = re.sub(r"\[([^]]*)\]\(\.\./([^)#\s]+)(#[^)\s]*)?\)", shorten, source[0])
+    source[0] = re.sub(r"\[([^][]*)\]\(\.\./([^)#\s]+)(#[^)\s]*)?\)", shorten, source[0])
 
 
 def setup(app):
