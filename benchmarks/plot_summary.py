@@ -42,8 +42,8 @@ RINGS = {
     "ring": ("our ring, triton", "#4477aa"),
     "ring, mosaic_gpu": ("our ring, mosaic_gpu (another run)", "#66ccee"),
     "all-gather + cuDNN": ("all-gather + cuDNN", "#ccbb44"),
-    "all-to-all + cuDNN": ("all-to-all + cuDNN", "#228833"),
-    "original (copied)": ("PyTorch original (figures copied)", "#aa3377"),
+    "all-to-all + cuDNN": ("all-to-all + cuDNN", "#ee8866"),
+    "original (copied)": ("PyTorch original (figures copied)", "#777777"),
 }
 
 
@@ -79,7 +79,7 @@ def _ring_times(name: str) -> tuple[dict[str, Any], Times]:
 
 def label(shape: Shape) -> str:
     """Three lines."""
-    window = "all before" if shape.window is None else f"W {shape.window}"
+    window = "W None" if shape.window is None else f"W {shape.window}"
     sinks = f", {shape.sinks} sink" if shape.sinks else ""
     heads = f"{shape.heads}/{shape.kv_heads} heads of {shape.dim}"
     return f"{window}{sinks}\n{shape.length} tokens\n{heads}"
