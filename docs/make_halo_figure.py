@@ -1,26 +1,16 @@
 """Draws docs/halo.png: `python docs/make_halo_figure.py`."""
 
-import pathlib
-
-import matplotlib
-
-matplotlib.use("agg")
-
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from matplotlib.patches import FancyArrowPatch, Rectangle
+
+from _drawing import COLORS, arrow, cell, save
 
 DEVICES, CHUNK, WINDOW = 4, 8, 5
-COLORS = ["#4477aa", "#228833", "#ccbb44", "#aa3377"]
 
 
-def cell(axes: Axes, key: int, row: float, *, halo: bool, height: float = 1.0) -> None:
+def draw_key(axes: Axes, key: int, row: float, *, halo: bool, height: float = 1.0) -> None:
     """One key of the sequence, in the color of the device that owns it."""
-    color = COLORS[key // CHUNK]
-    face, edge, hatch = ("white", color, "//////") if halo else (color, "white", None)
-    axes.add_patch(
-        Rectangle((key, row), 1, height, facecolor=face, edgecolor=edge, hatch=hatch, linewidth=0.9)
-    )
+    cell(axes, key, row, COLORS[key // CHUNK], height=height, hatch="//////" if halo else None)
 
 
 def draw_band(axes: Axes) -> None:
@@ -28,7 +18,7 @@ def draw_band(axes: Axes) -> None:
     length = DEVICES * CHUNK
     for query in range(length):
         for key in range(max(0, query - WINDOW), query + 1):
-            cell(axes, key, query, halo=key // CHUNK != query // CHUNK)
+            draw_key(axes, key, query, halo=key // CHUNK != query // CHUNK)
     for boundary in range(0, length + 1, CHUNK):
         axes.axhline(boundary, color="0.7", linewidth=0.8, zorder=0)
         axes.axvline(boundary, color="0.7", linewidth=0.8, zorder=0)
@@ -52,24 +42,16 @@ def draw_exchange(axes: Axes) -> None:
     for device in range(DEVICES):
         row, start = device * step, device * CHUNK
         for key in range(start, start + CHUNK):
-            cell(axes, key, row, halo=False, height=height)
+            draw_key(axes, key, row, halo=False, height=height)
         middle = start + CHUNK / 2
         axes.text(middle, row - 0.25, f"device {device}", ha="center", va="bottom", fontsize=10)
         if device == 0:
             continue
         for key in range(start - WINDOW, start):
-            cell(axes, key, row, halo=True, height=height)
-        axes.add_patch(
-            FancyArrowPatch(
-                (start - WINDOW / 2, row - step + height + 0.1),
-                (start - WINDOW / 2, row - 0.1),
-                arrowstyle="-|>",
-                mutation_scale=16,
-                linewidth=1.8,
-                color=COLORS[device - 1],
-                zorder=3,
-            )
-        )
+            draw_key(axes, key, row, halo=True, height=height)
+        middle = start - WINDOW / 2
+        begin, end = (middle, row - step + height + 0.1), (middle, row - 0.1)
+        arrow(axes, begin, end, COLORS[device - 1])
         axes.text(
             start - WINDOW - 0.5,
             row + height / 2,
@@ -81,7 +63,7 @@ def draw_exchange(axes: Axes) -> None:
         )
     bottom = (DEVICES - 1) * step + height
     axes.set(xlim=(-0.5, DEVICES * CHUNK + 0.5), ylim=(bottom + 0.4, -1.6))
-    axes.set_title("Only the last keys and values of a chunk travel, to the next device",
+    axes.set_title("The last keys and values of a chunk travel",
                    fontsize=11)  # fmt: skip
     axes.axis("off")
 
@@ -89,11 +71,11 @@ def draw_exchange(axes: Axes) -> None:
 def main() -> None:
     """Writes the picture."""
     figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(12, 4.9), layout="constrained", width_ratios=[1, 1.35]
+        1, 2, figsize=(9.6, 4.2), layout="constrained", width_ratios=[1, 1.25]
     )
     draw_band(left)
     draw_exchange(right)
-    figure.savefig(pathlib.Path(__file__).with_name("halo.png"), dpi=130)
+    save(figure, "halo")
 
 
 if __name__ == "__main__":

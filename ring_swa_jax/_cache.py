@@ -78,8 +78,8 @@ def init_cache(
     """An empty cache: ``C + num_sink_tokens`` keys and values a row, whatever will follow.
 
     Args:
-        batch_size: B.
-        num_kv_heads: K.
+        batch_size: number of rows, B.
+        num_kv_heads: number of key/value heads, K.
         head_dim: H, of the keys.
         window_size: W, for **W + 1 keys**; None: all keys, which asks for ``max_length``. Static.
         num_sink_tokens: how many first tokens of its sequence a query always sees. Static.
@@ -196,7 +196,7 @@ def next_positions(
 
     Args:
         cache: what came before.
-        num_tokens: T.
+        num_tokens: how many will come, T.
         valid: False for padding, which takes up no position and gets 0; None: all are tokens.
 
     Raises:

@@ -21,7 +21,8 @@ class ModelLayers:
         source: where the numbers are from.
         num_layers: how many layers the model has.
         pattern: kinds of layers, repeated from the first layer on to ``num_layers``.
-        kinds: settings of each kind, keyword arguments of `RingSlidingWindowAttention`.
+        kinds: settings of each kind, keyword arguments of
+            `ring_swa_jax.nnx.RingSlidingWindowAttention`.
         first: kinds of the first layers, before the pattern begins.
         notes: what the settings do not say and a checkpoint asks for.
     """

@@ -235,7 +235,7 @@ class RingSlidingWindowAttention(nnx.Module):
         """An empty cache of this layer, for `decode`.
 
         Args:
-            batch_size: B.
+            batch_size: number of rows, B.
             max_length: the most tokens that a row will have; needed where ``window_size=None``.
             dtype: of keys and values, which is that of the projections of x; by default the
                 module's dtype, or its parameters' where it has none.

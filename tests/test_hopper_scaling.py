@@ -115,7 +115,7 @@ def read(compiled, devices):
 
 
 def moved_by_formula(layer):
-    """({distance: bytes} forward, backward), the README's: from several hops twice and float32."""
+    """({distance: bytes} forward, backward), docs/cost.md's: several hops twice, in float32."""
     ahead = {}
     for hop in layer.hops:
         tokens = min(layer.chunk, layer.window - (hop - 1) * layer.chunk)

@@ -104,7 +104,7 @@ def test_vmap(case, small_tiles):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1000, 1010), ids=lambda seed: f"random-{seed}")
+@pytest.mark.parametrize("seed", range(1000, 1006), ids=lambda seed: f"random-{seed}")
 def test_random_case(seed, small_tiles):
     case = random_case(random.Random(seed))
     if any(dim % 16 for dim in case.dims):
