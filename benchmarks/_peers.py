@@ -26,7 +26,8 @@ class Contender:
     Attributes:
         build: makes its function for a shape.
         ours: whether it is one of this library's implementations.
-        deterministic: a peer's slower mode that gives the same bits on every run; ours always do.
+        deterministic: a peer's slower mode that gives the same bits on every run, as all of ours
+            do but the one that is named for it.
         options: XLA options to compile it with.
     """
 

@@ -66,12 +66,10 @@ def table(shape: str, rows: list[Row]) -> str:
 
 
 def write(path: Path, machine: dict[str, Any], rows: list[Row]) -> None:
-    """The JSON, and beside it the chart."""
+    """The JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     entries = [dataclasses.asdict(row) | row.rates() for row in rows]
     path.write_text(json.dumps({"machine": machine, "rows": entries}, indent=1) + "\n")
-    _chart(path.with_suffix(".png"), machine, rows)
-    print(f"\nwrote {path} and {path.with_suffix('.png')}")
 
 
 def slower(path: Path, machine: dict[str, Any], rows: list[Row]) -> list[str]:
@@ -100,7 +98,8 @@ def slower(path: Path, machine: dict[str, Any], rows: list[Row]) -> list[str]:
     return found
 
 
-def _chart(path: Path, machine: dict[str, Any], rows: list[Row]) -> None:
+def chart(path: Path, machine: dict[str, Any], rows: list[Row]) -> None:
+    """Useful TFLOP/s as bars, in a picture beside the JSON at ``path``."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -124,5 +123,5 @@ def _chart(path: Path, machine: dict[str, Any], rows: list[Row]) -> None:
     axes[0].legend(ncols=4, fontsize="small")
     axes[1].set_xticks(range(len(shapes)), shapes)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path.with_suffix(".png"), dpi=120)
     plt.close(figure)

@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -158,8 +159,8 @@ def machine() -> dict[str, Any]:
     return {"device": jax.devices()[0].device_kind} | versions
 
 
-def compare(shapes: list[Shape], names: list[str], repeats: int) -> list[Row]:
-    """Compiles all, then times one after the other and prints each shape's table."""
+def compare(shapes: list[Shape], names: list[str], repeats: int) -> Iterator[list[Row]]:
+    """Compiles all, then times one shape after the other and prints its table."""
     torch = None
     if TORCH in names and importlib.util.find_spec("torch") is not None:
         torch = TorchPeer(shapes, repeats)
@@ -168,7 +169,6 @@ def compare(shapes: list[Shape], names: list[str], repeats: int) -> list[Row]:
         futures = {job: pool.submit(build, job[0], CONTENDERS[job[1]]) for job in jobs}
     if torch is not None:
         torch.read()
-    rows = []
     for shape in shapes:
         inputs, expected, results, found = arrays(shape), None, None, []
         for name in names:
@@ -183,8 +183,7 @@ def compare(shapes: list[Shape], names: list[str], repeats: int) -> list[Row]:
         elif TORCH in names:
             found.append(Row(shape.name, TORCH, False, reason="torch is not installed"))
         print(_report.table(shape.name, found), flush=True)
-        rows += found
-    return rows
+        yield found
 
 
 def main() -> None:
@@ -210,20 +209,26 @@ def main() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
     where = machine()
     print(where, flush=True)
-    rows = compare([ALL[name] for name in arguments.shapes], names, 2 if arguments.quick else 5)
     where |= device_rates()
     print(
-        f"\nan 8192^3 matrix product: {where['matmul_tflops']:.0f} TFLOP/s, "
+        f"an 8192^3 matrix product: {where['matmul_tflops']:.0f} TFLOP/s, "
         f"a copy: {where['copy_tbps']:.2f} TB/s (read and written)"
     )
-    slower = [] if arguments.compare is None else _report.slower(arguments.compare, where, rows)
     whole = not arguments.only and not arguments.quick and arguments.shapes == list(ALL)
     output = arguments.output
     if output is None and whole:
         slug = "-".join(where["device"].lower().split())
         output = Path(__file__).parent / "results" / f"attention-{slug}.json"
+    rows: list[Row] = []
+    shapes = [ALL[name] for name in arguments.shapes]
+    for found in compare(shapes, names, 2 if arguments.quick else 5):
+        rows += found
+        if output is not None:  # after each shape, so that a run that is cut off leaves something
+            _report.write(output, where, rows)
     if output is not None:
-        _report.write(output, where, rows)
+        _report.chart(output, where, rows)
+        print(f"\nwrote {output} and its picture")
+    slower = [] if arguments.compare is None else _report.slower(arguments.compare, where, rows)
     if arguments.compare is not None:
         print(f"\nslower than {arguments.compare}: {len(slower)}", *slower, sep="\n  ")
     sys.exit(bool(slower))

@@ -167,6 +167,19 @@ def query_plan(
     return jnp.stack(jnp.broadcast_arrays(*ranges), axis=-1).astype(jnp.int32)
 
 
+def key_tiles_of_queries(
+    plan: Int[Array, "... tiles 4"], blocks: int
+) -> tuple[Int[Array, "... blocks"], Int[Array, "... blocks"]]:
+    """First and last tile of keys that each of ``blocks`` tiles of queries sees, by a `query_plan`.
+
+    Without sinks, all tiles of keys between them see it too. None does if the first is beyond the
+    last.
+    """
+    block = jnp.arange(blocks, dtype=jnp.int32)[:, None]
+    begun, ended = ((plan[..., None, :, n] <= block).sum(-1, dtype=jnp.int32) for n in (0, 3))
+    return ended, begun - 1
+
+
 def fetched_sink_count(last, first_start, crossing, window: int, *, length: int):
     """How many fetched sinks a tile of queries sees whose last query is ``last``.
 
@@ -261,10 +274,15 @@ def _queries_from(start, keys, rows):
 
 def _count_up_to(sorted_values, values):
     """How many of the sorted values, of each row, are at most each value."""
+
+    def count(row, x):
+        # Unrolled, it is one launch on a GPU; as a loop it is several for each of its steps.
+        return jnp.searchsorted(row, x, side="right", method="scan_unrolled")
+
     if sorted_values.ndim == 1:
-        return jnp.searchsorted(sorted_values, values, side="right")
+        return count(sorted_values, values)
     values = jnp.broadcast_to(values, (sorted_values.shape[0], values.shape[-1]))
-    return jax.vmap(lambda row, x: jnp.searchsorted(row, x, side="right"))(sorted_values, values)
+    return jax.vmap(count)(sorted_values, values)
 
 
 def _tiles_of(low, high, tile):

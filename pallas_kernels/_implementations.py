@@ -8,11 +8,12 @@ from jax import Array
 from pallas_kernels import _device
 from pallas_kernels._spec import Spec
 
-NAMES = ("xla", "triton", "mosaic_gpu")
+NAMES = ("xla", "triton", "mosaic_gpu", "mosaic_gpu_nondeterministic")
 _MODULES = {
     "xla": "pallas_kernels._xla",
     "triton": "pallas_kernels._triton",
     "mosaic_gpu": "pallas_kernels._mosaic",
+    "mosaic_gpu_nondeterministic": "pallas_kernels._mosaic_nondeterministic",
 }
 _BEST_FIRST = {"gpu": ("mosaic_gpu", "triton", "xla")}
 
@@ -45,6 +46,6 @@ def module(name: str) -> ModuleType:
     """
     if name == "triton":
         _device.check_triton()
-    if name == "mosaic_gpu":
+    if name.startswith("mosaic_gpu"):
         _device.check_mosaic_gpu()
     return importlib.import_module(_MODULES[name])

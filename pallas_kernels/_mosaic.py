@@ -1,6 +1,7 @@
-"""Implementation "mosaic_gpu": a Mosaic GPU forward kernel for Hopper.
+"""Implementation "mosaic_gpu": Mosaic GPU kernels for Hopper.
 
-The backward pass is Triton's, or where this JAX has no Triton that of "xla".
+The fused backward kernel takes heads of up to 128 in steps of 32, no sink tokens, and windows that
+are not short. Else the backward pass is Triton's, or where this JAX has no Triton that of "xla".
 """
 
 from types import ModuleType
@@ -8,12 +9,11 @@ from types import ModuleType
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import _device, _xla
+from pallas_kernels import _device, _tiles, _xla
 from pallas_kernels._head_dims import check_head_dims
 from pallas_kernels._mosaic_backward import backward as _backward
 from pallas_kernels._mosaic_forward import forward as _forward
 from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State
-from pallas_kernels._tiles import MosaicTiles, mosaic_tiles
 
 _other: ModuleType = _xla
 if _device.has_triton():
@@ -44,7 +44,7 @@ def check(spec: Spec, query: Array, value: Array) -> None:
 
 def query_tile_rows(spec: Spec, query: Array, run: KeyRun) -> int:
     """Launches begin at multiples of a query tile."""
-    return _tiles(spec, query, run, whole=True).positions
+    return _tiles_for(spec, query, run, whole=True).positions
 
 
 def forward(
@@ -72,7 +72,7 @@ def forward(
         rows=rows,
         resume=resume,
         out_dtype=out_dtype,
-        tiles=_tiles(spec, query, runs[0], whole=not resume and out_dtype == query.dtype),
+        tiles=_tiles_for(spec, query, runs[0], whole=not resume and out_dtype == query.dtype),
         programs=_programs(spec),
     )
 
@@ -91,10 +91,14 @@ def backward(
     rows: int,
     dquery_dtype: jnp.dtype,
     dkey_dtype: jnp.dtype,
+    ordered: bool = True,
 ) -> tuple[Array, tuple[tuple[Array, Array], ...], SinkRun | None, Array]:
-    """As ``pallas_kernels._xla.backward``."""
-    dtypes = dict(dquery_dtype=dquery_dtype, dkey_dtype=dkey_dtype)
-    if not _fuses(spec, query, runs, sinks):
+    """As ``pallas_kernels._xla.backward``.
+
+    Unless ``ordered``, the gradients of queries are added up in any order.
+    """
+    if not _fuses(spec, query, runs, sinks, ordered):
+        dtypes = dict(dquery_dtype=dquery_dtype, dkey_dtype=dkey_dtype)
         return _other.backward(
             spec, query, runs, sinks, start, out, dout, lse, dquery, rows=rows, **dtypes
         )
@@ -111,26 +115,29 @@ def backward(
         delta,
         rows=rows,
         out_dtype=dkey_dtype,
-        slots=2,
-        programs=_device.multiprocessors(),
+        ordered=ordered,
     )
     total = total[:, :rows] * spec.scale
     if dquery is not None:
         total += jnp.pad(dquery, ((0, 0), (0, rows - dquery.shape[1]), (0, 0), (0, 0)))
     missing = dkey.shape[1] - run.key.shape[1]
-    return (
-        total.astype(dquery_dtype),
-        ((dkey[:, missing:], dvalue[:, missing:]),),
-        None,
-        delta,
-    )
+    dkeys = dkey[:, missing:], dvalue[:, missing:]
+    return total.astype(dquery_dtype), (dkeys,), None, delta
 
 
-def _fuses(spec: Spec, query: Array, runs: tuple[KeyRun, ...], sinks: SinkRun | None) -> bool:
-    """Whether the fused backward kernel does this."""
+def _fuses(
+    spec: Spec,
+    query: Array,
+    runs: tuple[KeyRun, ...],
+    sinks: SinkRun | None,
+    ordered: bool,
+) -> bool:
+    """Whether the fused backward kernel can do this, and is the faster one."""
     dim, value_dim = query.shape[-1], runs[0].value.shape[-1]
-    no_sinks = spec.window is None or not spec.num_sinks
-    return len(runs) == 1 and sinks is None and no_sinks and dim % 32 == 0 and max(dim, value_dim) <= 128
+    has_sinks = sinks is not None or (spec.num_sinks > 0 and spec.window is not None)
+    if len(runs) > 1 or has_sinks or dim % 32 or max(dim, value_dim) > 128:
+        return False
+    return _tiles.fuses_backward(max(dim, value_dim), spec.window, ordered=ordered)
 
 
 def _programs(spec: Spec) -> int:
@@ -155,9 +162,9 @@ def _of_eighths(run: KeyRun) -> KeyRun:
     return KeyRun(jnp.pad(run.key, pad), jnp.pad(run.value, pad), run.offset - missing)
 
 
-def _tiles(spec: Spec, query: Array, run: KeyRun, *, whole: bool) -> MosaicTiles:
+def _tiles_for(spec: Spec, query: Array, run: KeyRun, *, whole: bool) -> _tiles.MosaicTiles:
     heads, dim = query.shape[2:]
     group = heads // run.key.shape[2]
-    return mosaic_tiles(
+    return _tiles.mosaic_tiles(
         dim, run.value.shape[-1], spec.window, group, whole=whole, sinks=spec.num_sinks > 0
     )

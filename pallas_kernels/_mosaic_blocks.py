@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, nvvm
 
 ROWS = 64
 """Rows of a warpgroup's matrices: what a WGMMA instruction has."""
@@ -45,23 +47,57 @@ def fori(begin, end, body, carry):
     return lax.fori_loop(jnp.int32(begin), jnp.int32(end), body, carry)
 
 
-def wait_for(turn: Any, value: Array) -> None:
-    """Waits until a counter in global memory has this value."""
+def tell_and_wait(told: Any, tells: Any, turn: Any, value: Any) -> None:
+    """Adds one to a counter if it ``tells``, and waits until another one has reached a value.
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())))
-    def wait(_, turn, value):
-        ptr = utils.memref_ptr(turn)
-        utils.SemaphoreRef(ptr).wait(value.registers[()], decrement=False, memory_scope="gpu")
-        utils.inline_ptx("fence.proxy.async.global;", has_side_effects=True)
+    Both are in global memory. Who sees the first one grow sees all that this warpgroup has written
+    through TMA, and this warpgroup what was written before the second one grew.
+    """
+    ref, scalar = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
 
-    wait(turn, value)
+    @plgpu.inline_mgpu(arg_types=(ref, scalar, ref, scalar))
+    def side_by_side(_, told, tells, turn, value):
+        i32 = ir.IntegerType.get_signless(32)
+        thread = arith.remui(utils.thread_idx(), utils.c(utils.WARPGROUP_SIZE, i32))
+        first = utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP)  # TMA's
+        tells = arith.cmpi(arith.CmpIPredicate.ne, tells.registers[()], utils.c(0, i32))
+        with utils.when(arith.andi(first, tells)):
+            nvvm.cp_async_bulk_wait_group(0)
+            _ptx("red.release.gpu.global.add.u32 [$0], 1;", utils.memref_ptr(told))
+        other_warp = arith.cmpi(arith.CmpIPredicate.eq, thread, utils.c(utils.WARP_SIZE, i32))
+        with utils.when(other_warp):
+            _ptx(
+                "{ .reg .pred waits; .reg .b32 now; "
+                "again: ld.acquire.gpu.global.u32 now, [$0]; setp.lt.u32 waits, now, $1; "
+                "@waits bra again; fence.proxy.async.global; }",
+                utils.memref_ptr(turn),
+                value.registers[()],
+            )
+        utils.warpgroup_barrier()
+
+    side_by_side(told, jnp.int32(tells), turn, value)
 
 
-def add_one(turn: Any) -> None:
-    """Adds one to a counter in global memory, after all that this thread has written."""
+def fresh(x: Any) -> Array:
+    """The number x, of which the compiler knows nothing.
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def add(_, turn):
-        utils.SemaphoreRef(utils.memref_ptr(turn)).signal(1, memory_scope="gpu")
+    So what is computed from it stays where it is used: moved out of a loop, it would take
+    registers that matrices need.
+    """
 
-    add(turn)
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WG_SPLAT(()),),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(())),
+    )
+    def hide(_, x):
+        number = x.registers[()]
+        hidden = _ptx("mov.b32 $0, $1;", number, result_types=number.type)
+        return type(x).splat(hidden, (), is_signed=True)
+
+    return hide(jnp.int32(x))
+
+
+def _ptx(code: str, *operands, result_types=None):
+    """Instructions that the compiler neither moves nor leaves out."""
+    options = dict(result_types=result_types, has_side_effects=True)
+    return utils.inline_ptx(code, *operands, **options)  # type: ignore[attr-defined]  # jax 0.10's

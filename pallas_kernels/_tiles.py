@@ -215,3 +215,10 @@ def mosaic_tiles(
 def sink_tile(num_sinks: int) -> int:
     """Rows of a tile of sinks."""
     return min(64, max(16, 1 << (num_sinks - 1).bit_length()))
+
+
+def fuses_backward(dim: int, window: int | None, *, ordered: bool) -> bool:
+    """Whether the fused Mosaic backward kernel is faster than Triton's two, as on an H100."""
+    if window is None:
+        return dim > 64 or not ordered
+    return window >= (2048 if dim <= 64 else 512 if dim <= 96 else 192)

@@ -47,7 +47,8 @@ def attention_fn(
         seq_axis: mesh axis or axes that cut the sequence; None: it is not cut.
         batch_axis: mesh axis or axes that cut the batch.
         head_axis: mesh axis or axes that cut the heads.
-        implementation: "xla", "triton", "mosaic_gpu" or None for the best here.
+        implementation: "xla", "triton", "mosaic_gpu", "mosaic_gpu_nondeterministic", or None for
+            the best deterministic one here.
 
     Returns:
         A function of query [..., S, N, H], key [..., S, K, H] and value [..., S, K, Hv] that

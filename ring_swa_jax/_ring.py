@@ -46,7 +46,8 @@ def ring_sliding_window_attn(
         scale: factor of ``q.k``, by default ``H**-0.5``.
         logits_soft_cap: logits become ``cap * tanh(logits / cap)``.
         sink_logits: a learned logit a query head that enlarges the denominator.
-        implementation: "xla", "triton", "mosaic_gpu" or None for the best here.
+        implementation: "xla", "triton", "mosaic_gpu", "mosaic_gpu_nondeterministic", or None for
+            the best deterministic one here.
 
     Returns:
         The attended values, in the dtype of q.
@@ -104,7 +105,8 @@ def ring_streaming_llm_attn(
         scale: factor of ``q.k``, by default ``H**-0.5``.
         logits_soft_cap: logits become ``cap * tanh(logits / cap)``.
         sink_logits: a learned logit a query head that enlarges the denominator.
-        implementation: "xla", "triton", "mosaic_gpu" or None for the best here.
+        implementation: "xla", "triton", "mosaic_gpu", "mosaic_gpu_nondeterministic", or None for
+            the best deterministic one here.
 
     Returns:
         The attended values, in the dtype of q.
@@ -165,7 +167,8 @@ def ring_sliding_window_attn_varlen(
         scale: factor of ``q.k``, by default ``H**-0.5``.
         logits_soft_cap: logits become ``cap * tanh(logits / cap)``.
         sink_logits: a learned logit a query head that enlarges the denominator.
-        implementation: "xla", "triton", "mosaic_gpu" or None for the best here.
+        implementation: "xla", "triton", "mosaic_gpu", "mosaic_gpu_nondeterministic", or None for
+            the best deterministic one here.
 
     Returns:
         The attended values, in the dtype of q.
@@ -221,7 +224,8 @@ def ring_streaming_llm_attn_varlen(
         scale: factor of ``q.k``, by default ``H**-0.5``.
         logits_soft_cap: logits become ``cap * tanh(logits / cap)``.
         sink_logits: a learned logit a query head that enlarges the denominator.
-        implementation: "xla", "triton", "mosaic_gpu" or None for the best here.
+        implementation: "xla", "triton", "mosaic_gpu", "mosaic_gpu_nondeterministic", or None for
+            the best deterministic one here.
 
     Returns:
         The attended values, in the dtype of q.

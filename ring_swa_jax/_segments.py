@@ -47,7 +47,8 @@ def from_cu_seqlens(axis: SequenceAxis, chunk: int, cu_seqlens: Int[Array, "n"])
     begin = axis.index() * chunk
 
     def start_at(position):
-        after = jnp.searchsorted(cu_seqlens, position, side="right").astype(jnp.int32)
+        after = jnp.searchsorted(cu_seqlens, position, side="right", method="scan_unrolled")
+        after = after.astype(jnp.int32)
         start = cu_seqlens[jnp.clip(after - 1, 0, cu_seqlens.size - 1)].astype(jnp.int32)
         inside = (after > 0) & (after < cu_seqlens.size)
         return jnp.where(inside, jnp.clip(start, 0, position), position + 1)

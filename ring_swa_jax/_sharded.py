@@ -67,7 +67,8 @@ def ring_attention(
         batch_axis: mesh axis or axes that cut the batch. On Explicit mesh axes None means what
             the sharding of q says.
         head_axis: mesh axis or axes that cut the heads, likewise.
-        implementation: "xla", "triton", "mosaic_gpu" or None for the best here.
+        implementation: "xla", "triton", "mosaic_gpu", "mosaic_gpu_nondeterministic", or None for
+            the best deterministic one here.
 
     Returns:
         The attended values, in the dtype of q, cut over the mesh as q.

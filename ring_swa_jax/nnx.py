@@ -63,7 +63,8 @@ class RingSlidingWindowAttention(nnx.Module):
             the sharding of x says.
         head_axis: mesh axis or axes that cut the heads; on Explicit axes None means what the
             sharding of the kernels says.
-        implementation: "xla", "triton", "mosaic_gpu" or None for the best here.
+        implementation: "xla", "triton", "mosaic_gpu", "mosaic_gpu_nondeterministic", or None for
+            the best deterministic one here.
         dtype: of the computation; by default inferred from x and the parameters.
         param_dtype: of the parameters.
         precision: of the projections. The attention follows `jax.default_matmul_precision`.

@@ -64,3 +64,9 @@ def of_eighths(case: Case) -> Case:
         documents = tuple((*row, -more) for row in documents)
     dtype = "bfloat16" if case.dtype == "float32" else case.dtype
     return dataclasses.replace(case, chunk=chunk, documents=documents, dtype=dtype)
+
+
+def for_fused(case: Case) -> Case:
+    """The case as the fused Mosaic backward kernel takes it: its head dims, and no sink tokens."""
+    dims = tuple(min(128, -(-dim // 32) * 32) for dim in case.dims)
+    return dataclasses.replace(case, sinks=0 if case.window is not None else case.sinks, dims=dims)

@@ -18,8 +18,8 @@ from tests.models import MODELS, Model
 pytestmark = pytest.mark.aot
 
 FORWARD, QUERY, KEYS = "ring_swa_forward", "ring_swa_backward_query", "ring_swa_backward_keys"
-SINKS = "ring_swa_backward_sinks"
-KERNELS = {FORWARD, QUERY, KEYS, SINKS}
+SINKS, FUSED = "ring_swa_backward_sinks", "ring_swa_backward_fused"
+KERNELS = {FORWARD, QUERY, KEYS, SINKS, FUSED}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,14 @@ class Variant:
     segments: bool = False
     implementation: str | None = "triton"
     backward: bool = True
+
+    def kernels(self):
+        """The names of those that compute it."""
+        if not self.backward:
+            return {FORWARD}
+        if self.implementation != "triton":
+            return {FORWARD, FUSED}
+        return {FORWARD, QUERY, KEYS, SINKS} if self.sinks else {FORWARD, QUERY, KEYS}
 
     def compile(self):
         """hopper.Program of the output, and of all gradients if wanted."""
@@ -82,15 +90,20 @@ VARIANTS = {
     "float32": Variant(SMALL, dtype="float32"),
 }
 # A ring launches what one device does, and a halo's launch.
-MOSAIC = ("mistral_7b_global", "phi3_mini", "gemma2_9b", "mistral_7b_hops", "float16")
-MOSAIC += tuple(f"{name}_ring" for name in ("mistral_7b", "gemma3_4b", "gpt_oss", "mimo_v2_flash"))
+FUSES = ("mistral_7b_ring", "phi3_mini", "mistral_7b_hops", "float16")
+FORWARD_ONLY = ("gemma2_9b", "sinks_segments_ring")
+FORWARD_ONLY += tuple(f"{name}_ring" for name in ("gemma3_4b", "gpt_oss", "mimo_v2_flash"))
+MOSAIC = {name: VARIANTS[name] for name in FUSES}
+MOSAIC["segments"] = Variant(SMALL, segments=True)
+MOSAIC |= {name: dataclasses.replace(VARIANTS[name], backward=False) for name in FORWARD_ONLY}
 VARIANTS |= {
-    f"{name}_mosaic": dataclasses.replace(
-        VARIANTS[name], implementation="mosaic_gpu", backward=False
-    )
-    for name in (*MOSAIC, "sinks_segments_ring")
+    f"{name}_mosaic": dataclasses.replace(variant, implementation="mosaic_gpu")
+    for name, variant in MOSAIC.items()
 }
-VARIANTS["default"] = Variant(MISTRAL, implementation=None, backward=False)
+VARIANTS["nondeterministic"] = dataclasses.replace(
+    VARIANTS["mistral_7b_global"], implementation="mosaic_gpu_nondeterministic"
+)
+VARIANTS["default"] = Variant(MISTRAL, implementation=None)
 
 H256 = "dkey and its operands at H = 256 fill the registers; no tile was faster on an H100"
 HALO = "adds the halo's dquery, a tile of 128 x 256 in float32, once and after the loop"
@@ -99,6 +112,7 @@ TWO = "two gradients of 64 x 128; smaller tiles were at least 4% slower on an H1
 MASK = "starts and positions for the mask of packed sequences, beside two gradients"
 IEEE = "no tensor core computes IEEE float32; of 12 tiles tried on an H100 none was faster"
 
+GRADIENTS = "two gradients of 64 x 128 beside logits, for 232 registers"
 WIDE = "two tiles of weights and an accumulator of 64 x 256, or of 64 x 128 beside heads of 192"
 THIRD = "three warpgroups of 160 registers; 64 keys a tile spill less but were 8% slower on an H100"
 
@@ -123,6 +137,14 @@ SPILLS = {
     ("mimo_v2_flash_ring_mosaic", FORWARD): (48, WIDE),
     ("gpt_oss_ring_mosaic", FORWARD): (560, THIRD),
     ("sinks_segments_ring_mosaic", FORWARD): (352, MASK),
+    ("default", FUSED): (96, GRADIENTS),
+    ("float16_mosaic", FUSED): (96, GRADIENTS),
+    ("mistral_7b_ring_mosaic", FUSED): (192, GRADIENTS),
+    ("mistral_7b_hops_mosaic", FUSED): (288, GRADIENTS),
+    ("nondeterministic", FUSED): (64, GRADIENTS),
+    ("phi3_mini_mosaic", FUSED): (40, GRADIENTS),
+    ("segments_mosaic", FUSED): (280, MASK),
+    ("segments_mosaic", FORWARD): (88, MASK),
     ("float32", FORWARD): (1500, IEEE),
     ("float32", QUERY): (1600, IEEE),
     ("float32", KEYS): (3500, IEEE),
@@ -139,8 +161,7 @@ def test_compiles_for_hopper_without_spills(name, record_property):
     variant = VARIANTS[name]
     program = variant.compile()
     record_property("kernels", [[name, *dataclasses.astuple(k)] for k in program.kernels])
-    kernels = KERNELS if variant.sinks else KERNELS - {SINKS}
-    kernels = kernels if variant.backward else {FORWARD}
+    kernels = variant.kernels()
     assert set(program.launches) == kernels
     assert ("mosaic_gpu" in program.hlo) == (variant.implementation != "triton")
     assert {base_name(kernel) for kernel in program.kernels} == kernels
@@ -153,7 +174,7 @@ def test_compiles_for_hopper_without_spills(name, record_property):
         steps = program.steps()
         starts, ends = ([n for n, x in enumerate(steps) if x == y] for y in ("start", "done"))
         assert len(starts) == len(ends) == 1 + variant.backward, "the halo, and its gradients"
-        travels_under = (FORWARD, QUERY)[: len(starts)]
+        travels_under = (FORWARD, FUSED if FUSED in kernels else QUERY)[: len(starts)]
         for kernel, start, end in zip(travels_under, starts, ends, strict=True):
             assert kernel in steps[start:end], "travels under the local kernel"
     for base in kernels:

@@ -1,0 +1,13 @@
+"""Implementation "mosaic_gpu_nondeterministic": "mosaic_gpu" without a fixed order of additions.
+
+Its gradients of queries differ in their last bits from run to run; all else is the same.
+"""
+
+from functools import partial
+
+from pallas_kernels import _mosaic
+from pallas_kernels._mosaic import check, forward, query_tile_rows
+
+__all__ = ["backward", "check", "forward", "query_tile_rows"]
+
+backward = partial(_mosaic.backward, ordered=False)
