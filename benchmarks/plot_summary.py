@@ -21,7 +21,7 @@ from benchmarks._shapes import SHAPES, Shape
 
 RESULTS = Path(__file__).parent / "results"
 OUTPUT = Path(__file__).parent.parent / "docs" / "summary.png"
-ATTENTION = "attention-nvidia-h100-80gb-hbm3"
+ATTENTION = "attention-nvidia-h100-80gb-hbm3-mosaic-gpu"
 RING, RING_MOSAIC = "ring-2x-nvidia-h200", "ring-2x-nvidia-h200-mosaic-gpu"
 KINDS = {"forward_ms": "forward", "both_ms": "forward + backward"}
 LONGEST = 3.2
@@ -36,7 +36,6 @@ PEERS = {
     "fa3": ("FlashAttention-3", "#228833"),
     "cudnn": ("cuDNN", "#ccbb44"),
     "tokamax": ("tokamax", "#ee6677"),
-    "torch-flex": ("torch flex_attention", "#aa3377"),
 }
 RINGS = {
     "ring": ("our ring, triton", "#4477aa"),

@@ -7,10 +7,11 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-# The second, of the forward kernel alone, has no file.
-ONE_GPU, _, RING, RING_MOSAIC = re.findall(r"(?:^\|.*\n)+", PAGE, flags=re.MULTILINE)
+ONE_GPU, ONE_GPU_MOSAIC, RING, RING_MOSAIC = re.findall(r"(?:^\|.*\n)+", PAGE, flags=re.MULTILINE)
 
+ATTENTION = "attention-nvidia-h100-80gb-hbm3"
 PEERS = ("triton", "cudnn", "fa3", "fa3-deterministic", "tokamax", "torch-flex")
+PEERS_MOSAIC = ("triton", "mosaic_gpu", "cudnn", "fa3", "tokamax")
 OTHERS = ("all-gather + ours", "all-gather + cuDNN", "all-to-all + cuDNN", "original (copied)")
 
 
@@ -43,12 +44,20 @@ def ring(table: str, file: str, shapes: tuple[str, ...], names: tuple[str, ...])
         same(row, [shown(times["ring"]), one, *(shown(times.get(name)) for name in names)])
 
 
-def test_one_gpu():
+def one_gpu(table: str, file: str, names: tuple[str, ...]) -> None:
     found: dict[str, dict] = {}
-    for row in json.loads((RESULTS / "attention-nvidia-h100-80gb-hbm3.json").read_text())["rows"]:
+    for row in json.loads((RESULTS / file).read_text())["rows"]:
         found.setdefault(row["shape"], {})[row["name"]] = row
-    for row, times in zip(cells(ONE_GPU), found.values(), strict=True):
-        same(row, [shown(times[name]) for name in PEERS])
+    for row, times in zip(cells(table), found.values(), strict=True):
+        same(row, [shown(times[name]) for name in names])
+
+
+def test_one_gpu():
+    one_gpu(ONE_GPU, f"{ATTENTION}.json", PEERS)
+
+
+def test_one_gpu_with_mosaic():
+    one_gpu(ONE_GPU_MOSAIC, f"{ATTENTION}-mosaic-gpu.json", PEERS_MOSAIC)
 
 
 def test_two_gpus():
