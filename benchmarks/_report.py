@@ -72,8 +72,8 @@ def write(path: Path, machine: dict[str, Any], rows: list[Row]) -> None:
     path.write_text(json.dumps({"machine": machine, "rows": entries}, indent=1) + "\n")
 
 
-def slower(path: Path, machine: dict[str, Any], rows: list[Row]) -> list[str]:
-    """What of ours takes longer than in that JSON, by more than the tolerance, or fails now.
+def read(path: Path, machine: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an earlier JSON.
 
     Raises:
         ValueError: it is of another device.
@@ -81,9 +81,14 @@ def slower(path: Path, machine: dict[str, Any], rows: list[Row]) -> list[str]:
     before = json.loads(path.read_text())
     if before["machine"]["device"] != machine["device"]:
         raise ValueError(f"{path} is of {before['machine']['device']}, not {machine['device']}")
+    return before["rows"]
+
+
+def slower(before: list[dict[str, Any]], rows: list[Row]) -> list[str]:
+    """What of ours takes longer than in earlier rows, by more than the tolerance, or fails now."""
     now = {(row.shape, row.name): row for row in rows if row.ours}
     found = []
-    for old in before["rows"]:
+    for old in before:
         row = now.get((old["shape"], old["name"]))
         if row is None:
             continue

@@ -219,17 +219,19 @@ def main() -> None:
     if output is None and whole:
         slug = "-".join(where["device"].lower().split())
         output = Path(__file__).parent / "results" / f"attention-{slug}.json"
+    before = None if arguments.compare is None else _report.read(arguments.compare, where)
     rows: list[Row] = []
     shapes = [ALL[name] for name in arguments.shapes]
     for found in compare(shapes, names, 2 if arguments.quick else 5):
         rows += found
-        if output is not None:  # after each shape, so that a run that is cut off leaves something
-            _report.write(output, where, rows)
+        if arguments.output is not None:  # so that a run that is cut off leaves something
+            _report.write(arguments.output, where, rows)
     if output is not None:
+        _report.write(output, where, rows)
         _report.chart(output, where, rows)
         print(f"\nwrote {output} and its picture")
-    slower = [] if arguments.compare is None else _report.slower(arguments.compare, where, rows)
-    if arguments.compare is not None:
+    slower = [] if before is None else _report.slower(before, rows)
+    if before is not None:
         print(f"\nslower than {arguments.compare}: {len(slower)}", *slower, sep="\n  ")
     sys.exit(bool(slower))
 

@@ -32,6 +32,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+import pallas_kernels
 from ring_swa_jax import check_processes
 
 from _data import BEGIN, Batch, load_corpus, packed_batches, shard
@@ -83,7 +84,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     group.add_argument("--devices", type=int, help="how many (default: all GPUs, or 8 CPU devices)")
     group.add_argument(
         "--implementation",
-        choices=["xla", "triton", "mosaic_gpu"],
+        choices=pallas_kernels.IMPLEMENTATIONS,
         help="of the attention (default: the best for the device)",
     )
     group.add_argument("--coordinator", help="several processes: host:port of process 0")

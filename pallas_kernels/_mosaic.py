@@ -1,7 +1,8 @@
 """Implementation "mosaic_gpu": Mosaic GPU kernels for Hopper.
 
-The fused backward kernel takes heads of up to 128 in steps of 32, no sink tokens, and windows that
-are not short. Else the backward pass is Triton's, or where this JAX has no Triton that of "xla".
+The fused backward kernel takes heads of up to 128 in steps of 32, no sink tokens, and what
+`_tiles.fuses_backward` says. Else the backward pass is Triton's, or where this JAX has no Triton
+that of "xla".
 """
 
 from types import ModuleType
@@ -132,7 +133,7 @@ def _fuses(
     sinks: SinkRun | None,
     ordered: bool,
 ) -> bool:
-    """Whether the fused backward kernel can do this, and is the faster one."""
+    """Whether the fused backward kernel can do this, and is expected to be the faster one."""
     dim, value_dim = query.shape[-1], runs[0].value.shape[-1]
     has_sinks = sinks is not None or (spec.num_sinks > 0 and spec.window is not None)
     if len(runs) > 1 or has_sinks or dim % 32 or max(dim, value_dim) > 128:

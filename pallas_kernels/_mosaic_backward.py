@@ -2,15 +2,17 @@
 
 A program has one tile of keys. Two warpgroups compute, each on half of the tile's keys: they keep
 the gradients of keys and values in registers while they walk over the tiles of queries that see
-the keys, of all heads of the group. One more warpgroup fetches queries and their gradients through
-TMA; another one adds the gradients of queries to what other tiles of keys have added, in float32
-in global memory.
+the keys, of all heads of the group. They exchange the gradients of logits, so that each computes
+half of the columns of the gradients of queries. One more warpgroup fetches queries and their
+gradients through TMA; another one adds the gradients of queries to what other tiles of keys have
+added, in float32 in global memory.
 
 These additions come in a fixed order, from the last keys to the first, so that results repeat their
 bits. Each tile of keys begins with its own queries and goes on to later ones, so that tiles of keys
 at work side by side are at different queries, reach a tile of queries one after the other, in that
-order, and hardly wait. Programs take tiles of keys from the last to the first too: what a program
-waits for is under way. On request the order is free, but for one that stores before others add.
+order, and hardly wait. Programs take tiles of keys from the last to the first too: they start in
+the order of their numbers, so that what one waits for is under way. On request the order is free,
+but for one that stores before others add; without a window longer tasks then come first.
 """
 
 from functools import partial
@@ -23,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._band import key_tiles_of_queries, query_plan, sees
-from pallas_kernels._logits import LOG2_E, cap_logits
+from pallas_kernels._logits import LOG2_E, LOWEST, cap_logits
 from pallas_kernels._mosaic_blocks import (
     MATRIX,
     ROW,
@@ -42,8 +44,6 @@ KEYS = 2 * ROWS
 """Keys of a tile: what two warpgroups have rows."""
 SLOTS = 2
 """Tiles of queries in shared memory."""
-DEAD = -1e30
-"""Stands for minus the log-sum-exp of a query that has seen no key, so that it weights none."""
 
 
 def backward(
@@ -83,7 +83,7 @@ def backward(
     )  # fmt: skip
     plan = plan if packed else plan[None]
     first, last = key_tiles_of_queries(plan, blocks)
-    # Additions in order want those tiles of keys last that most queries see.
+    # Without a window the first keys have the most queries; in order their turn comes last.
     longest_first = not ordered and spec.window is None
 
     def filled(x, value):
@@ -95,7 +95,7 @@ def backward(
     operands: dict[str, Any] = {
         "query": query,
         "dout": dout,
-        "shift": filled(jnp.where(lse > -jnp.inf, lse * shift_unit, DEAD), DEAD),
+        "shift": filled(jnp.where(lse > -jnp.inf, lse * shift_unit, LOWEST), LOWEST),
         "delta": filled(-delta, 0.0),
         "key": run.key,
         "value": run.value,
@@ -108,13 +108,8 @@ def backward(
     def place():
         """(row, key/value head, tile of keys) of a program."""
         index = lax.axis_index("program")
-        if longest_first:
-            tile = lax.div(index, jnp.int32(num_kv * batch))
-            index = lax.rem(index, jnp.int32(num_kv * batch))
-        else:
-            tile = key_tiles - 1 - lax.rem(index, jnp.int32(key_tiles))
-            index = lax.div(index, jnp.int32(key_tiles))
-        return lax.div(index, jnp.int32(num_kv)), lax.rem(index, jnp.int32(num_kv)), tile
+        pair, tile = task(index, key_tiles, num_kv * batch, longest_first=longest_first)
+        return lax.div(pair, jnp.int32(num_kv)), lax.rem(pair, jnp.int32(num_kv)), tile
 
     def walk(refs, step, carry):
         """Folds ``step(head, block, clear, slot, carry)`` over a program's tiles of queries.
@@ -247,6 +242,7 @@ def backward(
 
         def step(head, block, clear, slot, previous):
             del clear
+            # The tiles of keys that see a tile of queries are consecutive.
             before = jnp.abs(refs["leader"][row if packed else 0, block] - tile)
             before = before if ordered else jnp.minimum(before, 1)
             *there, tells = previous
@@ -277,6 +273,7 @@ def backward(
         tell_and_wait(counter, tells, counter, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
+    # Results leave in parts of so many columns, for which there is shared memory.
     out_width = 64 // jnp.dtype(out_dtype).itemsize
     if dim % out_width or value_dim % out_width:
         out_width = 16
@@ -357,10 +354,19 @@ def backward(
     return jnp.where(seen[..., None, None], dquery, 0.0), dkey, dvalue
 
 
+def task(index, key_tiles: int, pairs: int, *, longest_first: bool):
+    """(which of the pairs of a row and a head, which of its tiles of keys) a program has."""
+    if longest_first:
+        return lax.rem(index, jnp.int32(pairs)), lax.div(index, jnp.int32(pairs))
+    last = key_tiles - 1
+    return lax.div(index, jnp.int32(key_tiles)), last - lax.rem(index, jnp.int32(key_tiles))
+
+
 def across(x: Array) -> Array:
     """A row as a matrix of equal rows."""
     return lax.broadcast_in_dim(x, (ROWS, QUERIES), [1])
 
 
 def zeros(width: int) -> Array:
+    """A matrix of zeros, to add products to."""
     return plgpu.layout_cast(lax.broadcast(jnp.float32(0), (ROWS, width)), MATRIX)

@@ -1,4 +1,4 @@
-"""What the Mosaic GPU kernels share: layouts, shared memory and loops."""
+"""What the Mosaic GPU kernels share: layouts, shared memory, loops, and what Pallas lacks."""
 
 from typing import Any
 

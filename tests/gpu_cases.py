@@ -68,5 +68,16 @@ def of_eighths(case: Case) -> Case:
 
 def for_fused(case: Case) -> Case:
     """The case as the fused Mosaic backward kernel takes it: its head dims, and no sink tokens."""
-    dims = tuple(min(128, -(-dim // 32) * 32) for dim in case.dims)
+    dims = min(128, -(-case.dims[0] // 32) * 32), min(128, case.dims[1])
     return dataclasses.replace(case, sinks=0 if case.window is not None else case.sinks, dims=dims)
+
+
+LAYER = Case(1336, 1, None, batch=2, heads=(4, 2), dims=(128, 128), dtype="bfloat16")
+ROWS = ((300, 700, -36, 300), (1025, 311))
+# Tiles of keys enough to wait for one another in the fused Mosaic backward kernel.
+LONG = {
+    "full_causal": LAYER,
+    "full_causal_rows": dataclasses.replace(LAYER, documents=ROWS),
+    "long_window": dataclasses.replace(LAYER, window=500, documents=ROWS, softcap=20.0),
+    "negative_scale": dataclasses.replace(LAYER, window=300, scale=-0.1, dims=(96, 80)),
+}

@@ -1,6 +1,7 @@
-"""Which tiles of keys add to a tile of queries in the fused backward kernel, and in what order.
+"""Who waits for whom in the fused backward kernel, which only a GPU runs.
 
-The kernel waits on a GPU until as many have added as `key_tiles_of_queries` says.
+A tile of keys waits until as many have added to a tile of queries as `key_tiles_of_queries` says,
+and they must be those of programs that have started before.
 """
 
 import random
@@ -10,8 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels._band import key_tiles_of_queries, query_plan
-
-QUERIES, KEYS = 64, 128
+from pallas_kernels._mosaic_backward import KEYS, QUERIES, task
 
 
 def shard(rng: random.Random):
@@ -48,3 +48,14 @@ def test_adders_of_a_query_tile_are_consecutive(seed):
         adders = [n for n, (begin, _, _, end) in enumerate(ranges) if begin <= block < end]
         low, high = (int(np.ravel(x)[block]) for x in (first, last))
         assert adders == list(range(low, high + 1))
+
+
+@pytest.mark.parametrize("longest_first", [False, True])
+@pytest.mark.parametrize(("key_tiles", "pairs"), [(1, 3), (5, 1), (4, 6)])
+def test_programs_wait_for_earlier_ones_only(key_tiles, pairs, longest_first):
+    index = jnp.arange(key_tiles * pairs, dtype=jnp.int32)
+    pair, tile = map(np.asarray, task(index, key_tiles, pairs, longest_first=longest_first))
+    assert len({*zip(pair.tolist(), tile.tolist(), strict=True)}) == len(index)
+    for one in range(pairs):
+        tiles = tile[pair == one].tolist()  # in the order of programs
+        assert tiles == sorted(tiles, reverse=not longest_first)

@@ -19,7 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels import _tiles
 from tests import repeated_ring
 from tests.cases import Case
-from tests.gpu_cases import edge_case, for_fused, odd_cases, of_eighths
+from tests.gpu_cases import LONG, edge_case, for_fused, odd_cases, of_eighths
 from tests.odd_cases import route_of
 from tests.oracle import Result
 from tests.poison import poisoned_outputs
@@ -77,7 +77,8 @@ def jobs():
                 continue
             if implementation == "mosaic_gpu" and name.endswith("-float32"):
                 continue  # in half precision it is the next case
-            job = local_job(taken(case, implementation), implementation)
+            taken_case = taken(case, implementation, fused=not case.sinks)
+            job = local_job(taken_case, implementation)
             yield pytest.param(job, id=f"{name}-{implementation}")
     for implementation in (*KERNELS, NONDETERMINISTIC):
 
@@ -88,6 +89,10 @@ def jobs():
             yield pytest.param(
                 local_job(case(seed), implementation), id=f"random-{seed}-{implementation}"
             )
+        if implementation != "triton":
+            for name, long_case in LONG.items():
+                job = local_job(long_case, implementation)
+                yield pytest.param(job, id=f"{name}-{implementation}")
         if implementation == NONDETERMINISTIC:
             continue
         for seed in range(16):
@@ -99,7 +104,7 @@ def jobs():
             yield pytest.param(job, id=f"ring-{seed}-{implementation}")
 
 
-def taken(case, implementation, fused=True):
+def taken(case, implementation, fused):
     """The case as the implementation takes it, and if ``fused`` its fused backward kernel too."""
     if implementation not in ("mosaic_gpu", NONDETERMINISTIC):
         return case

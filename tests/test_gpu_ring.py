@@ -29,6 +29,7 @@ ROWS = ((300, 1100, -24, 624), (1025, 1023))
 CASES = {
     "sliding": LAYER,
     "sliding_long_halo": dataclasses.replace(LAYER, window=900),
+    "sliding_fused": dataclasses.replace(LAYER, dims=(128, 128)),
     "sliding_learned_capped": dataclasses.replace(LAYER, learned=True, softcap=20.0),
     "full_causal": dataclasses.replace(LAYER, window=None),
     "streaming": dataclasses.replace(LAYER, sinks=4),
