@@ -186,8 +186,7 @@ def _add_last(longer: tuple[Array, Array], shorter: tuple[Array, Array] | None):
     begin = longer[0].shape[1] - shorter[0].shape[1]
     if begin == 0:  # as .at[0:] it would crash the compiler of jax 0.11.2, inside shard_map
         return tuple(x + y for x, y in zip(longer, shorter, strict=True))
-    pad = ((0, 0), (begin, 0), (0, 0), (0, 0))  # .at[].add of a Mosaic kernel's crashes it too
-    return tuple(x + jnp.pad(y, pad) for x, y in zip(longer, shorter, strict=True))
+    return tuple(x.at[:, begin:].add(y) for x, y in zip(longer, shorter, strict=True))
 
 
 def _hop_run(halo: Halo, hop: int, fetched: tuple[Array, Array]) -> KeyRun:

@@ -8,7 +8,7 @@ that of "xla".
 from types import ModuleType
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from pallas_kernels import _device, _tiles, _xla
 from pallas_kernels._head_dims import check_head_dims
@@ -118,6 +118,8 @@ def backward(
         out_dtype=dkey_dtype,
         ordered=ordered,
     )
+    # Without it, adding a halo's gradients in place crashes the compiler of jax 0.11.2.
+    dkey, dvalue = lax.optimization_barrier((dkey, dvalue))
     total = total[:, :rows] * spec.scale
     if dquery is not None:
         total += jnp.pad(dquery, ((0, 0), (0, rows - dquery.shape[1]), (0, 0), (0, 0)))
