@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Int
 
+from pallas_kernels import _device
+
 
 def in_window(i, j, start, window: int | None):
     """Key j is query i's own or one of the ``window`` keys before it, in i's sequence.
@@ -276,8 +278,9 @@ def _count_up_to(sorted_values, values):
     """How many of the sorted values, of each row, are at most each value."""
 
     def count(row, x):
-        # Unrolled, it is one launch on a GPU; as a loop it is several for each of its steps.
-        return jnp.searchsorted(row, x, side="right", method="scan_unrolled")
+        # As a loop it compiles faster, but is several launches on a GPU for each of its steps.
+        method = "scan_unrolled" if _device.compiled_platform() == "gpu" else "scan"
+        return jnp.searchsorted(row, x, side="right", method=method)
 
     if sorted_values.ndim == 1:
         return count(sorted_values, values)
