@@ -127,6 +127,11 @@ def forward(
     return _each_row(one_row, bounds)(query, keys, sinks, sink_logits, *state)
 
 
+def delta_of(out: Array, dout: Array, dtype) -> Array:
+    """``sum(out * dout)`` over the values' columns, [B, N, T]."""
+    return jnp.moveaxis((out.astype(dtype) * dout.astype(dtype)).sum(-1), 1, 2)
+
+
 def backward(
     spec: Spec,
     query: Float[Array, "B T N H"],
@@ -166,8 +171,7 @@ def backward(
     dtype = lse.dtype
     offsets = tuple(run.offset for run in runs)
     batch, _, heads, dim = query.shape
-    products = out[:, :rows].astype(dtype) * dout[:, :rows].astype(dtype)
-    delta = jnp.moveaxis(products.sum(-1), 1, 2)
+    delta = delta_of(out[:, :rows], dout[:, :rows], dtype)
     if dquery is None:
         total = full_like_varying(query, (batch, rows, heads, dim), 0, dtype)
     else:
