@@ -112,27 +112,24 @@ def backward(
         return lax.div(pair, jnp.int32(num_kv)), lax.rem(pair, jnp.int32(num_kv)), tile
 
     def walk(refs, step, carry):
-        """Folds ``step(head, block, clear, slot, carry)`` over a program's tiles of queries.
-
-        All heads of a tile of queries come in a row: so all programs reach it in their order,
-        whether they see many tiles or few.
-        """
+        """Folds ``step(head, block, clear, slot, carry)`` over a program's tiles of queries."""
         row, kv_head, tile = place()
         begin, clear_begin, clear_end, end = (
             refs["plan"][row if packed else 0, tile, n] for n in range(4)
         )
+        count = end - begin
 
         def visit(_, state):
-            n, member, slot, carry = state
+            member, n, slot, carry = state
             block = begin + n
             clear = (block >= clear_begin) & (block < clear_end)
             carry = step(kv_head * group + member, block, clear, slot, carry)
-            wrap = member == group - 1
-            n, member = jnp.where(wrap, n + 1, n), jnp.where(wrap, 0, member + 1)
-            return n, member, jnp.where(slot == SLOTS - 1, 0, slot + 1), carry
+            wrap = n == count - 1
+            member, n = jnp.where(wrap, member + 1, member), jnp.where(wrap, 0, n + 1)
+            return member, n, jnp.where(slot == SLOTS - 1, 0, slot + 1), carry
 
         zero = jnp.int32(0)
-        return fori(0, (end - begin) * group, visit, (zero, zero, zero, carry))[3]
+        return fori(0, count * group, visit, (zero, zero, zero, carry))[3]
 
     def compute(refs, smem, barriers, me):
         row, kv_head, tile = place()
