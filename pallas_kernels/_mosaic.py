@@ -98,7 +98,7 @@ def backward(
 
     Unless ``ordered``, the gradients of queries are added up in any order.
     """
-    if not _fuses(spec, query, runs, sinks, ordered):
+    if not _fuses(spec, query, runs, sinks):
         dtypes = dict(dquery_dtype=dquery_dtype, dkey_dtype=dkey_dtype)
         return _other.backward(
             spec, query, runs, sinks, start, out, dout, lse, dquery, rows=rows, **dtypes
@@ -132,14 +132,13 @@ def _fuses(
     query: Array,
     runs: tuple[KeyRun, ...],
     sinks: SinkRun | None,
-    ordered: bool,
 ) -> bool:
     """Whether the fused backward kernel can do this, and is expected to be the faster one."""
     dim, value_dim = query.shape[-1], runs[0].value.shape[-1]
     has_sinks = sinks is not None or (spec.num_sinks > 0 and spec.window is not None)
     if len(runs) > 1 or has_sinks or dim % 32 or max(dim, value_dim) > 128:
         return False
-    return _tiles.fuses_backward(max(dim, value_dim), spec.window, ordered=ordered)
+    return _tiles.fuses_backward(max(dim, value_dim), spec.window)
 
 
 def _programs(spec: Spec) -> int:

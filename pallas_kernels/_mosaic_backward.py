@@ -8,11 +8,16 @@ gradients through TMA; another one adds the gradients of queries to what other t
 added, in float32 in global memory.
 
 These additions come in a fixed order, from the last keys to the first, so that results repeat their
-bits. Each tile of keys begins with its own queries and goes on to later ones, so that tiles of keys
-at work side by side are at different queries, reach a tile of queries one after the other, in that
-order, and hardly wait. Programs take tiles of keys from the last to the first too: they start in
-the order of their numbers, so that what one waits for is under way. On request the order is free,
-but for one that stores before others add; without a window longer tasks then come first.
+bits. Each tile of keys begins with its own queries and goes on to later ones, head by head, so that
+tiles of keys at work side by side are at different queries, reach a tile of queries one after the
+other, in that order, and hardly wait; and what they read and add stays in the L2 cache. Programs
+take tiles of keys from the last to the first too: they start in the order of their numbers, so that
+what one waits for is under way.
+
+Without a window the first keys have the most queries. Dealt out first, head beside head, and added
+first, they leave no multiprocessor idle at the end, but the cache holds less of what they share:
+that pays where there are few programs. On request the order of additions is free, but for one that
+stores before others add.
 """
 
 from functools import partial
@@ -44,6 +49,8 @@ KEYS = 2 * ROWS
 """Keys of a tile: what two warpgroups have rows."""
 SLOTS = 2
 """Tiles of queries in shared memory."""
+FEW = 1024
+"""Programs up to which the longest come first: some for each of a Hopper's 132 multiprocessors."""
 
 
 def backward(
@@ -83,8 +90,8 @@ def backward(
     )  # fmt: skip
     plan = plan if packed else plan[None]
     first, last = key_tiles_of_queries(plan, blocks)
-    # Without a window the first keys have the most queries; in order their turn comes last.
-    longest_first = not ordered and spec.window is None
+    few = key_tiles * num_kv * batch <= FEW
+    longest_first = spec.window is None and (few or not ordered)
 
     def filled(x, value):
         """[B, N, at least rows] cut or filled up to whole tiles."""

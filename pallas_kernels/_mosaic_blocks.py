@@ -1,5 +1,7 @@
 """What the Mosaic GPU kernels share: layouts, shared memory, loops, and what Pallas lacks."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -7,13 +9,15 @@ from jax import Array, lax
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, nvvm
+from jaxlib.mlir.dialects import arith, nvvm, vector
 
 ROWS = 64
 """Rows of a warpgroup's matrices: what a WGMMA instruction has."""
 MATRIX = plgpu.Layout.WGMMA
 COLUMN = plgpu.Layout.WGMMA.reduce(1)
 ROW = plgpu.Layout.WGMMA.reduce(0)
+FOLD = 8
+"""Columns over which a row's threads hold one pair each."""
 
 
 def swizzled(shape: tuple[int, ...], dtype, inner: int | None = None, columns: int | None = None):
@@ -40,6 +44,11 @@ def load(ref: Any, layout) -> Array:
 def spread(x: Array, width: int) -> Array:
     """A column as a matrix of equal columns."""
     return lax.broadcast_in_dim(x, (ROWS, width), [0])
+
+
+def fold_columns(combine: Callable[[Array, Array], Array], x: Array) -> Array:
+    """The columns of a matrix combined into ``FOLD``, in each thread by itself."""
+    return functools.reduce(combine, [x[:, n : n + FOLD] for n in range(0, x.shape[1], FOLD)])
 
 
 def fori(begin, end, body, carry):
@@ -95,6 +104,29 @@ def fresh(x: Any) -> Array:
         return type(x).splat(hidden, (), is_signed=True)
 
     return hide(jnp.int32(x))
+
+
+def not_all_one(x: Array) -> Array:
+    """Whether a number in a column is not 1, of those that a warp holds: one answer a warp."""
+    answer = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(()))
+
+    @plgpu.inline_mgpu(arg_types=(COLUMN,), return_type=answer)
+    def vote(_, x):
+        first, second = (
+            vector.extract(pair, dynamic_position=[], static_position=[0])
+            for pair in x.registers.flat
+        )
+        other = _ptx(
+            "{ .reg .pred p, q; setp.neu.f32 p, $1, 0f3f800000; "
+            "setp.neu.or.f32 p, $2, 0f3f800000, p; "
+            "vote.sync.any.pred q, p, 0xffffffff; selp.b32 $0, 1, 0, q; }",
+            first,
+            second,
+            result_types=ir.IntegerType.get_signless(32),
+        )
+        return type(x).splat(other, (), is_signed=True)
+
+    return vote(x) != 0
 
 
 def _ptx(code: str, *operands, result_types=None):

@@ -4,7 +4,10 @@ A program takes tiles of queries one after the other. Two or three warpgroups co
 part of a tile's rows; another one fetches queries, keys and values through TMA into slots, also
 those of the tiles to come. The softmax of a tile of keys runs beside the product of the tile
 before with its values. It is in base 2 and keeps ``LOWEST`` instead of -inf as the maximum of a
-query that has seen no key, so that no difference of infinities arises.
+query that has seen no key, so that no difference of infinities arises. Where it is ``lazy``, the
+number that exponents are relative to is not always the maximum: it grows only by more than `SLACK`,
+so that sums are hardly ever rescaled (as in FlashAttention-4); and each thread sums up its own
+columns until the end.
 """
 
 from functools import partial
@@ -20,16 +23,22 @@ from pallas_kernels._band import sees, sees_fetched_sink, sees_sink_before
 from pallas_kernels._logits import LOG2_E, LOWEST, cap_logits
 from pallas_kernels._mosaic_blocks import (
     COLUMN,
+    FOLD,
     MATRIX,
     ROWS,
+    fold_columns,
     fori,
     load,
+    not_all_one,
     spread,
     swizzled,
 )
 from pallas_kernels._mosaic_walk import Walk
 from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State
 from pallas_kernels._tiles import MosaicTiles
+
+SLACK = 8.0
+"""Powers of two that weights may grow by: sums in float32 keep their precision."""
 
 
 def forward(
@@ -108,11 +117,27 @@ def forward(
             def softmax(products, top, total, mask):
                 logits, factor, _ = cap_logits(spec, products)
                 logits = mask(logits)
-                new_top = jnp.maximum(top, logits.max(axis=1) * factor)
+                if tiles.lazy:
+                    peak = fold_columns(jnp.maximum, logits).max(axis=1) * factor
+                    new_top = jnp.where(peak > top + SLACK, peak, top)
+                else:
+                    new_top = jnp.maximum(top, logits.max(axis=1) * factor)
                 shrink = jnp.exp2(top - new_top)
                 weights = jnp.exp2(logits * factor - spread(new_top, logits.shape[1]))
-                total = total * shrink + weights.sum(axis=1)
+                if tiles.lazy:
+                    width = total.shape[1]
+                    total = total * spread(shrink, width) + fold_columns(jnp.add, weights)
+                else:
+                    total = total * shrink + weights.sum(axis=1)
                 return new_top, total, shrink, weights.astype(dtype)
+
+            def rescale(acc, shrink):
+                def by_shrink(acc):
+                    return acc * spread(shrink, value_dim)
+
+                if not tiles.lazy:
+                    return by_shrink(acc)
+                return lax.cond(not_all_one(shrink), by_shrink, lambda acc: acc, acc)
 
             def window_softmax(products, top, total, n):
                 def mask(logits):
@@ -128,6 +153,8 @@ def forward(
                 learned = load(refs["learned"].at[tile.row, tile.head_block], COLUMN)
                 top = jnp.maximum(learned * LOG2_E, LOWEST)
                 total = jnp.where(learned > -jnp.inf, 1.0, 0.0)
+            if tiles.lazy:
+                total = spread(total / FOLD, FOLD)
             acc = plgpu.layout_cast(jnp.zeros((ROWS, value_dim), jnp.float32), MATRIX)
 
             def sink_step(n, carry):
@@ -166,7 +193,7 @@ def forward(
                 plgpu.barrier_arrive(barriers["key_free"].at[slot_of(0)])
                 top, total, shrink, weights = window_softmax(products, top, total, jnp.int32(0))
                 if walk.sink_rows:
-                    acc = acc * spread(shrink, value_dim)
+                    acc = rescale(acc, shrink)
 
                 def step(n, carry):
                     top, total, acc, weights = carry
@@ -176,19 +203,16 @@ def forward(
                         acc, *results = refs
 
                         def multiply(logits):
-                            if tiles.turns:
-                                plgpu.barrier_wait(barriers["turn"].at[me])
                             plgpu.barrier_wait(barriers["key"].at[slot])
                             plgpu.wgmma(logits, query_smem, smem["key"].at[slot].T)
                             plgpu.barrier_wait(barriers["value"].at[before])
                             plgpu.wgmma(acc, weights, smem["value"].at[before])
-                            if tiles.turns:
-                                plgpu.barrier_arrive(
-                                    barriers["turn"].at[lax.rem(me + 1, jnp.int32(consumers))]
-                                )
                             products = plgpu.wgmma_accumulator_load(logits, wait_n=1)
                             plgpu.barrier_arrive(barriers["key_free"].at[slot])
                             found = window_softmax(products, top, total, n)
+                            if tiles.lazy:
+                                # Else the compiler moves the wait to before the softmax.
+                                smem["total"].at[me][...] = found[1]
                             plgpu.wgmma_wait(0)
                             plgpu.barrier_arrive(barriers["value_free"].at[before])
                             return found
@@ -200,7 +224,7 @@ def forward(
                     acc, top, total, shrink, weights = pl.run_state(both)(
                         (plgpu.ACC.init(acc), top, total, top, weights)
                     )
-                    return top, total, acc * spread(shrink, value_dim), weights
+                    return top, total, rescale(acc, shrink), weights
 
                 carry = (top, total, acc, weights)
                 top, total, acc, weights = fori(1, tile.count, step, carry)
@@ -222,17 +246,13 @@ def forward(
                 return carry
 
             top, total, acc = lax.cond(tile.count > 0, visit, skip, (top, total, acc))
+            if tiles.lazy:
+                total = total.sum(axis=1)
             write(tile, out_ref, lse_ref, smem, barriers, me, slot, (top, total, acc))
             if in_place:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(barriers["query_free"].at[slot])
             return passed + tile.count
-
-        if tiles.turns:
-
-            @pl.when(me == consumers - 1)
-            def first_turn():
-                plgpu.barrier_arrive(barriers["turn"].at[0])
 
         fori(0, walk.items(), item, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
@@ -372,8 +392,8 @@ def forward(
         barriers[name + "_free"] = plgpu.Barrier(num_arrivals=consumers, num_barriers=tiles.slots)
     if not in_place:
         smem["out"] = swizzled((consumers, ROWS, width), out_dtype)
-    if tiles.turns:
-        barriers["turn"] = plgpu.Barrier(num_barriers=consumers)
+    if tiles.lazy:
+        smem["total"] = plgpu.SMEM((consumers, ROWS, FOLD), jnp.float32)
     if resume:
         barriers["state"] = plgpu.Barrier(num_arrivals=share, num_barriers=consumers)
     if walk.sink_rows:

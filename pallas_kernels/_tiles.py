@@ -135,7 +135,7 @@ class MosaicTiles:
     A tile of queries has 64 rows for each of the ``warpgroups`` that compute: the same positions
     of ``heads`` heads of a group. ``slots`` tiles of ``key`` keys and values are in flight, and
     ``query_slots`` tiles of queries. Results have shared memory of their own if ``apart``, else
-    that of their queries. With ``turns`` the warpgroups start their products one after the other.
+    that of their queries. With a ``lazy`` softmax sums are rescaled only where they must be.
     """
 
     key: int
@@ -144,7 +144,7 @@ class MosaicTiles:
     query_slots: int = 1
     warpgroups: int = 2
     apart: bool = False
-    turns: bool = False
+    lazy: bool = False
 
     def __post_init__(self):
         if self.key % 16 or not 16 <= self.key <= 256:
@@ -196,11 +196,11 @@ def mosaic_tiles(
     """
     dim = max(head_dim, value_dim)
     heads = math.gcd(8, group) if whole and window is not None and window < 2048 else 1
-    wanted = [MosaicTiles(64, 2, heads), MosaicTiles(32, 2, heads)]
+    lazy = dim > 64
+    wanted = [MosaicTiles(64, 2, heads, lazy=lazy), MosaicTiles(32, 2, heads, lazy=lazy)]
     if dim <= 128:
-        wanted.insert(0, MosaicTiles(128, 2, heads))
-        if window is not None:
-            wanted.insert(0, MosaicTiles(128, 2, heads, apart=True, turns=heads > 1))
+        wanted.insert(0, MosaicTiles(128, 2, heads, lazy=lazy))
+        wanted.insert(0, MosaicTiles(128, 2, heads, apart=True, lazy=lazy))
     if dim <= 64 and window is not None and window < 256:
         reach = 192 // heads + window + 7
         key = min((80, 64, 48), key=lambda key: -(-reach // key) * key)
@@ -217,12 +217,10 @@ def sink_tile(num_sinks: int) -> int:
     return min(64, max(16, 1 << (num_sinks - 1).bit_length()))
 
 
-def fuses_backward(dim: int, window: int | None, *, ordered: bool) -> bool:
+def fuses_backward(dim: int, window: int | None) -> bool:
     """Whether the fused Mosaic backward kernel is taken for the faster one, beside Triton's two.
 
     Windows between those where it lost and those where it won on an H100, without packing: for
     heads of 128 it lost at 127 and won at 255, of 96 at 255 and 1023, of 64 at 1023 and 4095.
     """
-    if window is None:
-        return dim > 64 or not ordered
-    return window >= (2048 if dim <= 64 else 512 if dim <= 96 else 192)
+    return window is None or window >= (2048 if dim <= 64 else 512 if dim <= 96 else 192)

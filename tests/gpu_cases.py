@@ -74,10 +74,13 @@ def for_fused(case: Case) -> Case:
 
 LAYER = Case(1336, 1, None, batch=2, heads=(4, 2), dims=(128, 128), dtype="bfloat16")
 ROWS = ((300, 700, -36, 300), (1025, 311))
-# Tiles of keys enough to wait for one another in the fused Mosaic backward kernel.
+# Tiles of keys enough to wait for one another in the fused Mosaic backward kernel; and logits that
+# grow from tile to tile, as those of random queries and keys hardly do.
 LONG = {
     "full_causal": LAYER,
     "full_causal_rows": dataclasses.replace(LAYER, documents=ROWS),
     "long_window": dataclasses.replace(LAYER, window=500, documents=ROWS, softcap=20.0),
     "negative_scale": dataclasses.replace(LAYER, window=300, scale=-0.1, dims=(96, 80)),
+    "steep": dataclasses.replace(LAYER, window=700, documents=ROWS, scale=0.8, learned=True),
+    "steep_wide": dataclasses.replace(LAYER, scale=0.5, dims=(192, 128), dtype="float16"),
 }
