@@ -10,6 +10,8 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import random
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -92,25 +94,51 @@ def difference(results, expected) -> float:
     return max(map(float, jax.tree.leaves(jax.tree.map(jax.jit(relative), results, expected))))
 
 
-def measure(shape: Shape, name: str, built, inputs: tuple[Any, ...], repeats: int, expected):
-    """Times what was compiled: (row, output and gradients), the latter checked where expected."""
-    ours = CONTENDERS[name].ours
-    if isinstance(built, str):
-        return Row(shape.name, name, ours, reason=built), None
-    times: list[float] = []
-    reason = results = None
-    try:
-        for program, args in zip(built, (inputs[:-1], inputs), strict=True):
-            calls = calls_within(0.1, program, *args)
-            times.append(median_seconds(program, *args, calls=calls, repeats=repeats))
-        results = built[1](*inputs)
-        if expected is not None and (far := difference(results, expected)) > 0.03:
-            times = []
-            reason = f"wrong: off the first implementation by {far:.2g}"
-    except Exception as error:  # a peer may fail in any way; the table says how
-        reason = reason_of(error)
-    forward, both = [*times, None, None][:2]
-    return Row(shape.name, name, ours, forward, both, reason), results
+def try_out(programs, inputs: tuple[Any, ...], expected):
+    """(how many calls of each take 0.1 s, output and gradients), the latter checked if expected."""
+    calls = [
+        calls_within(0.1, program, *args)
+        for program, args in zip(programs, (inputs[:-1], inputs), strict=True)
+    ]
+    results = programs[1](*inputs)
+    if expected is not None and (far := difference(results, expected)) > 0.03:
+        raise ValueError(f"wrong: off the first implementation by {far:.2g}")
+    return calls, results
+
+
+def measure(shape: Shape, built: dict[str, Any], inputs: tuple[Any, ...], repeats: int):
+    """Times what was compiled: a row for each name.
+
+    All take turns, every time in another order: a GPU's clock depends on what it has just done.
+    """
+    reasons = {name: programs for name, programs in built.items() if isinstance(programs, str)}
+    calls, expected = {}, None
+    for name, programs in built.items():
+        if name not in reasons:
+            try:
+                calls[name], results = try_out(programs, inputs, expected)
+                expected = results if expected is None else expected
+                del results
+            except Exception as error:  # a peer may fail in any way; the table says how
+                reasons[name] = reason_of(error)
+    del expected
+    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in calls}
+    order = random.Random(0)
+    for phase, args in enumerate((inputs[:-1], inputs)):
+        for _ in range(repeats):
+            for name in order.sample(list(calls), len(calls)):
+                program = built[name][phase]
+                seconds = median_seconds(program, *args, calls=calls[name][phase], repeats=1)
+                times[name][phase].append(seconds)
+
+    def row(name):
+        ours = CONTENDERS[name].ours
+        if name in reasons:
+            return Row(shape.name, name, ours, reason=reasons[name])
+        forward, both = map(statistics.median, times[name])
+        return Row(shape.name, name, ours, forward, both)
+
+    return [row(name) for name in built]
 
 
 class TorchPeer:
@@ -170,14 +198,9 @@ def compare(shapes: list[Shape], names: list[str], repeats: int) -> Iterator[lis
     if torch is not None:
         torch.read()
     for shape in shapes:
-        inputs, expected, results, found = arrays(shape), None, None, []
-        for name in names:
-            if name != TORCH:
-                built = futures.pop((shape, name)).result()
-                row, results = measure(shape, name, built, inputs, repeats, expected)
-                expected = results if expected is None else expected
-                found.append(row)
-        del inputs, expected, results
+        built = {name: futures.pop((shape, name)).result() for name in names if name != TORCH}
+        found = measure(shape, built, arrays(shape), repeats)
+        del built
         if torch is not None:
             found.append(torch.measure(shape))
         elif TORCH in names:
