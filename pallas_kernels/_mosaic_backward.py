@@ -8,9 +8,9 @@ gradients through TMA; another one adds the gradients of queries to what other t
 added, in float32 in global memory.
 
 These additions come in a fixed order, from the last keys to the first, so that results repeat their
-bits. Each tile of keys begins with its own queries and goes on to later ones, head by head, so that
-tiles of keys at work side by side are at different queries, reach a tile of queries one after the
-other, in that order, and hardly wait; and what they read and add stays in the L2 cache. Programs
+bits. Each tile of keys begins with its own queries and goes on to later ones, so that tiles of keys
+at work side by side are at different queries, reach a tile of queries one after the other, in that
+order, and hardly wait; head by head, so that what they read and add stays in the L2 cache. Programs
 take tiles of keys from the last to the first too: they start in the order of their numbers, so that
 what one waits for is under way.
 
@@ -131,8 +131,7 @@ def backward(
             block = begin + n
             clear = (block >= clear_begin) & (block < clear_end)
             carry = step(kv_head * group + member, block, clear, slot, carry)
-            wrap = n == count - 1
-            member, n = jnp.where(wrap, member + 1, member), jnp.where(wrap, 0, n + 1)
+            member, n = following(member, n, group, count)
             return member, n, jnp.where(slot == SLOTS - 1, 0, slot + 1), carry
 
         zero = jnp.int32(0)
@@ -364,6 +363,21 @@ def task(index, key_tiles: int, pairs: int, *, longest_first: bool):
         return lax.rem(index, jnp.int32(pairs)), lax.div(index, jnp.int32(pairs))
     last = key_tiles - 1
     return lax.div(index, jnp.int32(key_tiles)), last - lax.rem(index, jnp.int32(key_tiles))
+
+
+def following(member, n, group: int, count):
+    """The next step of a walk over ``count`` tiles of queries of the heads of a group.
+
+    The tiles beside the tile of keys come first, for all heads, then the others head by head. They
+    may hold the end of another document, whose tiles of keys would else wait for this walk at the
+    end of each of their heads.
+    """
+    beside = jnp.minimum(count, KEYS // QUERIES)
+    near = n < beside
+    last = jnp.where(near, member == group - 1, n == count - 1)
+    next_head = near != last
+    next_member = jnp.where(next_head, member + 1, jnp.where(near, 0, member))
+    return next_member, jnp.where(next_head, jnp.where(near, n, beside), n + 1)
 
 
 def across(x: Array) -> Array:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels._band import key_tiles_of_queries, query_plan
-from pallas_kernels._mosaic_backward import KEYS, QUERIES, task
+from pallas_kernels._mosaic_backward import KEYS, QUERIES, following, task
 
 
 def shard(rng: random.Random):
@@ -59,3 +59,36 @@ def test_programs_wait_for_earlier_ones_only(key_tiles, pairs, longest_first):
     for one in range(pairs):
         tiles = tile[pair == one].tolist()  # in the order of programs
         assert tiles == sorted(tiles, reverse=not longest_first)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_a_walk_visits_all_heads_near_its_keys_first(group, count):
+    member, n, visited = 0, 0, []
+    for _ in range(group * count):
+        visited.append((member, n))
+        member, n = map(int, following(jnp.int32(member), jnp.int32(n), group, jnp.int32(count)))
+    near = [(head, tile) for tile in range(min(2, count)) for head in range(group)]
+    far = [(head, tile) for head in range(group) for tile in range(2, count)]
+    assert visited == near + far
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_no_walk_waits_long_at_the_ends_of_documents(seed):
+    """With a processor for each program nobody is late for more than a few steps."""
+    rng, rows, group = random.Random(seed), 40 * QUERIES, 3
+    starts = np.zeros(rows, np.int32)
+    for begin in sorted(rng.sample(range(rows), 4)):
+        starts[begin:] = begin
+    plan = np.asarray(query_plan(
+        jnp.asarray(starts[None]), 24 * QUERIES, 0, rows=rows, query_tile=QUERIES,
+        offset=0, length=rows, key_tile=KEYS, reach=0,
+    ))[0]  # fmt: skip
+    done: dict[tuple[int, int], int] = {}
+    for begin, _, _, end in plan[::-1].tolist():
+        member, n, now, count = 0, 0, 0, end - begin
+        for _ in range(count * group):
+            now = max(now, done.get((member, begin + n), 0)) + 1
+            done[member, begin + n] = now
+            member, n = (int(x) for x in following(member, n, group, count))
+        assert now <= count * group + KEYS // QUERIES * group
