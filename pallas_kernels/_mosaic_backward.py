@@ -125,13 +125,17 @@ def backward(
             refs["plan"][row if packed else 0, tile, n] for n in range(4)
         )
         count = end - begin
+        beside = None
+        if packed and not run.offset:
+            of_last_key = refs["start"][row, jnp.minimum(tile * KEYS + KEYS, keys) - 1]
+            beside = jnp.where(of_last_key > tile * KEYS, KEYS // QUERIES, 0)
 
         def visit(_, state):
             member, n, slot, carry = state
             block = begin + n
             clear = (block >= clear_begin) & (block < clear_end)
             carry = step(kv_head * group + member, block, clear, slot, carry)
-            member, n = following(member, n, group, count)
+            member, n = following(member, n, group, count, beside)
             return member, n, jnp.where(slot == SLOTS - 1, 0, slot + 1), carry
 
         zero = jnp.int32(0)
@@ -365,16 +369,18 @@ def task(index, key_tiles: int, pairs: int, *, longest_first: bool):
     return lax.div(index, jnp.int32(key_tiles)), last - lax.rem(index, jnp.int32(key_tiles))
 
 
-def following(member, n, group: int, count):
-    """The next step of a walk over ``count`` tiles of queries of the heads of a group.
+def following(member, n, group: int, count, beside=None):
+    """The next step of a walk over ``count`` tiles of queries of a group's heads, head by head.
 
-    The tiles beside the tile of keys come first, for all heads, then the others head by head. They
-    may hold the end of another document, whose tiles of keys would else wait for this walk at the
-    end of each of their heads.
+    But if so many tiles ``beside`` the tile of keys are given, they come first, for all heads. That
+    is for keys of several documents: tiles of keys of the first one would else wait for this walk
+    at the end of each of their heads.
     """
-    beside = jnp.minimum(count, KEYS // QUERIES)
+    last = n == count - 1
+    if beside is None:
+        return jnp.where(last, member + 1, member), jnp.where(last, 0, n + 1)
     near = n < beside
-    last = jnp.where(near, member == group - 1, n == count - 1)
+    last = jnp.where(near, member == group - 1, last)
     next_head = near != last
     next_member = jnp.where(next_head, member + 1, jnp.where(near, 0, member))
     return next_member, jnp.where(next_head, jnp.where(near, n, beside), n + 1)

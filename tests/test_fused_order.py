@@ -4,8 +4,10 @@ A tile of keys waits until as many have added to a tile of queries as `key_tiles
 and they must be those of programs that have started before.
 """
 
+import functools
 import random
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -61,34 +63,41 @@ def test_programs_wait_for_earlier_ones_only(key_tiles, pairs, longest_first):
         assert tiles == sorted(tiles, reverse=not longest_first)
 
 
-@pytest.mark.parametrize("group", [1, 3])
-@pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_a_walk_visits_all_heads_near_its_keys_first(group, count):
-    member, n, visited = 0, 0, []
+@functools.cache
+def walk(group, count, beside):
+    """(head, tile of queries) by (head, tile of queries)."""
+    step, visited = (jnp.int32(0), jnp.int32(0)), []
+    advance = jax.jit(lambda member, n: following(member, n, group, count, beside))
     for _ in range(group * count):
-        visited.append((member, n))
-        member, n = map(int, following(jnp.int32(member), jnp.int32(n), group, jnp.int32(count)))
-    near = [(head, tile) for tile in range(min(2, count)) for head in range(group)]
-    far = [(head, tile) for head in range(group) for tile in range(2, count)]
-    assert visited == near + far
+        visited.append(tuple(map(int, step)))
+        step = advance(*step)
+    return visited
+
+
+@pytest.mark.parametrize("beside", [None, 0, 2])
+@pytest.mark.parametrize(("group", "count"), [(1, 5), (3, 1), (3, 2), (3, 3), (2, 7)])
+def test_a_walk_begins_with_all_heads_of_the_tiles_beside(group, count, beside):
+    near = [(head, tile) for tile in range(min(beside or 0, count)) for head in range(group)]
+    far = [(head, tile) for head in range(group) for tile in range(beside or 0, count)]
+    assert walk(group, count, beside) == near + far
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_no_walk_waits_long_at_the_ends_of_documents(seed):
+def test_tiles_of_one_document_do_not_wait_for_another_document(seed):
     """With a processor for each program nobody is late for more than a few steps."""
-    rng, rows, group = random.Random(seed), 40 * QUERIES, 3
-    starts = np.zeros(rows, np.int32)
-    for begin in sorted(rng.sample(range(rows), 4)):
+    rng, blocks, group, beside = random.Random(seed), 40, 3, KEYS // QUERIES
+    starts = np.zeros(blocks * QUERIES, np.int32)
+    for begin in sorted(rng.sample(range(len(starts)), 4)):
         starts[begin:] = begin
-    plan = np.asarray(query_plan(
-        jnp.asarray(starts[None]), 24 * QUERIES, 0, rows=rows, query_tile=QUERIES,
-        offset=0, length=rows, key_tile=KEYS, reach=0,
-    ))[0]  # fmt: skip
+    plan = query_plan(
+        jnp.asarray(starts[None]), 24 * QUERIES, 0, rows=len(starts), query_tile=QUERIES,
+        offset=0, length=len(starts), key_tile=KEYS, reach=0,
+    )  # fmt: skip
     done: dict[tuple[int, int], int] = {}
-    for begin, _, _, end in plan[::-1].tolist():
-        member, n, now, count = 0, 0, 0, end - begin
-        for _ in range(count * group):
-            now = max(now, done.get((member, begin + n), 0)) + 1
-            done[member, begin + n] = now
-            member, n = (int(x) for x in following(member, n, group, count))
-        assert now <= count * group + KEYS // QUERIES * group
+    for tile, (begin, _, _, end) in reversed([*enumerate(np.asarray(plan)[0].tolist())]):
+        several = starts[tile * KEYS + KEYS - 1] > tile * KEYS
+        now = 0
+        for head, n in walk(group, end - begin, beside if several else 0):
+            now = max(now, done.get((head, begin + n), 0)) + 1
+            done[head, begin + n] = now
+        assert now <= (end - begin + beside) * group
