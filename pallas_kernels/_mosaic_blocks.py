@@ -11,13 +11,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, nvvm, vector
 
+from pallas_kernels._tiles import FOLD
+
 ROWS = 64
 """Rows of a warpgroup's matrices: what a WGMMA instruction has."""
 MATRIX = plgpu.Layout.WGMMA
 COLUMN = plgpu.Layout.WGMMA.reduce(1)
 ROW = plgpu.Layout.WGMMA.reduce(0)
-FOLD = 8
-"""Columns over which a row's threads hold one pair each."""
 
 
 def swizzled(shape: tuple[int, ...], dtype, inner: int | None = None, columns: int | None = None):

@@ -23,7 +23,6 @@ from pallas_kernels._band import sees, sees_fetched_sink, sees_sink_before
 from pallas_kernels._logits import LOG2_E, LOWEST, cap_logits
 from pallas_kernels._mosaic_blocks import (
     COLUMN,
-    FOLD,
     MATRIX,
     ROWS,
     fold_columns,
@@ -35,7 +34,7 @@ from pallas_kernels._mosaic_blocks import (
 )
 from pallas_kernels._mosaic_walk import Walk
 from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State
-from pallas_kernels._tiles import MosaicTiles
+from pallas_kernels._tiles import FOLD, MosaicTiles
 
 SLACK = 8.0
 """Powers of two that weights may grow by: sums in float32 keep their precision."""

@@ -167,7 +167,7 @@ class MosaicTiles:
         return 160 if self.warpgroups == 3 else 240
 
     def shared_memory(self, head_dim: int, value_dim: int, *, whole: bool, sinks: bool) -> int:
-        """Bytes of 16-bit queries, keys, values and results."""
+        """Bytes of 16-bit queries, keys, values and results, and of the sums of a lazy softmax."""
         rows = self.warpgroups * 64
         keys = self.slots * self.key + (MOSAIC_SINKS if sinks else 0)
         elements = self.query_slots * rows * head_dim + keys * (head_dim + value_dim)
@@ -177,9 +177,11 @@ class MosaicTiles:
             elements += rows * value_dim
         elif value_dim != head_dim:
             elements += rows * 64
-        return 2 * elements
+        return 2 * elements + (4 * rows * FOLD if self.lazy else 0)
 
 
+FOLD = 8
+"""Columns of a matrix that hold one pair of a row for each thread of a Mosaic GPU kernel."""
 MOSAIC_SINKS = 16
 """Rows of a tile of sinks in the Mosaic GPU kernel."""
 SHARED_MEMORY = 225 * 1024
@@ -197,7 +199,9 @@ def mosaic_tiles(
     dim = max(head_dim, value_dim)
     heads = math.gcd(8, group) if whole and window is not None and window < 2048 else 1
     lazy = dim > 64
-    wanted = [MosaicTiles(64, 2, heads, lazy=lazy), MosaicTiles(32, 2, heads, lazy=lazy)]
+    wanted = [MosaicTiles(64, 2, heads), MosaicTiles(32, 2, heads)]
+    if lazy:
+        wanted.insert(0, MosaicTiles(64, 2, heads, lazy=True))
     if dim <= 128:
         wanted.insert(0, MosaicTiles(128, 2, heads, lazy=lazy))
         wanted.insert(0, MosaicTiles(128, 2, heads, apart=True, lazy=lazy))

@@ -11,7 +11,14 @@ ONE_GPU, ONE_GPU_MOSAIC, RING, RING_MOSAIC = re.findall(r"(?:^\|.*\n)+", PAGE, f
 
 ATTENTION = "attention-nvidia-h100-80gb-hbm3"
 PEERS = ("triton", "cudnn", "fa3", "fa3-deterministic", "tokamax", "torch-flex")
-PEERS_MOSAIC = ("triton", "mosaic_gpu", "cudnn", "fa3", "tokamax")
+PEERS_MOSAIC = (
+    "triton",
+    "mosaic_gpu",
+    "mosaic_gpu_nondeterministic",
+    "cudnn",
+    "fa3",
+    "tokamax",
+)
 OTHERS = ("all-gather + ours", "all-gather + cuDNN", "all-to-all + cuDNN", "original (copied)")
 
 
