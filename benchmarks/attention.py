@@ -94,49 +94,50 @@ def difference(results, expected) -> float:
     return max(map(float, jax.tree.leaves(jax.tree.map(jax.jit(relative), results, expected))))
 
 
-def try_out(programs, inputs: tuple[Any, ...], expected):
-    """(how many calls of each take 0.1 s, output and gradients), the latter checked if expected."""
-    calls = [
-        calls_within(0.1, program, *args)
-        for program, args in zip(programs, (inputs[:-1], inputs), strict=True)
-    ]
-    results = programs[1](*inputs)
-    if expected is not None and (far := difference(results, expected)) > 0.03:
-        raise ValueError(f"wrong: off the first implementation by {far:.2g}")
-    return calls, results
-
-
 def measure(shape: Shape, built: dict[str, Any], inputs: tuple[Any, ...], repeats: int):
     """Times what was compiled: a row for each name.
 
     All take turns, every time in another order: a GPU's clock depends on what it has just done.
     """
-    reasons = {name: programs for name, programs in built.items() if isinstance(programs, str)}
-    calls, expected = {}, None
+    arguments = inputs[:-1], inputs
+    reasons: dict[str, str] = {}
+    calls: dict[tuple[str, int], int] = {}
+    expected = None
     for name, programs in built.items():
-        if name not in reasons:
-            try:
-                calls[name], results = try_out(programs, inputs, expected)
-                expected = results if expected is None else expected
-                del results
-            except Exception as error:  # a peer may fail in any way; the table says how
-                reasons[name] = reason_of(error)
+        if isinstance(programs, str):
+            reasons[name] = programs
+            continue
+        try:
+            for phase, args in enumerate(arguments):
+                calls[name, phase] = calls_within(0.1, programs[phase], *args)
+            results = programs[1](*inputs)
+            if expected is None:
+                expected = results
+            elif (far := difference(results, expected)) > 0.03:
+                reasons[name] = f"wrong: off the first implementation by {far:.2g}"
+                del calls[name, 0], calls[name, 1]
+            del results
+        except Exception as error:  # a peer may fail in any way; the table says how
+            reasons[name] = reason_of(error)
     del expected
-    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in calls}
+    times: dict[tuple[str, int], list[float]] = {key: [] for key in calls}
     order = random.Random(0)
-    for phase, args in enumerate((inputs[:-1], inputs)):
-        for _ in range(repeats):
-            for name in order.sample(list(calls), len(calls)):
-                program = built[name][phase]
-                seconds = median_seconds(program, *args, calls=calls[name][phase], repeats=1)
-                times[name][phase].append(seconds)
+    for _ in range(repeats):
+        for name, phase in order.sample(list(calls), len(calls)):
+            program, args = built[name][phase], arguments[phase]
+            try:
+                seconds = median_seconds(program, *args, calls=calls[name, phase], repeats=1)
+                times[name, phase].append(seconds)
+            except Exception as error:  # as above
+                reasons[name] = reason_of(error)
+                del calls[name, phase]
 
     def row(name):
-        ours = CONTENDERS[name].ours
-        if name in reasons:
-            return Row(shape.name, name, ours, reason=reasons[name])
-        forward, both = map(statistics.median, times[name])
-        return Row(shape.name, name, ours, forward, both)
+        forward, both = (
+            statistics.median(times[name, phase]) if (name, phase) in calls else None
+            for phase in range(2)
+        )
+        return Row(shape.name, name, CONTENDERS[name].ours, forward, both, reasons.get(name))
 
     return [row(name) for name in built]
 

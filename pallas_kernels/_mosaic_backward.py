@@ -7,17 +7,17 @@ half of the columns of the gradients of queries. One more warpgroup fetches quer
 gradients through TMA; another one adds the gradients of queries to what other tiles of keys have
 added, in float32 in global memory.
 
-These additions come in a fixed order, from the last keys to the first, so that results repeat their
-bits. Each tile of keys begins with its own queries and goes on to later ones, so that tiles of keys
-at work side by side are at different queries, reach a tile of queries one after the other, in that
-order, and hardly wait; head by head, so that what they read and add stays in the L2 cache. Programs
-take tiles of keys from the last to the first too: they start in the order of their numbers, so that
-what one waits for is under way.
+These additions come in a fixed order, as a rule from the last keys to the first, so that results
+repeat their bits. Each tile of keys begins with its own queries and goes on to later ones, so that
+tiles of keys at work side by side are at different queries, reach a tile of queries one after the
+other, in that order, and hardly wait; head by head, so that what they read and add stays in the L2
+cache. Programs take tiles of keys from the last to the first too: they start in the order of their
+numbers, so that what one waits for is under way.
 
-Without a window the first keys have the most queries. Dealt out first, head beside head, and added
-first, they leave no multiprocessor idle at the end, but the cache holds less of what they share:
-that pays where there are few programs. On request the order of additions is free, but for one that
-stores before others add.
+Without a window and documents the first keys have the most queries. Dealt out first, head beside
+head, and added first, they leave no multiprocessor idle at the end, but the cache holds less of
+what they share: that pays where there are few programs. On request the order of additions is free,
+but for one that stores before others add; the longest programs then always come first.
 """
 
 from functools import partial
@@ -50,7 +50,7 @@ KEYS = 2 * ROWS
 SLOTS = 2
 """Tiles of queries in shared memory."""
 FEW = 1024
-"""Programs up to which the longest come first: some for each of a Hopper's 132 multiprocessors."""
+"""Programs up to which the longest come first: about eight for each of 132 multiprocessors."""
 
 
 def backward(
@@ -90,8 +90,10 @@ def backward(
     )  # fmt: skip
     plan = plan if packed else plan[None]
     first, last = key_tiles_of_queries(plan, blocks)
-    few = key_tiles * num_kv * batch <= FEW
-    longest_first = spec.window is None and (few or not ordered)
+    pairs = num_kv * batch
+    programs = key_tiles * pairs
+    few_or_free = programs <= FEW or not ordered
+    longest_first = spec.window is None and not packed and few_or_free
 
     def filled(x, value):
         """[B, N, at least rows] cut or filled up to whole tiles."""
@@ -115,7 +117,7 @@ def backward(
     def place():
         """(row, key/value head, tile of keys) of a program."""
         index = lax.axis_index("program")
-        pair, tile = task(index, key_tiles, num_kv * batch, longest_first=longest_first)
+        pair, tile = task(index, key_tiles, pairs, longest_first=longest_first)
         return lax.div(pair, jnp.int32(num_kv)), lax.rem(pair, jnp.int32(num_kv)), tile
 
     def walk(refs, step, carry):
@@ -346,7 +348,7 @@ def backward(
     results = plgpu.kernel(
         ring_swa_backward_fused,
         out_type=tuple(outputs.values()),
-        grid=(key_tiles * num_kv * batch,),
+        grid=(programs,),
         grid_names=("program",),
         num_threads=4,
         thread_name="warpgroup",

@@ -107,7 +107,10 @@ def fresh(x: Any) -> Array:
 
 
 def not_all_one(x: Array) -> Array:
-    """Whether a number in a column is not 1, of those that a warp holds: one answer a warp."""
+    """Whether any of the numbers that a warp holds of a column is not 1.
+
+    Warps may have different answers: what depends on one must not wait for other warps.
+    """
     answer = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(()))
 
     @plgpu.inline_mgpu(arg_types=(COLUMN,), return_type=answer)

@@ -37,7 +37,7 @@ from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State
 from pallas_kernels._tiles import FOLD, MosaicTiles
 
 SLACK = 8.0
-"""Powers of two that weights may grow by: sums in float32 keep their precision."""
+"""Powers of two that weights may grow by: they fit float16, and their sums float32."""
 
 
 def forward(
@@ -210,7 +210,8 @@ def forward(
                             plgpu.barrier_arrive(barriers["key_free"].at[slot])
                             found = window_softmax(products, top, total, n)
                             if tiles.lazy:
-                                # Else the compiler moves the wait to before the softmax.
+                                # Nobody reads this. Without a store that needs the weights,
+                                # ptxas moves the wait for the products to before the softmax.
                                 smem["total"].at[me][...] = found[1]
                             plgpu.wgmma_wait(0)
                             plgpu.barrier_arrive(barriers["value_free"].at[before])

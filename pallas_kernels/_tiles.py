@@ -167,7 +167,7 @@ class MosaicTiles:
         return 160 if self.warpgroups == 3 else 240
 
     def shared_memory(self, head_dim: int, value_dim: int, *, whole: bool, sinks: bool) -> int:
-        """Bytes of 16-bit queries, keys, values and results, and of the sums of a lazy softmax."""
+        """Bytes of 16-bit queries, keys, values and results, and of a lazy softmax's sums."""
         rows = self.warpgroups * 64
         keys = self.slots * self.key + (MOSAIC_SINKS if sinks else 0)
         elements = self.query_slots * rows * head_dim + keys * (head_dim + value_dim)
@@ -181,7 +181,7 @@ class MosaicTiles:
 
 
 FOLD = 8
-"""Columns of a matrix that hold one pair of a row for each thread of a Mosaic GPU kernel."""
+"""Columns of the narrowest matrix of a Mosaic GPU kernel: a thread has two numbers of a row."""
 MOSAIC_SINKS = 16
 """Rows of a tile of sinks in the Mosaic GPU kernel."""
 SHARED_MEMORY = 225 * 1024
@@ -203,7 +203,6 @@ def mosaic_tiles(
     if lazy:
         wanted.insert(0, MosaicTiles(64, 2, heads, lazy=True))
     if dim <= 128:
-        wanted.insert(0, MosaicTiles(128, 2, heads, lazy=lazy))
         wanted.insert(0, MosaicTiles(128, 2, heads, apart=True, lazy=lazy))
     if dim <= 64 and window is not None and window < 256:
         reach = 192 // heads + window + 7
