@@ -1,6 +1,7 @@
 """Implementation "mosaic_gpu": Mosaic GPU kernels for Hopper.
 
-The fused backward kernel takes heads of up to 128 in steps of 32, no sink tokens, and what
+The fused backward kernels take heads of up to 128 in steps of 32 and no sink tokens: one of them
+short windows of the shard's own keys and heads of up to 64, the other one what
 `_tiles.fuses_backward` says. Else the backward pass is Triton's, or where this JAX has no Triton
 that of "xla".
 """
@@ -10,9 +11,8 @@ from types import ModuleType
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels import _device, _tiles, _xla
+from pallas_kernels import _device, _mosaic_backward, _mosaic_backward_short, _tiles, _xla
 from pallas_kernels._head_dims import check_head_dims
-from pallas_kernels._mosaic_backward import backward as _backward
 from pallas_kernels._mosaic_forward import forward as _forward
 from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State
 
@@ -98,47 +98,45 @@ def backward(
 
     Unless ``ordered``, the gradients of queries are added up in any order.
     """
-    if not _fuses(spec, query, runs, sinks):
-        dtypes = dict(dquery_dtype=dquery_dtype, dkey_dtype=dkey_dtype)
+    dtypes = dict(dquery_dtype=dquery_dtype, dkey_dtype=dkey_dtype)
+    kernel = _fused_kernel(spec, query, runs, sinks)
+    if kernel is None:
         return _other.backward(
             spec, query, runs, sinks, start, out, dout, lse, dquery, rows=rows, **dtypes
         )
     (run,) = runs
-    delta = _xla.delta_of(out[:, :rows], dout[:, :rows], jnp.float32)
-    total, dkey, dvalue = _backward(
-        spec,
-        query,
-        _of_eighths(run),
-        start,
-        dout,
-        lse,
-        delta,
-        rows=rows,
-        out_dtype=dkey_dtype,
-        ordered=ordered,
-    )
+    if kernel == "short":
+        processors = _device.multiprocessors()
+        *gradients, delta = _mosaic_backward_short.backward(
+            spec, query, run, start, out, dout, lse, dquery, processors=processors, **dtypes
+        )
+    else:
+        delta = _xla.delta_of(out[:, :rows], dout[:, :rows], jnp.float32)
+        arrays = (query, _of_eighths(run), start, dout, lse, delta, dquery)
+        gradients = _mosaic_backward.backward(spec, *arrays, rows=rows, ordered=ordered, **dtypes)
+    dquery, *dkeys = gradients
     # Without it, adding a halo's gradients in place crashes the compiler of jax 0.11.2.
-    dkey, dvalue = lax.optimization_barrier((dkey, dvalue))
-    total = total[:, :rows] * spec.scale
-    if dquery is not None:
-        total += jnp.pad(dquery, ((0, 0), (0, rows - dquery.shape[1]), (0, 0), (0, 0)))
-    missing = dkey.shape[1] - run.key.shape[1]
-    dkeys = dkey[:, missing:], dvalue[:, missing:]
-    return total.astype(dquery_dtype), (dkeys,), None, delta
+    dkeys = lax.optimization_barrier(dkeys)
+    missing = dkeys[0].shape[1] - run.key.shape[1]
+    dkey, dvalue = (x[:, missing:] for x in dkeys)
+    return dquery, ((dkey, dvalue),), None, delta
 
 
-def _fuses(
+def _fused_kernel(
     spec: Spec,
     query: Array,
     runs: tuple[KeyRun, ...],
     sinks: SinkRun | None,
-) -> bool:
-    """Whether the fused backward kernel can do this, and is expected to be the faster one."""
-    dim, value_dim = query.shape[-1], runs[0].value.shape[-1]
+) -> str | None:
+    """Which fused backward kernel can do this and is expected to be faster than two kernels."""
+    dims = query.shape[-1], runs[0].value.shape[-1]
     has_sinks = sinks is not None or (spec.num_sinks > 0 and spec.window is not None)
-    if len(runs) > 1 or has_sinks or dim % 32 or max(dim, value_dim) > 128:
-        return False
-    return _tiles.fuses_backward(max(dim, value_dim), spec.window)
+    if len(runs) > 1 or has_sinks or dims[0] % 32 or max(dims) > 128:
+        return None
+    short = spec.window is not None and spec.window <= _mosaic_backward_short.LONGEST_WINDOW
+    if short and not runs[0].offset and max(dims) <= 64 and dims[1] % 32 == 0:
+        return "short"
+    return "any" if _tiles.fuses_backward(max(dims), spec.window) else None
 
 
 def _programs(spec: Spec) -> int:

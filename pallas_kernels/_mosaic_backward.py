@@ -29,8 +29,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import _mosaic_dquery
 from pallas_kernels._band import key_tiles_of_queries, query_plan, sees
-from pallas_kernels._logits import LOG2_E, LOWEST, cap_logits
+from pallas_kernels._logits import LOWEST
 from pallas_kernels._mosaic_blocks import (
     MATRIX,
     ROW,
@@ -40,6 +41,15 @@ from pallas_kernels._mosaic_blocks import (
     load,
     swizzled,
     tell_and_wait,
+)
+from pallas_kernels._mosaic_gradients import (
+    across,
+    part_width,
+    shift_of,
+    sums_of_logits,
+    weigh,
+    write_parts,
+    zeros,
 )
 from pallas_kernels._spec import KeyRun, Spec, Starts, vary_as
 
@@ -61,9 +71,11 @@ def backward(
     dout: Array,
     lse: Array,
     delta: Array,
+    dquery: Array | None,
     *,
     rows: int,
-    out_dtype: jnp.dtype,
+    dquery_dtype: jnp.dtype,
+    dkey_dtype: jnp.dtype,
     ordered: bool,
 ) -> tuple[Array, Array, Array]:
     """Gradients through the first ``rows`` queries and the keys of a run.
@@ -71,7 +83,7 @@ def backward(
     Unless ``ordered``, the gradients of queries are added up in any order.
 
     Returns:
-        dquery / scale in float32, of rows rounded up to a tile; dkey; dvalue.
+        dquery, with what is given added; dkey; dvalue.
     """
     batch, length, heads, dim = query.shape
     _, keys, num_kv, value_dim = run.value.shape
@@ -80,9 +92,6 @@ def backward(
     blocks = -(-rows // QUERIES)
     key_tiles = -(-keys // KEYS)
     half = dim // 2
-    # What a query subtracts from its logits: where it can, before the product with the keys.
-    shift_first = spec.soft_cap is None and spec.scale > 0
-    shift_unit = -1 / spec.scale if shift_first else -LOG2_E
 
     plan = query_plan(
         start, spec.window, 0, rows=rows, query_tile=QUERIES,
@@ -104,7 +113,7 @@ def backward(
     operands: dict[str, Any] = {
         "query": query,
         "dout": dout,
-        "shift": filled(jnp.where(lse > -jnp.inf, lse * shift_unit, LOWEST), LOWEST),
+        "shift": filled(shift_of(spec, lse), LOWEST),
         "delta": filled(-delta, 0.0),
         "key": run.key,
         "value": run.value,
@@ -171,16 +180,9 @@ def backward(
                 dkey, dvalue, logits, dweights = refs
                 plgpu.wgmma(logits, smem["key"].at[here], query_smem.T)
                 plgpu.wgmma(dweights, smem["value"].at[here], dout_smem.T)
-                products = plgpu.wgmma_accumulator_load(logits, wait_n=1)
-                scaled, factor, dcap = cap_logits(spec, products)
-                exponents = scaled * factor if shift_first else scaled * factor + shift
-                weights = jnp.exp2(exponents)
-                weights = lax.cond(clear, lambda x: x, partial(mask, slot, block), weights)
-                dlogits = weights * dweights[...]
-                if dcap is not None:
-                    dlogits *= dcap
-                dlogits = dlogits.astype(dtype)
-                plgpu.wgmma(dvalue, weights.astype(dtype), dout_smem)
+                masked = partial(mask, slot, block)
+                weights, dlogits = weigh(spec, logits, dweights, shift, clear, masked, dtype)
+                plgpu.wgmma(dvalue, weights, dout_smem)
                 plgpu.barrier_wait(barriers["dlogits_free"])
                 smem["dlogits"].at[mine][...] = dlogits
                 plgpu.commit_smem()
@@ -194,7 +196,7 @@ def backward(
                     result = plgpu.wgmma_accumulator_load(dquery, wait_n=1)
                     plgpu.barrier_arrive(barriers["dlogits_free"])
                     plgpu.barrier_wait(barriers["dquery_free"].at[slot])
-                    smem["dquery"].at[slot, me][...] = result
+                    _mosaic_dquery.store(smem["dquery"].at[slot, me], result)
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(barriers["dquery"].at[slot])
 
@@ -202,20 +204,18 @@ def backward(
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(barriers["query_free"].at[slot])
 
-            sums = dkey, dvalue, shift if shift_first else zeros(QUERIES), delta
+            sums = dkey, dvalue, sums_of_logits(spec, shift), delta
             return pl.run_state(accumulate)(tuple(map(plgpu.ACC.init, sums)))[:2]
 
         plgpu.barrier_wait(barriers["key"])
         dkey, dvalue = walk(refs, step, (zeros(dim), zeros(value_dim)))
-        out = smem["out"].at[me]
         where = (row, pl.ds(tile * KEYS + me * ROWS, ROWS), kv_head)
         for name, result in (("dvalue", dvalue), ("dkey", dkey * spec.scale)):
-            for column in range(0, result.shape[1], out_width):
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                out[...] = result[:, column : column + out_width].astype(out_dtype)
-                plgpu.commit_smem()
-                there = refs[name].at[(*where, pl.ds(column, out_width))]
-                plgpu.copy_smem_to_gmem(out, there)
+
+            def there(column, width, ref=refs[name]):
+                return ref.at[(*where, pl.ds(column, width))]
+
+            write_parts(result, smem["out"].at[me], there)
         plgpu.wait_smem_to_gmem(0)
 
     def fetch(refs, smem, barriers):
@@ -260,15 +260,12 @@ def backward(
             plgpu.barrier_wait(barriers["dquery"].at[slot])
 
             def send(reduction):
-                for part in range(2):
-                    columns = pl.ds(part * half, half)
-                    where = (row, pl.ds(block * QUERIES, QUERIES), head, columns)
-                    plgpu.copy_smem_to_gmem(
-                        smem["dquery"].at[slot, part],
-                        refs["dquery"].at[where],
-                        commit_group=False,
-                        reduction_op=reduction,
-                    )
+                plgpu.copy_smem_to_gmem(
+                    smem["dquery"].at[slot],
+                    refs["dquery"].at[row, head, block],
+                    commit_group=False,
+                    reduction_op=reduction,
+                )
 
             pl.when(before == 0)(partial(send, None))
             pl.when(before > 0)(partial(send, "add"))
@@ -282,10 +279,7 @@ def backward(
         tell_and_wait(counter, tells, counter, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
-    # Results leave in parts of so many columns, for which there is shared memory.
-    out_width = 64 // jnp.dtype(out_dtype).itemsize
-    if dim % out_width or value_dim % out_width:
-        out_width = 16
+    dquery_tile = (2, *_mosaic_dquery.tile_shape(half))
     smem = {
         "key": swizzled((KEYS, dim), dtype, columns=half),
         "value": swizzled((KEYS, value_dim), dtype),
@@ -294,8 +288,8 @@ def backward(
         "shift": plgpu.SMEM((SLOTS, QUERIES), jnp.float32),
         "delta": plgpu.SMEM((SLOTS, QUERIES), jnp.float32),
         "dlogits": swizzled((KEYS, QUERIES), dtype, columns=half),
-        "dquery": swizzled((SLOTS, 2, QUERIES, half), jnp.float32),
-        "out": swizzled((2, ROWS, out_width), out_dtype),
+        "dquery": plgpu.SMEM((SLOTS, *dquery_tile), jnp.float32),
+        "out": swizzled((2, ROWS, part_width(dkey_dtype, dim, value_dim)), dkey_dtype),
     }
     barriers = {
         "key": plgpu.Barrier(num_arrivals=2),
@@ -309,9 +303,9 @@ def backward(
     if packed:
         smem["start"] = plgpu.SMEM((SLOTS, QUERIES), jnp.int32)
     outputs = {
-        "dquery": jax.ShapeDtypeStruct((batch, blocks * QUERIES, heads, dim), jnp.float32),
-        "dkey": jax.ShapeDtypeStruct(run.key.shape, out_dtype),
-        "dvalue": jax.ShapeDtypeStruct(run.value.shape, out_dtype),
+        "dquery": jax.ShapeDtypeStruct((batch, heads, blocks, *dquery_tile), jnp.float32),
+        "dkey": jax.ShapeDtypeStruct(run.key.shape, dkey_dtype),
+        "dvalue": jax.ShapeDtypeStruct(run.value.shape, dkey_dtype),
     }
     operands["counter"] = jax.new_ref(jnp.zeros((batch, heads, blocks), jnp.int32))
 
@@ -356,11 +350,13 @@ def backward(
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),
     )(*operands.values())
+    total, *dkeys = results
+    dquery = _mosaic_dquery.finish(
+        total, first <= last, dquery, scale=spec.scale, rows=rows, dtype=dquery_dtype
+    )
     # Kernels of Mosaic GPU know nothing of manual mesh axes.
-    dquery, dkey, dvalue = (vary_as(query, x) for x in results)
-    # Nothing has been written for queries that see none of these keys.
-    seen = jnp.repeat(first <= last, QUERIES, axis=1)
-    return jnp.where(seen[..., None, None], dquery, 0.0), dkey, dvalue
+    dquery, dkey, dvalue = (vary_as(query, x) for x in (dquery, *dkeys))
+    return dquery, dkey, dvalue
 
 
 def task(index, key_tiles: int, pairs: int, *, longest_first: bool):
@@ -386,13 +382,3 @@ def following(member, n, group: int, count, beside=None):
     next_head = near != last
     next_member = jnp.where(next_head, member + 1, jnp.where(near, 0, member))
     return next_member, jnp.where(next_head, jnp.where(near, n, beside), n + 1)
-
-
-def across(x: Array) -> Array:
-    """A row as a matrix of equal rows."""
-    return lax.broadcast_in_dim(x, (ROWS, QUERIES), [1])
-
-
-def zeros(width: int) -> Array:
-    """A matrix of zeros, to add products to."""
-    return plgpu.layout_cast(lax.broadcast(jnp.float32(0), (ROWS, width)), MATRIX)

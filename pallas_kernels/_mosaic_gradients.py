@@ -1,0 +1,77 @@
+"""What the backward kernels in Mosaic GPU share: weights, their gradients, and writing results."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels._logits import LOG2_E, LOWEST, cap_logits
+from pallas_kernels._mosaic_blocks import MATRIX, ROWS
+from pallas_kernels._spec import Spec
+
+
+def shift_of(spec: Spec, lse: Array) -> Array:
+    """What a query subtracts from its logits, as `weigh` takes it."""
+    return jnp.where(lse > -jnp.inf, lse * (-1 / spec.scale if _first(spec) else -LOG2_E), LOWEST)
+
+
+def sums_of_logits(spec: Spec, shift: Array) -> Array:
+    """What the product of keys and queries is added to, keys by queries."""
+    return shift if _first(spec) else zeros(shift.shape[1])
+
+
+def weigh(
+    spec: Spec,
+    logits: Any,
+    dweights: Any,
+    shift: Array,
+    clear: Array,
+    mask: Callable[[Array], Array],
+    dtype,
+) -> tuple[Array, Array]:
+    """Weights, and the gradients of logits, from accumulators whose products are under way.
+
+    ``mask`` is left out where all is ``clear``.
+    """
+    products = plgpu.wgmma_accumulator_load(logits, wait_n=1)
+    scaled, factor, dcap = cap_logits(spec, products)
+    weights = jnp.exp2(scaled * factor if _first(spec) else scaled * factor + shift)
+    weights = lax.cond(clear, lambda x: x, mask, weights)
+    dlogits = weights * dweights[...]
+    if dcap is not None:
+        dlogits *= dcap
+    dlogits = dlogits.astype(dtype)
+    return weights.astype(dtype), dlogits
+
+
+def part_width(dtype, *dims: int) -> int:
+    """Columns of the parts in which `write_parts` writes results of so many columns."""
+    width = 64 // jnp.dtype(dtype).itemsize
+    return 16 if any(dim % width for dim in dims) else width
+
+
+def write_parts(result: Array, buffer: Any, there: Any) -> None:
+    """Writes a matrix to global memory, in parts for which there is shared memory."""
+    width = buffer.shape[1]
+    for column in range(0, result.shape[1], width):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        buffer[...] = result[:, column : column + width].astype(buffer.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(buffer, there(column, width))
+
+
+def across(x: Array) -> Array:
+    """A row as a matrix of equal rows."""
+    return lax.broadcast_in_dim(x, (ROWS, x.shape[0]), [1])
+
+
+def zeros(width: int) -> Array:
+    """A matrix of zeros, to add products to."""
+    return plgpu.layout_cast(lax.broadcast(jnp.float32(0), (ROWS, width)), MATRIX)
+
+
+def _first(spec: Spec) -> bool:
+    """Whether the shift is added up with the products, rather than subtracted from them."""
+    return spec.soft_cap is None and spec.scale > 0
