@@ -107,19 +107,29 @@ def backward(
     (run,) = runs
     if kernel == "short":
         processors = _device.multiprocessors()
-        *gradients, delta = _mosaic_backward_short.backward(
+        dquery, dkey, dvalue, delta = _mosaic_backward_short.backward(
             spec, query, run, start, out, dout, lse, dquery, processors=processors, **dtypes
         )
     else:
         delta = _xla.delta_of(out[:, :rows], dout[:, :rows], jnp.float32)
-        arrays = (query, _of_eighths(run), start, dout, lse, delta, dquery)
-        gradients = _mosaic_backward.backward(spec, *arrays, rows=rows, ordered=ordered, **dtypes)
-    dquery, *dkeys = gradients
+        whole = _of_eighths(run)
+        dquery, dkey, dvalue = _mosaic_backward.backward(
+            spec,
+            query,
+            whole,
+            start,
+            dout,
+            lse,
+            delta,
+            dquery,
+            rows=rows,
+            ordered=ordered,
+            **dtypes,
+        )
     # Without it, adding a halo's gradients in place crashes the compiler of jax 0.11.2.
-    dkeys = lax.optimization_barrier(dkeys)
-    missing = dkeys[0].shape[1] - run.key.shape[1]
-    dkey, dvalue = (x[:, missing:] for x in dkeys)
-    return dquery, ((dkey, dvalue),), None, delta
+    dkey, dvalue = lax.optimization_barrier((dkey, dvalue))
+    missing = dkey.shape[1] - run.key.shape[1]
+    return dquery, ((dkey[:, missing:], dvalue[:, missing:]),), None, delta
 
 
 def _fused_kernel(

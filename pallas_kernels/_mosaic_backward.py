@@ -14,10 +14,11 @@ other, in that order, and hardly wait; head by head, so that what they read and 
 cache. Programs take tiles of keys from the last to the first too: they start in the order of their
 numbers, so that what one waits for is under way.
 
-Without a window and documents the first keys have the most queries. Dealt out first, head beside
-head, and added first, they leave no multiprocessor idle at the end, but the cache holds less of
-what they share: that pays where there are few programs. On request the order of additions is free,
-but for one that stores before others add; the longest programs then always come first.
+Without a window and documents the first keys have the most queries. So they come first, several
+heads side by side, which leaves no multiprocessor idle at the end; and all walk down from the last
+queries, at each of them through all heads of the group, so that programs that have started together
+are at the same queries. On request the order of additions is free, but for one that stores before
+others add.
 """
 
 from functools import partial
@@ -59,8 +60,8 @@ KEYS = 2 * ROWS
 """Keys of a tile: what two warpgroups have rows."""
 SLOTS = 2
 """Tiles of queries in shared memory."""
-FEW = 1024
-"""Programs up to which the longest come first: about eight for each of 132 multiprocessors."""
+SIDE = 16
+"""Heads side by side without a window: so few that several programs share one's queries."""
 
 
 def backward(
@@ -100,9 +101,8 @@ def backward(
     plan = plan if packed else plan[None]
     first, last = key_tiles_of_queries(plan, blocks)
     pairs = num_kv * batch
-    programs = key_tiles * pairs
-    few_or_free = programs <= FEW or not ordered
-    longest_first = spec.window is None and not packed and few_or_free
+    longest_first = spec.window is None and not packed
+    side = max(1, SIDE // group) if longest_first else None
 
     def filled(x, value):
         """[B, N, at least rows] cut or filled up to whole tiles."""
@@ -126,7 +126,7 @@ def backward(
     def place():
         """(row, key/value head, tile of keys) of a program."""
         index = lax.axis_index("program")
-        pair, tile = task(index, key_tiles, pairs, longest_first=longest_first)
+        pair, tile = task(index, key_tiles, pairs, side)
         return lax.div(pair, jnp.int32(num_kv)), lax.rem(pair, jnp.int32(num_kv)), tile
 
     def walk(refs, step, carry):
@@ -143,10 +143,13 @@ def backward(
 
         def visit(_, state):
             member, n, slot, carry = state
-            block = begin + n
+            block = end - 1 - n if longest_first else begin + n
             clear = (block >= clear_begin) & (block < clear_end)
             carry = step(kv_head * group + member, block, clear, slot, carry)
-            member, n = following(member, n, group, count, beside)
+            if longest_first:
+                member, n = following_down(member, n, group)
+            else:
+                member, n = following(member, n, group, count, beside)
             return member, n, jnp.where(slot == SLOTS - 1, 0, slot + 1), carry
 
         zero = jnp.int32(0)
@@ -342,7 +345,7 @@ def backward(
     results = plgpu.kernel(
         ring_swa_backward_fused,
         out_type=tuple(outputs.values()),
-        grid=(programs,),
+        grid=(key_tiles * pairs,),
         grid_names=("program",),
         num_threads=4,
         thread_name="warpgroup",
@@ -359,12 +362,18 @@ def backward(
     return dquery, dkey, dvalue
 
 
-def task(index, key_tiles: int, pairs: int, *, longest_first: bool):
-    """(which of the pairs of a row and a head, which of its tiles of keys) a program has."""
-    if longest_first:
-        return lax.rem(index, jnp.int32(pairs)), lax.div(index, jnp.int32(pairs))
-    last = key_tiles - 1
-    return lax.div(index, jnp.int32(key_tiles)), last - lax.rem(index, jnp.int32(key_tiles))
+def task(index, key_tiles: int, pairs: int, side: int | None):
+    """(which of the pairs of a row and a head, which of its tiles of keys) a program has.
+
+    The last tiles of a pair first; or the first ones of so many pairs ``side`` by side.
+    """
+    if side is None:
+        last = key_tiles - 1
+        return lax.div(index, jnp.int32(key_tiles)), last - lax.rem(index, jnp.int32(key_tiles))
+    before = lax.div(index, jnp.int32(key_tiles * side)) * side
+    index = index - before * key_tiles
+    width = jnp.minimum(pairs - before, side)
+    return before + lax.rem(index, width), lax.div(index, width)
 
 
 def following(member, n, group: int, count, beside=None):
@@ -382,3 +391,9 @@ def following(member, n, group: int, count, beside=None):
     next_head = near != last
     next_member = jnp.where(next_head, member + 1, jnp.where(near, 0, member))
     return next_member, jnp.where(next_head, jnp.where(near, n, beside), n + 1)
+
+
+def following_down(member, n, group: int):
+    """The next step of a walk over tiles of queries, at each of them through a group's heads."""
+    last = member == group - 1
+    return jnp.where(last, 0, member + 1), jnp.where(last, n + 1, n)

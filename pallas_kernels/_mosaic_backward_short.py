@@ -47,6 +47,7 @@ SLOTS = 3
 KEY_SLOTS = REACH + 2
 """Tiles of keys in shared memory: those of a tile of queries, and the next."""
 OWNERS = REACH + 1
+"""Warpgroups that compute."""
 
 
 def backward(
@@ -103,13 +104,6 @@ def backward(
         stop = jnp.minimum(end + REACH, blocks)
         row, kv_head = lax.div(pair, jnp.int32(num_kv)), lax.rem(pair, jnp.int32(num_kv))
         return row, kv_head, first, end, stop
-
-    def key_tile(block, owner):
-        """A warpgroup's tile of keys, of those that a tile of queries sees; from -REACH on."""
-        return block - lax.rem(block - owner + OWNERS, jnp.int32(OWNERS))
-
-    def key_slot(tile):
-        return lax.rem(tile + KEY_SLOTS, jnp.int32(KEY_SLOTS))
 
     def compute(refs, smem, barriers, me):
         row, kv_head, first, end, stop = place()
@@ -363,6 +357,16 @@ def backward(
     # Kernels of Mosaic GPU know nothing of manual mesh axes.
     dquery, dkey, dvalue, delta = (vary_as(query, x) for x in results)
     return dquery, dkey, dvalue, -delta[..., :length]
+
+
+def key_tile(block, owner):
+    """A warpgroup's tile of keys, of those that a tile of queries sees; from -REACH on."""
+    return block - lax.rem(block - owner + OWNERS, jnp.int32(OWNERS))
+
+
+def key_slot(tile):
+    """Where a tile of keys is in shared memory."""
+    return lax.rem(tile + KEY_SLOTS, jnp.int32(KEY_SLOTS))
 
 
 def stretch_length(blocks: int, pairs: int, processors: int) -> int:

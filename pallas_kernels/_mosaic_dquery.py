@@ -111,7 +111,6 @@ def finish(
         near = -(-more.shape[1] // ROWS)
         pad = near * ROWS - more.shape[1]
         operands["more"] = jnp.pad(more, ((0, 0), (0, pad), (0, 0), (0, 0)))
-    shape = jax.ShapeDtypeStruct((batch, stored, heads, dim), dtype)
 
     def ring_swa_backward_finish(*refs):
         inputs = dict(zip((*operands, "out"), refs, strict=True))
@@ -148,9 +147,9 @@ def finish(
 
         pl.run_scoped(body, [swizzled((ROWS, half), dtype)] * parts)
 
-    out = plgpu.kernel(
+    (out,) = plgpu.kernel(
         ring_swa_backward_finish,
-        out_type=shape,
+        out_type=(jax.ShapeDtypeStruct((batch, stored, heads, dim), dtype),),
         grid=(batch * tiles * heads,),
         grid_names=("program",),
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),

@@ -42,8 +42,7 @@ def weigh(
     dlogits = weights * dweights[...]
     if dcap is not None:
         dlogits *= dcap
-    dlogits = dlogits.astype(dtype)
-    return weights.astype(dtype), dlogits
+    return weights.astype(dtype), dlogits.astype(dtype)
 
 
 def part_width(dtype, *dims: int) -> int:

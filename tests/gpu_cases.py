@@ -72,6 +72,7 @@ def for_fused(case: Case) -> Case:
     return dataclasses.replace(case, sinks=0 if case.window is not None else case.sinks, dims=dims)
 
 
+SHORT = Case(1336, 1, 127, batch=2, heads=(8, 2), dims=(64, 64), dtype="bfloat16")
 LAYER = Case(1336, 1, None, batch=2, heads=(4, 2), dims=(128, 128), dtype="bfloat16")
 ROWS = ((300, 700, -36, 300), (1025, 311))
 # Tiles of keys enough to wait for one another in the fused Mosaic backward kernel; and logits that
@@ -83,4 +84,13 @@ LONG = {
     "negative_scale": dataclasses.replace(LAYER, window=300, scale=-0.1, dims=(96, 80)),
     "steep": dataclasses.replace(LAYER, window=700, documents=ROWS, scale=0.8, learned=True),
     "steep_wide": dataclasses.replace(LAYER, scale=0.5, dims=(192, 128), dtype="float16"),
+    "short": SHORT,
+    "short_rows": dataclasses.replace(SHORT, documents=ROWS, window=128, learned=True),
+    "short_capped": dataclasses.replace(SHORT, window=65, heads=(3, 3), softcap=5.0, dims=(32, 64)),
+    "short_negative_scale": dataclasses.replace(SHORT, window=31, scale=-0.1, dtype="float16"),
+}
+# Chunks whose dquery begins with a halo's, and whose keys' gradients travel in float32.
+SHORT_CHUNKS = {
+    "short": dataclasses.replace(SHORT, chunk=672, devices=2),
+    "short_hops": dataclasses.replace(SHORT, chunk=72, devices=3, window=128, heads=(4, 1)),
 }

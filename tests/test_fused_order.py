@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels._band import key_tiles_of_queries, query_plan
-from pallas_kernels._mosaic_backward import KEYS, QUERIES, following, task
+from pallas_kernels._mosaic_backward import KEYS, QUERIES, following, following_down, task
 
 
 def shard(rng: random.Random):
@@ -52,15 +52,15 @@ def test_adders_of_a_query_tile_are_consecutive(seed):
         assert adders == list(range(low, high + 1))
 
 
-@pytest.mark.parametrize("longest_first", [False, True])
+@pytest.mark.parametrize("side", [None, 1, 4, 16])
 @pytest.mark.parametrize(("key_tiles", "pairs"), [(1, 3), (5, 1), (4, 6)])
-def test_programs_wait_for_earlier_ones_only(key_tiles, pairs, longest_first):
+def test_programs_wait_for_earlier_ones_only(key_tiles, pairs, side):
     index = jnp.arange(key_tiles * pairs, dtype=jnp.int32)
-    pair, tile = map(np.asarray, task(index, key_tiles, pairs, longest_first=longest_first))
+    pair, tile = map(np.asarray, task(index, key_tiles, pairs, side))
     assert len({*zip(pair.tolist(), tile.tolist(), strict=True)}) == len(index)
     for one in range(pairs):
         tiles = tile[pair == one].tolist()  # in the order of programs
-        assert tiles == sorted(tiles, reverse=not longest_first)
+        assert tiles == sorted(tiles, reverse=side is None)
 
 
 @functools.cache
@@ -80,6 +80,15 @@ def test_a_walk_begins_with_all_heads_of_the_tiles_beside(group, count, beside):
     near = [(head, tile) for tile in range(min(beside or 0, count)) for head in range(group)]
     far = [(head, tile) for head in range(group) for tile in range(beside or 0, count)]
     assert walk(group, count, beside) == near + far
+
+
+@pytest.mark.parametrize(("group", "count"), [(1, 5), (3, 1), (2, 7)])
+def test_a_walk_down_goes_through_all_heads_at_each_tile(group, count):
+    step, visited = (jnp.int32(0), jnp.int32(0)), []
+    for _ in range(group * count):
+        visited.append(tuple(map(int, step)))
+        step = following_down(*step, group)
+    assert visited == [(head, n) for n in range(count) for head in range(group)]
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -28,6 +28,7 @@ PACKED = ((300, 1100, 0, 600, -48),)
 ROWS = ((300, 1100, -24, 624), (1025, 1023))
 CASES = {
     "sliding": LAYER,
+    "sliding_short": dataclasses.replace(LAYER, window=127),
     "sliding_long_halo": dataclasses.replace(LAYER, window=900),
     "sliding_fused": dataclasses.replace(LAYER, dims=(128, 128)),
     "sliding_learned_capped": dataclasses.replace(LAYER, learned=True, softcap=20.0),
