@@ -44,8 +44,13 @@ def sees(i, j, start, window: int | None, num_sinks: int, *, packed: bool):
 
 def sees_fetched_sink(i, j, start, window: int | None, num_sinks: int):
     """Query i attends key j fetched as a sink: never a key that the shard or the window holds."""
+    return sees_beyond_window(i, j, start, window, num_sinks) & (j < 0)
+
+
+def sees_beyond_window(i, j, start, window: int | None, num_sinks: int):
+    """Query i attends key j as a sink alone, which its window does not reach."""
     beyond_window = False if window is None else i - j > window
-    return is_sink(i, j, start, num_sinks) & beyond_window & (j < 0)
+    return is_sink(i, j, start, num_sinks) & beyond_window
 
 
 def sees_sink_before(i, j, start, num_sinks: int, stop):

@@ -1,9 +1,9 @@
 """Implementation "mosaic_gpu": Mosaic GPU kernels for Hopper.
 
-The fused backward kernels take heads of up to 128 in steps of 32 and no sink tokens: one of them
-short windows of the shard's own keys and heads of up to 64, the other one what
-`_tiles.fuses_backward` says. Else the backward pass is Triton's, or where this JAX has no Triton
-that of "xla".
+The fused backward kernels take heads of up to 128 in steps of 32: one of them short windows of the
+shard's own keys, without sink tokens, and heads of up to 64, the other one what
+`_tiles.fuses_backward` says, and with another launch sinks that its windows do not reach. Else the
+backward pass is Triton's, or where this JAX has no Triton that of "xla".
 """
 
 from types import ModuleType
@@ -11,7 +11,15 @@ from types import ModuleType
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels import _device, _mosaic_backward, _mosaic_backward_short, _tiles, _xla
+from pallas_kernels import (
+    _device,
+    _mosaic_backward,
+    _mosaic_backward_short,
+    _mosaic_backward_sinks,
+    _mosaic_dquery,
+    _tiles,
+    _xla,
+)
 from pallas_kernels._head_dims import check_head_dims
 from pallas_kernels._mosaic_forward import forward as _forward
 from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State
@@ -105,31 +113,46 @@ def backward(
             spec, query, runs, sinks, start, out, dout, lse, dquery, rows=rows, **dtypes
         )
     (run,) = runs
+    dsinks = None
     if kernel == "short":
         processors = _device.multiprocessors()
         dquery, dkey, dvalue, delta = _mosaic_backward_short.backward(
             spec, query, run, start, out, dout, lse, dquery, processors=processors, **dtypes
         )
     else:
+        far_sinks = _far_sinks(spec, run, sinks)
         delta = _xla.delta_of(out[:, :rows], dout[:, :rows], jnp.float32)
-        whole = _of_eighths(run)
-        dquery, dkey, dvalue = _mosaic_backward.backward(
+        total, dkey, dvalue = _mosaic_backward.backward(
             spec,
             query,
-            whole,
+            _of_eighths(run),
             start,
             dout,
             lse,
             delta,
-            dquery,
             rows=rows,
+            dkey_dtype=jnp.float32 if far_sinks else dkey_dtype,
             ordered=ordered,
-            **dtypes,
         )
+        if far_sinks:
+            dquery, dkey, dvalue, dsinks = _mosaic_backward_sinks.backward(
+                spec, query, run, sinks, start, dout, lse, delta, total, dquery, dkey, dvalue,
+                dquery_dtype=dquery_dtype,
+            )  # fmt: skip
+            dkey, dvalue = dkey.astype(dkey_dtype), dvalue.astype(dkey_dtype)
+        else:
+            dquery = _mosaic_dquery.finish(
+                total, dquery, scale=spec.scale, rows=rows, dtype=dquery_dtype
+            )
     # Without it, adding a halo's gradients in place crashes the compiler of jax 0.11.2.
     dkey, dvalue = lax.optimization_barrier((dkey, dvalue))
     missing = dkey.shape[1] - run.key.shape[1]
-    return dquery, ((dkey[:, missing:], dvalue[:, missing:]),), None, delta
+    return dquery, ((dkey[:, missing:], dvalue[:, missing:]),), dsinks, delta
+
+
+def _far_sinks(spec: Spec, run: KeyRun, sinks: SinkRun | None) -> bool:
+    """Whether queries may see sinks that their windows do not reach."""
+    return spec.window is not None and (sinks is not None or spec.sinks_in(run.offset) > 0)
 
 
 def _fused_kernel(
@@ -140,13 +163,16 @@ def _fused_kernel(
 ) -> str | None:
     """Which fused backward kernel can do this and is expected to be faster than two kernels."""
     dims = query.shape[-1], runs[0].value.shape[-1]
-    has_sinks = sinks is not None or (spec.num_sinks > 0 and spec.window is not None)
-    if len(runs) > 1 or has_sinks or dims[0] % 32 or max(dims) > 128:
+    if len(runs) > 1 or dims[0] % 32 or max(dims) > 128:
         return None
-    short = spec.window is not None and spec.window <= _mosaic_backward_short.LONGEST_WINDOW
-    if short and not runs[0].offset and max(dims) <= 64 and dims[1] % 32 == 0:
+    window, (run, *_) = spec.window, runs
+    far_sinks = _far_sinks(spec, run, sinks)
+    if far_sinks and not _mosaic_backward_sinks.takes(spec):
+        return None
+    short = window is not None and window <= _mosaic_backward_short.LONGEST_WINDOW
+    if short and not run.offset and not far_sinks and max(dims) <= 64 and dims[1] % 32 == 0:
         return "short"
-    return "any" if _tiles.fuses_backward(max(dims), spec.window) else None
+    return "any" if _tiles.fuses_backward(max(dims), window) else None
 
 
 def _programs(spec: Spec) -> int:

@@ -32,7 +32,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _mosaic_dquery
 from pallas_kernels._band import key_tiles_of_queries, query_plan, sees
-from pallas_kernels._logits import LOWEST
 from pallas_kernels._mosaic_blocks import (
     MATRIX,
     ROW,
@@ -45,8 +44,8 @@ from pallas_kernels._mosaic_blocks import (
 )
 from pallas_kernels._mosaic_gradients import (
     across,
+    of_queries,
     part_width,
-    shift_of,
     sums_of_logits,
     weigh,
     write_parts,
@@ -72,19 +71,17 @@ def backward(
     dout: Array,
     lse: Array,
     delta: Array,
-    dquery: Array | None,
     *,
     rows: int,
-    dquery_dtype: jnp.dtype,
     dkey_dtype: jnp.dtype,
     ordered: bool,
-) -> tuple[Array, Array, Array]:
-    """Gradients through the first ``rows`` queries and the keys of a run.
+) -> tuple[_mosaic_dquery.Total, Array, Array]:
+    """Gradients through the first ``rows`` queries and the keys of a run that windows reach.
 
     Unless ``ordered``, the gradients of queries are added up in any order.
 
     Returns:
-        dquery, with what is given added; dkey; dvalue.
+        dquery, to be finished; dkey; dvalue.
     """
     batch, length, heads, dim = query.shape
     _, keys, num_kv, value_dim = run.value.shape
@@ -104,17 +101,10 @@ def backward(
     longest_first = spec.window is None and not packed
     side = max(1, SIDE // group) if longest_first else None
 
-    def filled(x, value):
-        """[B, N, at least rows] cut or filled up to whole tiles."""
-        x = x[..., : blocks * QUERIES]
-        pad = ((0, 0), (0, 0), (0, blocks * QUERIES - x.shape[-1]))
-        return jnp.pad(x, pad, constant_values=value)
-
     operands: dict[str, Any] = {
         "query": query,
         "dout": dout,
-        "shift": filled(shift_of(spec, lse), LOWEST),
-        "delta": filled(-delta, 0.0),
+        **of_queries(spec, lse, delta, blocks * QUERIES),
         "key": run.key,
         "value": run.value,
         "plan": plan,
@@ -353,13 +343,9 @@ def backward(
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),
     )(*operands.values())
-    total, *dkeys = results
-    dquery = _mosaic_dquery.finish(
-        total, first <= last, dquery, scale=spec.scale, rows=rows, dtype=dquery_dtype
-    )
     # Kernels of Mosaic GPU know nothing of manual mesh axes.
-    dquery, dkey, dvalue = (vary_as(query, x) for x in (dquery, *dkeys))
-    return dquery, dkey, dvalue
+    parts, dkey, dvalue = (vary_as(query, x) for x in results)
+    return _mosaic_dquery.Total(parts, first <= last), dkey, dvalue
 
 
 def task(index, key_tiles: int, pairs: int, side: int | None):

@@ -1,11 +1,11 @@
-"""Gradients of queries as the fused backward kernel adds them up, and what makes them an array.
+"""Gradients of queries as the fused backward kernels add them up, and what makes them an array.
 
 They are float32, tile by tile of `ROWS` queries of a head, in the order in which the registers of
 the threads have them: so shared memory takes 16 bytes of each thread at once, without conflicts,
 and TMA adds one block of memory to another.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,27 @@ from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels._mosaic_blocks import MATRIX, ROWS, load, swizzled
 from pallas_kernels._mosaic_gradients import zeros
+from pallas_kernels._spec import vary_as
 
 _VECTOR = 4
 _WIDTH = 256
 """The most numbers in a row that TMA copies."""
+
+
+class Total(NamedTuple):
+    """Gradients of queries added up, before the scale.
+
+    ``parts`` are [B, N, tiles, parts of columns, `tile_shape`]; ``seen`` [B or 1, tiles] says
+    whether there is anything in them.
+    """
+
+    parts: Array
+    seen: Array
+
+    @property
+    def part_columns(self) -> int:
+        """Columns of a part."""
+        return self.parts.shape[4] * _WIDTH // ROWS
 
 
 def tile_shape(columns: int) -> tuple[int, int]:
@@ -79,79 +96,90 @@ def _places(pairs: int):
         yield [arith.addi(row, rows_before), column]
 
 
-def finish(
-    total: Array,
-    seen: Array,
-    more: Array | None,
-    *,
-    scale: float,
-    rows: int,
-    dtype: jnp.dtype,
-) -> Array:
-    """``scale * total`` as an array, plus the gradients that there are ``more``.
+class Finish:
+    """What a kernel does with a `Total`: ``scale`` times it, plus the gradients there are ``more``.
 
     Args:
-        total: [B, N, tiles, parts of columns, `tile_shape`].
-        seen: [B or 1, tiles], whether there is anything in the total.
-        more: [B, at most rows, N, H] in float32.
-        scale: factor of the total.
-        rows: how many of the queries to return.
+        total: what has been added up.
+        more: [B, at most rows, N, H] in float32, or None.
+        rows: how many queries there are.
         dtype: of the result.
-
-    Returns:
-        [B, rows, N, H].
     """
-    batch, heads, tiles, parts = total.shape[:4]
-    half = total.shape[4] * _WIDTH // ROWS
-    dim = parts * half
-    stored = rows if rows % 8 == 0 else tiles * ROWS
-    near = 0
-    operands: dict[str, Any] = {"total": total, "seen": seen.astype(jnp.int32)}
-    if more is not None:
-        near = -(-more.shape[1] // ROWS)
-        pad = near * ROWS - more.shape[1]
-        operands["more"] = jnp.pad(more, ((0, 0), (0, pad), (0, 0), (0, 0)))
+
+    def __init__(self, total: Total, more: Array | None, *, rows: int, dtype: jnp.dtype):
+        self.batch, self.heads, self.tiles, self.parts = total.parts.shape[:4]
+        self.columns, self.dtype = total.part_columns, dtype
+        self.dim = self.parts * self.columns
+        self.near = 0
+        self.rows_of_seen = len(total.seen)
+        self.operands: dict[str, Any] = {
+            "total": total.parts,
+            "seen": total.seen.astype(jnp.int32),
+        }
+        if more is not None:
+            self.near = -(-more.shape[1] // ROWS)
+            pad = self.near * ROWS - more.shape[1]
+            self.operands["more"] = jnp.pad(more, ((0, 0), (0, pad), (0, 0), (0, 0)))
+        stored = rows if rows % 8 == 0 else self.tiles * ROWS
+        self.out_type = jax.ShapeDtypeStruct((self.batch, stored, self.heads, self.dim), dtype)
+        self.smem = [swizzled((ROWS, self.columns), dtype)] * self.parts
+
+    def load(self, refs: dict[str, Any], row, tile, head) -> tuple[Array, ...]:
+        """The parts of a tile of the total."""
+        used = refs["seen"][row if self.rows_of_seen > 1 else 0, tile] > 0
+        found = refs["total"].at[row, head, tile]
+        return lax.cond(
+            used,
+            lambda: tuple(_load(found.at[part], self.columns) for part in range(self.parts)),
+            lambda: (zeros(self.columns),) * self.parts,
+        )
+
+    def write(self, refs: dict[str, Any], smem, row, tile, head, results: tuple[Array, ...]):
+        """Writes the scaled parts of a tile, with what there is more added to them."""
+        for part, result in enumerate(results):
+            columns = pl.ds(part * self.columns, self.columns)
+            if self.near:
+                nearest = jnp.minimum(tile, self.near - 1) * ROWS
+                here = (row, pl.ds(nearest, ROWS), head, columns)
+                result = lax.cond(
+                    tile < self.near,
+                    lambda x, here=here: x + load(refs["more"].at[here], MATRIX),
+                    lambda x: x,
+                    result,
+                )
+            smem[part][...] = result.astype(self.dtype)
+        plgpu.commit_smem()
+        for part in range(self.parts):
+            columns = pl.ds(part * self.columns, self.columns)
+            there = refs["out"].at[row, pl.ds(tile * ROWS, ROWS), head, columns]
+            plgpu.copy_smem_to_gmem(smem[part], there)
+
+
+def finish(total: Total, more: Array | None, *, scale: float, rows: int, dtype: jnp.dtype) -> Array:
+    """The gradients of queries as an array, [B, rows, N, H]; arguments as those of `Finish`."""
+    work = Finish(total, more, rows=rows, dtype=dtype)
 
     def ring_swa_backward_finish(*refs):
-        inputs = dict(zip((*operands, "out"), refs, strict=True))
+        inputs = dict(zip((*work.operands, "out"), refs, strict=True))
 
         def body(smem):
             index = lax.axis_index("program")
-            head = lax.rem(index, jnp.int32(heads))
-            index = lax.div(index, jnp.int32(heads))
-            tile, row = lax.rem(index, jnp.int32(tiles)), lax.div(index, jnp.int32(tiles))
-            used = inputs["seen"][row if len(seen) > 1 else 0, tile] > 0
-            found = inputs["total"].at[row, head, tile]
-            results = lax.cond(
-                used,
-                lambda: tuple(_load(found.at[part], half) * scale for part in range(parts)),
-                lambda: (zeros(half),) * parts,
-            )
-            for part, result in enumerate(results):
-                columns = pl.ds(part * half, half)
-                if near:
-                    here = (row, pl.ds(jnp.minimum(tile, near - 1) * ROWS, ROWS), head, columns)
-                    result = lax.cond(
-                        tile < near,
-                        lambda x, here=here: x + load(inputs["more"].at[here], MATRIX),
-                        lambda x: x,
-                        result,
-                    )
-                smem[part][...] = result.astype(dtype)
-            plgpu.commit_smem()
-            for part in range(parts):
-                columns = pl.ds(part * half, half)
-                there = inputs["out"].at[row, pl.ds(tile * ROWS, ROWS), head, columns]
-                plgpu.copy_smem_to_gmem(smem[part], there)
+            head = lax.rem(index, jnp.int32(work.heads))
+            index = lax.div(index, jnp.int32(work.heads))
+            tile = lax.rem(index, jnp.int32(work.tiles))
+            row = lax.div(index, jnp.int32(work.tiles))
+            results = work.load(inputs, row, tile, head)
+            work.write(inputs, smem, row, tile, head, tuple(x * scale for x in results))
             plgpu.wait_smem_to_gmem(0)
 
-        pl.run_scoped(body, [swizzled((ROWS, half), dtype)] * parts)
+        pl.run_scoped(body, work.smem)
 
     (out,) = plgpu.kernel(
         ring_swa_backward_finish,
-        out_type=(jax.ShapeDtypeStruct((batch, stored, heads, dim), dtype),),
-        grid=(batch * tiles * heads,),
+        out_type=(work.out_type,),
+        grid=(work.batch * work.tiles * work.heads,),
         grid_names=("program",),
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-    )(*operands.values())
-    return out[:, :rows]
+    )(*work.operands.values())
+    # Kernels of Mosaic GPU know nothing of manual mesh axes.
+    return vary_as(total.parts, out[:, :rows])

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._logits import LOG2_E, LOWEST, cap_logits
@@ -15,6 +16,16 @@ from pallas_kernels._spec import Spec
 def shift_of(spec: Spec, lse: Array) -> Array:
     """What a query subtracts from its logits, as `weigh` takes it."""
     return jnp.where(lse > -jnp.inf, lse * (-1 / spec.scale if _first(spec) else -LOG2_E), LOWEST)
+
+
+def of_queries(spec: Spec, lse: Array, delta: Array, length: int) -> dict[str, Array]:
+    """The shift and ``-delta``, [B, N, at least rows] cut or filled up to this length."""
+
+    def filled(x, value):
+        pad = ((0, 0), (0, 0), (0, max(0, length - x.shape[-1])))
+        return jnp.pad(x[..., :length], pad, constant_values=value)
+
+    return {"shift": filled(shift_of(spec, lse), LOWEST), "delta": filled(-delta, 0.0)}
 
 
 def sums_of_logits(spec: Spec, shift: Array) -> Array:
@@ -51,14 +62,14 @@ def part_width(dtype, *dims: int) -> int:
     return 16 if any(dim % width for dim in dims) else width
 
 
-def write_parts(result: Array, buffer: Any, there: Any) -> None:
-    """Writes a matrix to global memory, in parts for which there is shared memory."""
+def write_parts(result: Array, buffer: Any, there: Any, rows: int = ROWS) -> None:
+    """Writes the first rows of a matrix, in parts for which there is shared memory."""
     width = buffer.shape[1]
     for column in range(0, result.shape[1], width):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         buffer[...] = result[:, column : column + width].astype(buffer.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(buffer, there(column, width))
+        plgpu.copy_smem_to_gmem(buffer.at[pl.ds(0, rows)], there(column, width))
 
 
 def across(x: Array) -> Array:

@@ -3,6 +3,7 @@
 import dataclasses
 import random
 
+from pallas_kernels._mosaic_backward_sinks import MOST_SINKS, SHORTEST_WINDOW
 from tests.cases import HEADS, Case, random_runs
 from tests.odd_cases import ODD
 
@@ -67,9 +68,12 @@ def of_eighths(case: Case) -> Case:
 
 
 def for_fused(case: Case) -> Case:
-    """The case as the fused Mosaic backward kernel takes it: its head dims, and no sink tokens."""
+    """The case as a fused Mosaic backward kernel takes it: its head dims, and its sink tokens."""
     dims = min(128, -(-case.dims[0] // 32) * 32), min(128, case.dims[1])
-    return dataclasses.replace(case, sinks=0 if case.window is not None else case.sinks, dims=dims)
+    sinks = case.sinks
+    if case.window is not None:
+        sinks = min(sinks, MOST_SINKS) if case.window >= SHORTEST_WINDOW else 0
+    return dataclasses.replace(case, sinks=sinks, dims=dims)
 
 
 SHORT = Case(1336, 1, 127, batch=2, heads=(8, 2), dims=(64, 64), dtype="bfloat16")
@@ -84,13 +88,23 @@ LONG = {
     "negative_scale": dataclasses.replace(LAYER, window=300, scale=-0.1, dims=(96, 80)),
     "steep": dataclasses.replace(LAYER, window=700, documents=ROWS, scale=0.8, learned=True),
     "steep_wide": dataclasses.replace(LAYER, scale=0.5, dims=(192, 128), dtype="float16"),
+    "sinks": dataclasses.replace(LAYER, window=400, sinks=4),
+    "sinks_rows": dataclasses.replace(LAYER, window=200, sinks=64, documents=ROWS, softcap=20.0),
+    "sinks_small": dataclasses.replace(
+        LAYER, window=63, sinks=9, documents=ROWS, dims=(64, 48), learned=True, dtype="float16"
+    ),
     "short": SHORT,
     "short_rows": dataclasses.replace(SHORT, documents=ROWS, window=128, learned=True),
     "short_capped": dataclasses.replace(SHORT, window=65, heads=(3, 3), softcap=5.0, dims=(32, 64)),
     "short_negative_scale": dataclasses.replace(SHORT, window=31, scale=-0.1, dtype="float16"),
 }
 # Chunks whose dquery begins with a halo's, and whose keys' gradients travel in float32.
-SHORT_CHUNKS = {
+CHUNKS = {
     "short": dataclasses.replace(SHORT, chunk=672, devices=2),
     "short_hops": dataclasses.replace(SHORT, chunk=72, devices=3, window=128, heads=(4, 1)),
+    "sinks": dataclasses.replace(LAYER, chunk=672, devices=2, window=300, sinks=16),
+    "sinks_rows": dataclasses.replace(
+        LAYER, chunk=672, devices=3, window=100, sinks=40, documents=((650, 700, -66, 600), (2016,))
+    ),
+    "sinks_hops": dataclasses.replace(LAYER, chunk=264, devices=4, window=270, sinks=5),
 }

@@ -19,7 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels import _tiles
 from tests import repeated_ring
 from tests.cases import Case
-from tests.gpu_cases import LONG, SHORT_CHUNKS, edge_case, for_fused, odd_cases, of_eighths
+from tests.gpu_cases import CHUNKS, LONG, edge_case, for_fused, odd_cases, of_eighths
 from tests.odd_cases import route_of
 from tests.oracle import Result
 from tests.poison import poisoned_outputs
@@ -99,7 +99,7 @@ def jobs():
             job = LastChunk(case(seed, 2 + seed % 2), implementation)
             yield pytest.param(job, id=f"chunk-{seed}-{implementation}")
         if implementation == "mosaic_gpu":
-            for name, chunk in SHORT_CHUNKS.items():
+            for name, chunk in CHUNKS.items():
                 job = LastChunk(chunk, implementation)
                 yield pytest.param(job, id=f"chunk-{name}-{implementation}")
         for seed in range(16):
