@@ -22,6 +22,8 @@ from benchmarks._shapes import SHAPES, Shape
 RESULTS = Path(__file__).parent / "results"
 OUTPUT = Path(__file__).parent.parent / "docs" / "summary.png"
 ATTENTION = "attention-nvidia-h100-80gb-hbm3-mosaic-gpu"
+LATER = "parts/attention-nvidia-h100-80gb-hbm3-wide-and-sinks"
+"""A run of some of the shapes, with kernels that came after the other one."""
 RING, RING_MOSAIC = "ring-2x-nvidia-h200", "ring-2x-nvidia-h200-mosaic-gpu"
 KINDS = {"forward_ms": "forward", "both_ms": "forward + backward"}
 LONGEST = 3.2
@@ -47,13 +49,15 @@ RINGS = {
 
 
 def one_gpu() -> tuple[dict[str, Any], Times]:
-    """The machine and the times of the plain shapes."""
-    document = json.loads((RESULTS / f"{ATTENTION}.json").read_text())
+    """The machine and the times of the plain shapes, each of the last run that has it."""
     times: Times = {shape: {} for shape in SHAPES}
-    for row in document["rows"]:
-        if row["shape"] in times:
-            found = {kind: row.get(kind) for kind in KINDS}
-            times[row["shape"]][row["name"]] = found
+    for name in (ATTENTION, LATER):
+        document = json.loads((RESULTS / f"{name}.json").read_text())
+        times |= {row["shape"]: {} for row in document["rows"] if row["shape"] in times}
+        for row in document["rows"]:
+            if row["shape"] in times:
+                found = {kind: row.get(kind) for kind in KINDS}
+                times[row["shape"]][row["name"]] = found
     return document["machine"], times
 
 
@@ -96,7 +100,14 @@ def draw(
             time, ours = rows.get(name, {}).get(kind), rows[base][kind]
             y = place + offset
             if time is None or ours is None:
-                axes.text(0.03, y, "cannot", va="center", fontsize=6, color=color)
+                axes.text(
+                    0.03,
+                    y,
+                    "cannot" if name in rows else "not run",
+                    va="center",
+                    fontsize=6,
+                    color=color,
+                )
                 continue
             over = time / ours
             axes.barh(y, min(over, LONGEST), height * 0.9, color=color)

@@ -1,9 +1,9 @@
 """Implementation "mosaic_gpu": Mosaic GPU kernels for Hopper.
 
-The fused backward kernels take heads of up to 128 in steps of 32: one of them short windows of the
-shard's own keys, without sink tokens, and heads of up to 64, the other one what
-`_tiles.fuses_backward` says, and with another launch sinks that its windows do not reach. Else the
-backward pass is Triton's, or where this JAX has no Triton that of "xla".
+There are three fused backward kernels: one for short windows of the shard's own keys, without sink
+tokens and for heads of 32 and 64; one for heads of up to 128 in steps of 32, and one for heads of
+192 and 256, where `_tiles.fuses_backward` says so, with one more launch for sinks that windows do
+not reach. Else the backward pass is Triton's, or where this JAX has no Triton that of "xla".
 """
 
 from types import ModuleType
@@ -16,6 +16,7 @@ from pallas_kernels import (
     _mosaic_backward,
     _mosaic_backward_short,
     _mosaic_backward_sinks,
+    _mosaic_backward_wide,
     _mosaic_dquery,
     _tiles,
     _xla,
@@ -122,7 +123,8 @@ def backward(
     else:
         far_sinks = _far_sinks(spec, run, sinks)
         delta = _xla.delta_of(out[:, :rows], dout[:, :rows], jnp.float32)
-        total, dkey, dvalue = _mosaic_backward.backward(
+        fused = _mosaic_backward if kernel == "any" else _mosaic_backward_wide
+        total, dkey, dvalue = fused.backward(
             spec,
             query,
             _of_eighths(run),
@@ -162,17 +164,19 @@ def _fused_kernel(
     sinks: SinkRun | None,
 ) -> str | None:
     """Which fused backward kernel can do this and is expected to be faster than two kernels."""
-    dims = query.shape[-1], runs[0].value.shape[-1]
-    if len(runs) > 1 or dims[0] % 32 or max(dims) > 128:
-        return None
-    window, (run, *_) = spec.window, runs
+    window, (run, *others) = spec.window, runs
+    dim, value_dim = query.shape[-1], run.value.shape[-1]
     far_sinks = _far_sinks(spec, run, sinks)
-    if far_sinks and not _mosaic_backward_sinks.takes(spec):
+    widest = max(dim, value_dim)
+    fits = dim % 32 == 0 if widest <= 128 else _mosaic_backward_wide.takes(dim)
+    if others or not fits or (far_sinks and not _mosaic_backward_sinks.takes(spec)):
         return None
     short = window is not None and window <= _mosaic_backward_short.LONGEST_WINDOW
-    if short and not run.offset and not far_sinks and max(dims) <= 64 and dims[1] % 32 == 0:
+    if short and not run.offset and not far_sinks and widest <= 64 and value_dim % 32 == 0:
         return "short"
-    return "any" if _tiles.fuses_backward(max(dims), window) else None
+    if not _tiles.fuses_backward(widest, window):
+        return None
+    return "any" if widest <= 128 else "wide"
 
 
 def _programs(spec: Spec) -> int:

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._band import sees_beyond_window
-from pallas_kernels._mosaic_blocks import MATRIX, ROW, ROWS, fori, load, swizzled
+from pallas_kernels._mosaic_blocks import MATRIX, ROW, ROWS, fori, fresh, load, swizzled
 from pallas_kernels._mosaic_dquery import Finish, Total
 from pallas_kernels._mosaic_gradients import (
     across,
@@ -32,6 +32,8 @@ from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, vary_as
 
 CHUNK = 512
 """Queries of a program at most: enough programs for a GPU, and few partial results."""
+MOST_COLUMNS = 256
+"""Of gradients of keys and values together, for the registers of a warpgroup; else one by one."""
 MOST_SINKS = ROWS
 """Sinks of a sequence at most: what a warpgroup has rows."""
 SHORTEST_WINDOW = ROWS - 1
@@ -191,7 +193,7 @@ def _by_chunks(
     packed = start.ndim > 0
     work = Finish(total, dquery, rows=length, dtype=dquery_dtype)
     tiles, chunks, size = work.tiles, starts.shape[1], chunk_length(spec.window) // ROWS
-    kept = -(-spec.num_sinks // 8) * 8
+    kept, widths = -(-spec.num_sinks // 8) * 8, {"dkey": dim, "dvalue": value_dim}
     operands: dict[str, Any] = {
         **work.operands,
         "query": query,
@@ -221,9 +223,9 @@ def _by_chunks(
             plgpu.copy_gmem_to_smem(source, smem[name], barriers["key"])
         plgpu.barrier_wait(barriers["key"])
 
-        def is_used(tile):
-            """Whether the last query of a tile may see a sink beyond its window."""
-            return (tile + 1) * ROWS - 1 - first_sink > spec.window
+        # The first tile whose last query may see a sink beyond its window.
+        reached = lax.div(jnp.maximum(first_sink + spec.window + 1, 0), jnp.int32(ROWS))
+        reached = jnp.clip(reached, begin, end)
 
         def fetch(tile):
             where = pl.ds(tile * ROWS, ROWS)
@@ -237,70 +239,85 @@ def _by_chunks(
                 source = refs["start"].at[row, where]
                 plgpu.copy_gmem_to_smem(source, smem["start"], barriers["query"])
 
-        def mask(tile, weights):
-            j = plgpu.broadcasted_iota(jnp.int32, (ROWS, ROWS), 0, layout=MATRIX) + first_sink
-            i = plgpu.broadcasted_iota(jnp.int32, (ROWS, ROWS), 1, layout=MATRIX) + tile * ROWS
-            starts = across(load(smem["start"], ROW)) if packed else first_sink
-            seen = sees_beyond_window(i, j, starts, spec.window, spec.num_sinks)
-            return jnp.where(seen, weights, 0.0)
-
-        def visit(tile, dkey, dvalue):
+        def visit(wanted, tile, sums):
             plgpu.barrier_wait(barriers["query"])
             shift = across(load(smem["shift"], ROW))
             delta = across(load(smem["delta"], ROW))
 
+            def mask(weights):
+                j = plgpu.broadcasted_iota(jnp.int32, (ROWS, ROWS), 0, layout=MATRIX)
+                i = plgpu.broadcasted_iota(jnp.int32, (ROWS, ROWS), 1, layout=MATRIX)
+                i, j = i * fresh(1) + tile * ROWS, j + first_sink
+                starts = across(load(smem["start"], ROW)) if packed else first_sink
+                seen = sees_beyond_window(i, j, starts, spec.window, spec.num_sinks)
+                return jnp.where(seen, weights, 0.0)
+
             def accumulate(refs):
-                dkey, dvalue, logits, dweights = refs
+                *sums, logits, dweights = refs
+                into = dict(zip(wanted, sums, strict=True))
                 plgpu.wgmma(logits, smem["key"], smem["query"].T)
                 plgpu.wgmma(dweights, smem["value"], smem["dout"].T)
-                weights, dlogits = weigh(
-                    spec, logits, dweights, shift, jnp.bool_(False), partial(mask, tile), dtype
-                )
-                plgpu.wgmma(dvalue, weights, smem["dout"])
-                plgpu.wgmma(dkey, dlogits, smem["query"])
-                smem["dlogits"][...] = dlogits
-                plgpu.commit_smem()
+                masked = jnp.bool_(False), mask, dtype
+                weights, dlogits = weigh(spec, logits, dweights, shift, *masked)
+                if "dvalue" in wanted:
+                    plgpu.wgmma(into["dvalue"], weights, smem["dout"])
+                if "dkey" in wanted:
+                    plgpu.wgmma(into["dkey"], dlogits, smem["query"])
+                    smem["dlogits"].at[fresh(0)][...] = dlogits
                 plgpu.wgmma_wait(0)
 
-            sums = dkey, dvalue, sums_of_logits(spec, shift), delta
-            return pl.run_state(accumulate)(tuple(map(plgpu.ACC.init, sums)))[:2]
+            sums = *sums, sums_of_logits(spec, shift), delta
+            return pl.run_state(accumulate)(tuple(map(plgpu.ACC.init, sums)))[:-2]
+
+        def finish(tile, through_sinks):
+            plgpu.commit_smem()
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            here = refs, dquery_smem, row, tile, head
+            for part in range(work.parts):
+                result = work.load(refs, row, tile, head, part)
+                work.put(*here, part, through_sinks(part, result) * spec.scale)
+            work.send(*here)
 
         def through_sinks(part, result):
             def multiply(result):
                 columns = pl.ds(part * work.columns, work.columns)
-                plgpu.wgmma(result, smem["dlogits"].T, smem["key"].at[:, columns])
+                plgpu.wgmma(result, smem["dlogits"].at[0].T, smem["key"].at[:, columns])
                 plgpu.wgmma_wait(0)
 
             return pl.run_state(multiply)(plgpu.ACC.init(result))
 
-        def step(tile, carry):
-            used = is_used(tile)
-            carry = lax.cond(used, lambda x: visit(tile, *x), lambda x: x, carry)
-            loaded = work.load(refs, row, tile, head)
+        def walk(wanted):
+            def step(tile, sums):
+                sums = visit(wanted, tile, sums)
+                # Both wait for all warps, which then have left this tile's shared memory.
+                if "dkey" in wanted:
+                    finish(tile, through_sinks)
+                else:
+                    plgpu.commit_smem()
 
-            def add(results):
-                return tuple(through_sinks(n, x) for n, x in enumerate(results))
+                @pl.when(tile + 1 < end)
+                def fetch_next():
+                    fetch(tile + 1)
 
-            results = lax.cond(used, add, lambda x: x, loaded)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            results = tuple(x * spec.scale for x in results)
-            work.write(refs, dquery_smem, row, tile, head, results)
+                return sums
 
-            # `write` has waited for all warps, which have left this tile's shared memory.
-            @pl.when((tile + 1 < end) & is_used(tile + 1))
-            def fetch_next():
-                fetch(tile + 1)
+            pl.when(reached < end)(lambda: fetch(reached))
+            if "dkey" in wanted:
+                fori(begin, reached, lambda tile, _: finish(tile, lambda _, x: x), None)
+            sums = fori(reached, end, step, tuple(zeros(widths[name]) for name in wanted))
+            for name, result in zip(wanted, sums, strict=True):
 
-            return carry
+                def there(column, width, ref=refs[name]):
+                    return ref.at[row, number, head, pl.ds(0, kept), pl.ds(column, width)]
 
-        pl.when(is_used(begin))(lambda: fetch(begin))
-        dkey, dvalue = fori(begin, end, step, (zeros(dim), zeros(value_dim)))
-        for name, result in (("dvalue", dvalue), ("dkey", dkey * spec.scale)):
+                factor = spec.scale if name == "dkey" else 1.0
+                write_parts(result * factor, smem["parts"], there, rows=kept)
 
-            def there(column, width, ref=refs[name]):
-                return ref.at[row, number, head, pl.ds(0, kept), pl.ds(column, width)]
-
-            write_parts(result, smem["parts"], there, rows=kept)
+        if dim + value_dim <= MOST_COLUMNS:
+            walk(("dkey", "dvalue"))
+        else:
+            walk(("dkey",))
+            walk(("dvalue",))
         plgpu.wait_smem_to_gmem(0)
 
     smem = {
@@ -310,7 +327,7 @@ def _by_chunks(
         "dout": swizzled((ROWS, value_dim), dtype),
         "shift": plgpu.SMEM((ROWS,), jnp.float32),
         "delta": plgpu.SMEM((ROWS,), jnp.float32),
-        "dlogits": swizzled((ROWS, ROWS), dtype, columns=work.columns),
+        "dlogits": swizzled((1, ROWS, ROWS), dtype, columns=work.columns),
         "parts": plgpu.SMEM((ROWS, part_width(jnp.float32, dim, value_dim)), jnp.float32),
     }
     barriers = {

@@ -17,7 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
-from pallas_kernels._mosaic_blocks import MATRIX, ROWS, load, swizzled
+from pallas_kernels import _mosaic_blocks
+from pallas_kernels._mosaic_blocks import MATRIX, ROWS, fresh, swizzled
 from pallas_kernels._mosaic_gradients import zeros
 from pallas_kernels._spec import vary_as
 
@@ -59,7 +60,7 @@ def store(ref: Any, x: Array) -> None:
     put(ref, x)
 
 
-def _load(ref: Any, columns: int) -> Array:
+def load(ref: Any, columns: int) -> Array:
     """The matrix that `store` has stored."""
     result = plgpu.ShapeDtypeStruct((ROWS, columns), jnp.float32, layout=MATRIX)
 
@@ -122,37 +123,35 @@ class Finish:
             self.operands["more"] = jnp.pad(more, ((0, 0), (0, pad), (0, 0), (0, 0)))
         stored = rows if rows % 8 == 0 else self.tiles * ROWS
         self.out_type = jax.ShapeDtypeStruct((self.batch, stored, self.heads, self.dim), dtype)
-        self.smem = [swizzled((ROWS, self.columns), dtype)] * self.parts
+        self.smem = swizzled((self.parts, ROWS, self.columns), dtype)
 
-    def load(self, refs: dict[str, Any], row, tile, head) -> tuple[Array, ...]:
-        """The parts of a tile of the total."""
+    def load(self, refs: dict[str, Any], row, tile, head, part: int) -> Array:
+        """A part of a tile of the total."""
         used = refs["seen"][row if self.rows_of_seen > 1 else 0, tile] > 0
-        found = refs["total"].at[row, head, tile]
-        return lax.cond(
-            used,
-            lambda: tuple(_load(found.at[part], self.columns) for part in range(self.parts)),
-            lambda: (zeros(self.columns),) * self.parts,
-        )
+        found = refs["total"].at[row, head, tile, part]
+        return lax.cond(used, lambda: load(found, self.columns), lambda: zeros(self.columns))
 
-    def write(self, refs: dict[str, Any], smem, row, tile, head, results: tuple[Array, ...]):
-        """Writes the scaled parts of a tile, with what there is more added to them."""
-        for part, result in enumerate(results):
+    def put(self, refs: dict[str, Any], smem, row, tile, head, part: int, result: Array):
+        """A scaled part, with what there is more added to it, into shared memory."""
+        if self.near:
+            nearest = jnp.minimum(tile, self.near - 1) * ROWS
             columns = pl.ds(part * self.columns, self.columns)
-            if self.near:
-                nearest = jnp.minimum(tile, self.near - 1) * ROWS
-                here = (row, pl.ds(nearest, ROWS), head, columns)
-                result = lax.cond(
-                    tile < self.near,
-                    lambda x, here=here: x + load(refs["more"].at[here], MATRIX),
-                    lambda x: x,
-                    result,
-                )
-            smem[part][...] = result.astype(self.dtype)
+            here = refs["more"].at[row, pl.ds(nearest, ROWS), head, columns]
+            result = lax.cond(
+                tile < self.near,
+                lambda x: x + _mosaic_blocks.load(here, MATRIX),
+                lambda x: x,
+                result,
+            )
+        smem.at[fresh(part)][...] = result.astype(self.dtype)
+
+    def send(self, refs: dict[str, Any], smem, row, tile, head):
+        """Writes all parts of a tile."""
         plgpu.commit_smem()
         for part in range(self.parts):
             columns = pl.ds(part * self.columns, self.columns)
             there = refs["out"].at[row, pl.ds(tile * ROWS, ROWS), head, columns]
-            plgpu.copy_smem_to_gmem(smem[part], there)
+            plgpu.copy_smem_to_gmem(smem.at[part], there)
 
 
 def finish(total: Total, more: Array | None, *, scale: float, rows: int, dtype: jnp.dtype) -> Array:
@@ -168,8 +167,11 @@ def finish(total: Total, more: Array | None, *, scale: float, rows: int, dtype: 
             index = lax.div(index, jnp.int32(work.heads))
             tile = lax.rem(index, jnp.int32(work.tiles))
             row = lax.div(index, jnp.int32(work.tiles))
-            results = work.load(inputs, row, tile, head)
-            work.write(inputs, smem, row, tile, head, tuple(x * scale for x in results))
+            here = inputs, smem, row, tile, head
+            parts = [work.load(inputs, row, tile, head, part) for part in range(work.parts)]
+            for part, result in enumerate(parts):
+                work.put(*here, part, result * scale)
+            work.send(*here)
             plgpu.wait_smem_to_gmem(0)
 
         pl.run_scoped(body, work.smem)

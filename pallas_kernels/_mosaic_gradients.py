@@ -47,13 +47,22 @@ def weigh(
     ``mask`` is left out where all is ``clear``.
     """
     products = plgpu.wgmma_accumulator_load(logits, wait_n=1)
+    weights, factors = weights_of(spec, products, shift, clear, mask)
+    dlogits = factors * dweights[...]
+    return weights.astype(dtype), dlogits.astype(dtype)
+
+
+def weights_of(
+    spec: Spec, products: Array, shift: Array, clear: Array, mask: Callable[[Array], Array]
+) -> tuple[Array, Array]:
+    """Weights, and the factors of gradients of logits, of products of keys and queries.
+
+    ``mask`` is left out where all is ``clear``.
+    """
     scaled, factor, dcap = cap_logits(spec, products)
     weights = jnp.exp2(scaled * factor if _first(spec) else scaled * factor + shift)
     weights = lax.cond(clear, lambda x: x, mask, weights)
-    dlogits = weights * dweights[...]
-    if dcap is not None:
-        dlogits *= dcap
-    return weights.astype(dtype), dlogits.astype(dtype)
+    return weights, weights if dcap is None else weights * dcap
 
 
 def part_width(dtype, *dims: int) -> int:

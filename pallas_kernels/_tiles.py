@@ -221,9 +221,11 @@ def sink_tile(num_sinks: int) -> int:
 
 
 def fuses_backward(dim: int, window: int | None) -> bool:
-    """Whether the fused Mosaic backward kernel is taken for the faster one, beside Triton's two.
+    """Whether the fused Mosaic backward kernels are taken for faster ones, beside Triton's two.
 
-    Windows between those where it lost and those where it won on an H100, without packing: for
-    heads of 128 it lost at 127 and won at 255, of 96 at 255 and 1023, of 64 at 1023 and 4095.
+    By windows where they won on an H100, without packing, and those where they lost: for heads of
+    64 won at 1023 and lost at 511, of 96 won at 255, of 128 won at 255 and lost at 127, of 192 won
+    at 127, of 256 at 255.
     """
-    return window is None or window >= (2048 if dim <= 64 else 512 if dim <= 96 else 192)
+    shortest = 1023 if dim <= 64 else 192 if dim <= 128 else 127
+    return window is None or window >= shortest

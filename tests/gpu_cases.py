@@ -69,11 +69,13 @@ def of_eighths(case: Case) -> Case:
 
 def for_fused(case: Case) -> Case:
     """The case as a fused Mosaic backward kernel takes it: its head dims, and its sink tokens."""
-    dims = min(128, -(-case.dims[0] // 32) * 32), min(128, case.dims[1])
+    dim, value_dim = case.dims
+    if dim <= 128:
+        dim, value_dim = -(-dim // 32) * 32, min(128, value_dim)
     sinks = case.sinks
     if case.window is not None:
         sinks = min(sinks, MOST_SINKS) if case.window >= SHORTEST_WINDOW else 0
-    return dataclasses.replace(case, sinks=sinks, dims=dims)
+    return dataclasses.replace(case, sinks=sinks, dims=(dim, value_dim))
 
 
 SHORT = Case(1336, 1, 127, batch=2, heads=(8, 2), dims=(64, 64), dtype="bfloat16")
@@ -93,6 +95,13 @@ LONG = {
     "sinks_small": dataclasses.replace(
         LAYER, window=63, sinks=9, documents=ROWS, dims=(64, 48), learned=True, dtype="float16"
     ),
+    "sinks_wide": dataclasses.replace(LAYER, window=200, sinks=5, dims=(256, 256), softcap=20.0),
+    "wide": dataclasses.replace(LAYER, window=300, dims=(256, 256)),
+    "wide_rows": dataclasses.replace(
+        LAYER, window=700, documents=ROWS, dims=(256, 256), softcap=20.0, learned=True
+    ),
+    "wide_full_causal": dataclasses.replace(LAYER, documents=ROWS, dims=(192, 256)),
+    "wide_negative_scale": dataclasses.replace(LAYER, window=65, scale=-0.05, dims=(192, 128)),
     "short": SHORT,
     "short_rows": dataclasses.replace(SHORT, documents=ROWS, window=128, learned=True),
     "short_capped": dataclasses.replace(SHORT, window=65, heads=(3, 3), softcap=5.0, dims=(32, 64)),
@@ -105,6 +114,17 @@ CHUNKS = {
     "sinks": dataclasses.replace(LAYER, chunk=672, devices=2, window=300, sinks=16),
     "sinks_rows": dataclasses.replace(
         LAYER, chunk=672, devices=3, window=100, sinks=40, documents=((650, 700, -66, 600), (2016,))
+    ),
+    "wide": dataclasses.replace(LAYER, chunk=328, devices=2, window=300, dims=(256, 256)),
+    "wide_hops": dataclasses.replace(LAYER, chunk=136, devices=3, window=200, dims=(192, 128)),
+    "sinks_wide": dataclasses.replace(
+        LAYER,
+        chunk=328,
+        devices=2,
+        window=100,
+        sinks=16,
+        documents=((300, 356), (656,)),
+        dims=(192, 128),
     ),
     "sinks_hops": dataclasses.replace(LAYER, chunk=264, devices=4, window=270, sinks=5),
 }

@@ -47,7 +47,7 @@ def seen_sinks(window, num_sinks, starts):
             yield row, query, slot
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(5))
 def test_a_chunk_has_the_sinks_that_its_queries_see_beyond_their_windows(seed):
     window, num_sinks, starts = shard(seed)
     length, chunk = starts.shape[1], chunk_length(window)
@@ -67,7 +67,7 @@ def test_a_chunk_has_the_sinks_that_its_queries_see_beyond_their_windows(seed):
             assert np.allclose(found[n][row, query // chunk, :, slot], expected)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(5))
 def test_gradients_of_chunks_go_to_the_sinks_that_they_belong_to(seed):
     window, num_sinks, starts = shard(seed)
     length, chunk = starts.shape[1], chunk_length(window)

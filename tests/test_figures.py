@@ -7,7 +7,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-ONE_GPU, ONE_GPU_MOSAIC, RING, RING_MOSAIC = re.findall(r"(?:^\|.*\n)+", PAGE, flags=re.MULTILINE)
+ONE_GPU, ONE_GPU_MOSAIC, WIDE_AND_SINKS, FIVE_ROWS, RING, RING_MOSAIC = re.findall(
+    r"(?:^\|.*\n)+", PAGE, flags=re.MULTILINE
+)
 
 ATTENTION = "attention-nvidia-h100-80gb-hbm3"
 PEERS = ("triton", "cudnn", "fa3", "fa3-deterministic", "tokamax", "torch-flex")
@@ -65,6 +67,12 @@ def test_one_gpu():
 
 def test_one_gpu_with_mosaic():
     one_gpu(ONE_GPU_MOSAIC, f"{ATTENTION}-mosaic-gpu.json", PEERS_MOSAIC)
+
+
+def test_parts_of_one_gpu():
+    ours = PEERS_MOSAIC[1:3]
+    one_gpu(WIDE_AND_SINKS, f"parts/{ATTENTION}-wide-and-sinks.json", ("triton", *ours, "cudnn"))
+    one_gpu(FIVE_ROWS, f"parts/{ATTENTION}-five-rows.json", (*ours, "cudnn", "fa3"))
 
 
 def test_two_gpus():

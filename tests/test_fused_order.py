@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels._band import key_tiles_of_queries, query_plan
-from pallas_kernels._mosaic_backward import KEYS, QUERIES, following, following_down, task
+from pallas_kernels._mosaic_backward import KEYS
+from pallas_kernels._mosaic_key_walk import QUERIES, following, following_down, task
 
 
 def shard(rng: random.Random):

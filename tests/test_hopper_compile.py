@@ -34,16 +34,17 @@ class Variant:
     sinks: int = 0
     segments: bool = False
     implementation: str | None = "triton"
-    backward: bool = True
 
     def kernels(self):
         """The names of those that compute it."""
-        if not self.backward:
-            return {FORWARD}
         if self.implementation != "triton" and self.is_short():
             return {FORWARD, SHORT, QUERY, KEYS} if self.devices > 1 else {FORWARD, SHORT}
         if self.implementation != "triton":
-            return {FORWARD, FUSED, FINISH}
+            # The launch for the sinks of a chunk finishes what the fused kernel has begun.
+            finish = (
+                {FINISH} if not self.sinks else {SINKS, FINISH} if self.devices > 1 else {SINKS}
+            )
+            return {FORWARD, FUSED} | finish
         return {FORWARD, QUERY, KEYS, SINKS} if self.sinks else {FORWARD, QUERY, KEYS}
 
     def is_short(self):
@@ -52,7 +53,7 @@ class Variant:
         return window is not None and window <= 128 and max(self.model.dims) <= 64
 
     def compile(self):
-        """hopper.Program of the output, and of all gradients if wanted."""
+        """hopper.Program of the output and all gradients."""
         mesh, model = hopper.mesh(self.devices), self.model
 
         def shape(*dims, dtype=self.dtype, axes=(None, "seq")):
@@ -75,8 +76,6 @@ class Variant:
                     implementation=self.implementation,
                 )  # fmt: skip
 
-            if not self.backward:
-                return attend(q, k, v, sink)
             out, pull = jax.vjp(attend, q, k, v, sink)
             return out, pull(dout)
 
@@ -98,16 +97,14 @@ VARIANTS = {
     "float32": Variant(SMALL, dtype="float32"),
 }
 # A ring launches what one device does, and a halo's launch.
-FUSES = ("mistral_7b_ring", "phi3_mini", "mistral_7b_hops", "float16", "gpt_oss_ring")
-FORWARD_ONLY = ("gemma2_9b_hops", "sinks_segments_ring")
-FORWARD_ONLY += tuple(f"{name}_ring" for name in ("gemma3_4b", "mimo_v2_flash"))
-# Heads of 256 that go on from partial results take the most shared memory.
-HOPS = {"gemma2_9b_hops": Variant(MODELS["gemma2_9b"], devices=4, chunk=2048)}
-MOSAIC = {name: VARIANTS[name] for name in FUSES}
-MOSAIC["segments"] = Variant(SMALL, segments=True)
-MOSAIC["gpt_oss_segments"] = Variant(MODELS["gpt_oss"], segments=True)
-MOSAIC |= {
-    name: dataclasses.replace((VARIANTS | HOPS)[name], backward=False) for name in FORWARD_ONLY
+BOTH = ("mistral_7b_ring", "phi3_mini", "mistral_7b_hops", "float16", "gpt_oss_ring")
+BOTH += ("mimo_v2_flash_ring", "sinks_segments_ring")
+MOSAIC = {name: VARIANTS[name] for name in BOTH} | {
+    "segments": Variant(SMALL, segments=True),
+    "gpt_oss_segments": Variant(MODELS["gpt_oss"], segments=True),
+    # Heads of 256 that go on from partial results take the most shared memory.
+    "gemma2_9b_hops": Variant(MODELS["gemma2_9b"], devices=4, chunk=2048),
+    "gemma3_4b_sinks_segments": Variant(MODELS["gemma3_4b"], sinks=4, segments=True),
 }
 VARIANTS |= {
     f"{name}_mosaic": dataclasses.replace(variant, implementation="mosaic_gpu")
@@ -126,6 +123,7 @@ TWO = "two gradients of 64 x 128; smaller tiles were at least 4% slower on an H1
 MASK = "starts and positions for the mask of packed sequences, beside two gradients"
 IEEE = "no tensor core computes IEEE float32; of 12 tiles tried on an H100 none was faster"
 
+KEPT = "places in memory that stay the same: spilled before the loop, and memory is what limits it"
 GRADIENTS = "two gradients of 64 x 128 beside logits, for 232 registers"
 WIDE = "two tiles of weights and an accumulator of 64 x 256, or of 64 x 128 beside heads of 192"
 THIRD = "three warpgroups of 160 registers; 64 keys a tile spill less but were 8% slower on an H100"
@@ -148,13 +146,18 @@ SPILLS = {
     ("sinks_segments_ring", KEYS): (296, MASK),
     ("float16", KEYS): (24, TWO),
     ("gemma2_9b_hops_mosaic", FORWARD): (64, WIDE),
-    ("gemma3_4b_ring_mosaic", FORWARD): (48, WIDE),
+    ("gemma2_9b_hops_mosaic", FUSED): (660, GRADIENTS),
+    ("gemma3_4b_sinks_segments_mosaic", FORWARD): (352, WIDE),
+    ("gemma3_4b_sinks_segments_mosaic", FUSED): (160, GRADIENTS),
+    ("gemma3_4b_sinks_segments_mosaic", SINKS): (700, KEPT),
     ("mimo_v2_flash_ring_mosaic", FORWARD): (48, WIDE),
     ("gpt_oss_ring_mosaic", FORWARD): (560, THIRD),
     ("gpt_oss_ring_mosaic", SHORT): (96, QUARTER),
     ("gpt_oss_segments_mosaic", FORWARD): (448, THIRD),
     ("gpt_oss_segments_mosaic", SHORT): (112, QUARTER),
     ("sinks_segments_ring_mosaic", FORWARD): (352, MASK),
+    ("sinks_segments_ring_mosaic", FUSED): (344, MASK),
+    ("sinks_segments_ring_mosaic", SINKS): (360, KEPT),
     ("default", FUSED): (72, GRADIENTS),
     ("float16_mosaic", FUSED): (72, GRADIENTS),
     ("mistral_7b_ring_mosaic", FUSED): (144, GRADIENTS),
@@ -186,16 +189,16 @@ def test_compiles_for_hopper_without_spills(name, record_property):
     if variant.devices > 1:
         assert "collective-permute-start" in program.hlo
         assert "all-gather" not in program.hlo or variant.segments
-        once = kernels - {FORWARD} if SHORT in kernels else set()
+        once = {SINKS, FINISH} if FUSED in kernels and variant.sinks else set()
+        once = kernels - {FORWARD} if SHORT in kernels else once
         for kernel in kernels - once:
             assert program.launches.count(kernel) >= 2, "one for the halo, one for the chunk"
     if variant.devices > 1 and variant.model.window < variant.chunk and not variant.sinks:
         steps = program.steps()
         starts, ends = ([n for n, x in enumerate(steps) if x == y] for y in ("start", "done"))
-        assert len(starts) == len(ends) == 1 + variant.backward, "the halo, and its gradients"
+        assert len(starts) == len(ends) == 2, "the halo, and its gradients"
         backward = next((kernel for kernel in (FUSED, SHORT) if kernel in kernels), QUERY)
-        travels_under = (FORWARD, backward)[: len(starts)]
-        for kernel, start, end in zip(travels_under, starts, ends, strict=True):
+        for kernel, start, end in zip((FORWARD, backward), starts, ends, strict=True):
             assert kernel in steps[start:end], "travels under the local kernel"
     for base in kernels:
         spilled = [kernel for kernel in program.kernels if base_name(kernel) == base]

@@ -1,0 +1,215 @@
+"""Backward kernel in Mosaic GPU, for Hopper and heads of 192 and 256: all gradients in one walk.
+
+A program walks as `pallas_kernels._mosaic_key_walk` says. The gradients of its keys and those of
+its values fill the registers of a warpgroup each. So one warpgroup computes weights and the
+gradients of values, the other one takes the weights over, in float32, and computes the gradients of
+logits and keys. Both compute gradients of queries, by parts of their columns.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import _mosaic_dquery
+from pallas_kernels._mosaic_blocks import ROW, ROWS, load, swizzled
+from pallas_kernels._mosaic_gradients import (
+    across,
+    sums_of_logits,
+    weights_of,
+    write_parts,
+    zeros,
+)
+from pallas_kernels._mosaic_key_walk import QUERIES, KeyWalk, slot_of
+from pallas_kernels._spec import KeyRun, Spec, Starts
+
+COLUMNS = 64
+"""Columns of a part of the gradients of queries."""
+WIDTH = 128
+"""Columns of a part of the gradients of keys and values at most: a product needs registers."""
+SLOTS = 2
+"""Tiles of queries in shared memory; there is one of their gradients."""
+
+
+def backward(
+    spec: Spec,
+    query: Array,
+    run: KeyRun,
+    start: Starts,
+    dout: Array,
+    lse: Array,
+    delta: Array,
+    *,
+    rows: int,
+    dkey_dtype: jnp.dtype,
+    ordered: bool,
+) -> tuple[_mosaic_dquery.Total, Array, Array]:
+    """As ``pallas_kernels._mosaic_backward.backward``."""
+    dim, value_dim, dtype = query.shape[3], run.value.shape[3], query.dtype
+    arrays = spec, query, run, start, dout, lse, delta
+    walk = KeyWalk(*arrays, rows=rows, key_tile=ROWS, columns=COLUMNS, ordered=ordered)
+    packed, parts = walk.packed, dim // COLUMNS
+
+    def compute(refs, smem, barriers, me):
+        # At first all shared memory is free.
+        plgpu.barrier_arrive(barriers["dlogits_free"])
+        plgpu.barrier_arrive(barriers["dout_free"].at[0])
+        for slot in range(SLOTS):
+            plgpu.barrier_arrive(barriers["query_free"].at[slot])
+
+        def sum_dquery(mine):
+            """Computes the warpgroup's parts of the gradients of queries."""
+
+            def multiply(part, dquery):
+                columns = pl.ds(part * COLUMNS, COLUMNS)
+                plgpu.wgmma(dquery, smem["dlogits"].T, smem["key"].at[:, columns])
+                result = plgpu.wgmma_accumulator_load(dquery)
+                if part + 2 >= parts:
+                    plgpu.barrier_arrive(barriers["dlogits_free"])
+                plgpu.barrier_wait(barriers["dquery_free"].at[mine])
+                _mosaic_dquery.store(smem["dquery"].at[mine, 0], result)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(barriers["dquery"].at[mine])
+
+            for part in range(mine, parts, 2):
+                accumulator = plgpu.ACC((QUERIES, COLUMNS), jnp.float32)
+                pl.run_scoped(partial(multiply, part), accumulator)
+
+        def write(name, results, scale):
+            row, kv_head, tile = walk.place()
+            for n, result in enumerate(results):
+
+                def there(column, width, first=n * WIDTH):
+                    columns = pl.ds(first + column, width)
+                    return refs[name].at[row, pl.ds(tile * ROWS, ROWS), kv_head, columns]
+
+                write_parts(result * scale, smem["out"].at[me], there)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(me == 0)
+        def through_values():
+            first_key = walk.place()[2] * ROWS + run.offset
+
+            def step(head, block, clear, number, dvalues):
+                del head
+                slot = slot_of(number, SLOTS)
+                plgpu.barrier_wait(barriers["query"].at[slot])
+                shift = across(load(smem["shift"].at[slot], ROW))
+                starts = smem["start"].at[slot] if packed else None
+
+                def accumulate(refs):
+                    *dvalues, logits = refs
+                    plgpu.wgmma(logits, smem["key"], smem["query"].at[slot].T)
+                    masked = partial(walk.mask, starts, first_key, block)
+                    products = plgpu.wgmma_accumulator_load(logits)
+                    weights, factors = weights_of(spec, products, shift, clear, masked)
+                    plgpu.barrier_arrive(barriers["query_free"].at[slot])
+                    plgpu.barrier_wait(barriers["factors_free"])
+                    _mosaic_dquery.store(smem["factors"], factors)
+                    plgpu.barrier_arrive(barriers["factors"])
+                    plgpu.barrier_wait(barriers["dout"].at[0])
+                    multiply_add(dvalues, weights.astype(dtype), smem["dout"].at[0])
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(barriers["dout_free"].at[0])
+
+                sums = *dvalues, sums_of_logits(spec, shift)
+                *dvalues, _ = pl.run_state(accumulate)(tuple(map(plgpu.ACC.init, sums)))
+                plgpu.barrier_wait(barriers["dlogits"])
+                sum_dquery(0)
+                return tuple(dvalues)
+
+            plgpu.barrier_wait(barriers["key"])
+            write("dvalue", walk.fold(refs, step, zeros_of(value_dim)), 1.0)
+
+        @pl.when(me == 1)
+        def through_keys():
+            plgpu.barrier_arrive(barriers["factors_free"])
+
+            def step(head, block, clear, number, dkeys):
+                del head, block, clear
+                slot = slot_of(number, SLOTS)
+                plgpu.barrier_wait(barriers["dout"].at[0])
+                delta = across(load(smem["delta"].at[0], ROW))
+
+                def accumulate(refs):
+                    *dkeys, dweights = refs
+                    plgpu.wgmma(dweights, smem["value"], smem["dout"].at[0].T)
+                    products = plgpu.wgmma_accumulator_load(dweights)
+                    plgpu.barrier_arrive(barriers["dout_free"].at[0])
+                    plgpu.barrier_wait(barriers["factors"])
+                    factors = _mosaic_dquery.load(smem["factors"], QUERIES)
+                    dlogits = (factors * products).astype(dtype)
+                    plgpu.barrier_arrive(barriers["factors_free"])
+                    plgpu.barrier_wait(barriers["dlogits_free"])
+                    smem["dlogits"][...] = dlogits
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(barriers["dlogits"])
+                    plgpu.barrier_wait(barriers["query"].at[slot])
+                    multiply_add(dkeys, dlogits, smem["query"].at[slot])
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(barriers["query_free"].at[slot])
+
+                sums = *dkeys, delta
+                *dkeys, _ = pl.run_state(accumulate)(tuple(map(plgpu.ACC.init, sums)))
+                sum_dquery(1)
+                return tuple(dkeys)
+
+            plgpu.barrier_wait(barriers["key"])
+            write("dkey", walk.fold(refs, step, zeros_of(dim)), spec.scale)
+
+    smem = {
+        "key": swizzled((ROWS, dim), dtype, columns=COLUMNS),
+        "value": swizzled((ROWS, value_dim), dtype),
+        "query": swizzled((SLOTS, QUERIES, dim), dtype, columns=COLUMNS),
+        "dout": swizzled((1, QUERIES, value_dim), dtype),
+        "shift": plgpu.SMEM((SLOTS, QUERIES), jnp.float32),
+        "delta": plgpu.SMEM((1, QUERIES), jnp.float32),
+        "factors": plgpu.SMEM(_mosaic_dquery.tile_shape(QUERIES), jnp.float32),
+        "dlogits": swizzled((ROWS, QUERIES), dtype, columns=COLUMNS),
+        "dquery": plgpu.SMEM((2, 1, *walk.dquery_tile[1:]), jnp.float32),
+        "out": swizzled((2, ROWS, 32 // jnp.dtype(dkey_dtype).itemsize), dkey_dtype),
+    }
+    fetched = {"query": ["query", "shift"], "dout": ["dout", "delta"]}
+    if packed:
+        smem["start"] = plgpu.SMEM((SLOTS, QUERIES), jnp.int32)
+        fetched["query"].append("start")
+    barriers = {
+        "key": plgpu.Barrier(num_arrivals=2),
+        "query": plgpu.Barrier(num_arrivals=len(fetched["query"]), num_barriers=SLOTS),
+        "query_free": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
+        "dout": plgpu.Barrier(num_arrivals=len(fetched["dout"]), num_barriers=1),
+        "dout_free": plgpu.Barrier(num_arrivals=2, num_barriers=1),
+        "factors": plgpu.Barrier(),
+        "factors_free": plgpu.Barrier(),
+        "dlogits": plgpu.Barrier(),
+        "dlogits_free": plgpu.Barrier(num_arrivals=2),
+        "dquery": plgpu.Barrier(num_barriers=2),
+        "dquery_free": plgpu.Barrier(num_barriers=2),
+    }
+    return walk.launch(
+        compute,
+        partial(walk.fetch, slots={"query": SLOTS, "dout": 1}, names=fetched),
+        partial(walk.add, units=lambda _: [(n % 2, pl.ds(n, 1)) for n in range(parts)]),
+        smem,
+        barriers,
+        dkey_dtype,
+    )
+
+
+def takes(dim: int) -> bool:
+    """Whether the kernel can compute with heads of this size: each warpgroup needs a part."""
+    return dim % COLUMNS == 0 and dim >= 2 * COLUMNS
+
+
+def zeros_of(dim: int) -> tuple[Array, ...]:
+    """Parts of a gradient of so many columns."""
+    return tuple(zeros(min(WIDTH, dim - first)) for first in range(0, dim, WIDTH))
+
+
+def multiply_add(parts: list[Any], left: Array, right: Any) -> None:
+    """Adds a product to an accumulator in parts."""
+    for n, part in enumerate(parts):
+        plgpu.wgmma(part, left, right.at[:, pl.ds(n * WIDTH, part.shape[1])])

@@ -1,0 +1,337 @@
+"""Runs kernels written in Mosaic GPU on a CPU, one operation after the other.
+
+JAX has an interpreter for them, but not for what ours do: accumulators that live through loops,
+instructions of their own, reductions in global memory. Here a warpgroup is a thread of Python, and
+memory is NumPy's. Programs run in their order, so that one that waits for a later one raises.
+Copies and products take effect at once: a missing wait for them does not show, but a barrier that
+nobody completes, one that is waited for too late, and memory that is read before it is written (it
+holds NaN) do.
+"""
+
+import contextlib
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+AT_ONCE = (
+    "wgmma_wait",
+    "commit_smem",
+    "commit_smem_to_gmem_group",
+    "wait_smem_to_gmem",
+    "set_max_registers",
+)
+"""What need do nothing here."""
+PATIENCE = 30.0
+"""Seconds after which nobody will complete a barrier."""
+
+
+class Memory:
+    """A view of an array, as a kernel sees it."""
+
+    def __init__(self, array):
+        self.array = array
+
+    @property
+    def at(self):
+        return self
+
+    @property
+    def shape(self):
+        return self.array.shape
+
+    @property
+    def dtype(self):
+        return self.array.dtype
+
+    def __getitem__(self, index):
+        raise NotImplementedError
+
+
+class View(Memory):
+    """What ``ref.at`` is: its items are views."""
+
+    def __getitem__(self, index):
+        index = index if isinstance(index, tuple) else (index,)
+        return Ref(self.array[*_numpy_index(index), ...])
+
+
+class Ref(Memory):
+    """Its items are values."""
+
+    @property
+    def at(self):
+        return View(self.array)
+
+    @property
+    def T(self):
+        return Ref(self.array.T)
+
+    def __getitem__(self, index):
+        return jnp.asarray(np.array(self.array[_numpy_index(index)]))
+
+    def __setitem__(self, index, value):
+        self.array[_numpy_index(index)] = np.asarray(value)
+
+
+class Barrier:
+    """Some barriers, or one of them."""
+
+    def __init__(self, arrivals, number):
+        self.needed, self.changed = arrivals, threading.Condition()
+        self.arrived, self.phases = [0] * number, [0] * number
+        self.waited = [{} for _ in range(number)]
+
+    @property
+    def at(self):
+        return self
+
+    def __getitem__(self, index):
+        return OneBarrier(self, int(index))
+
+
+class OneBarrier:
+    """The one of some barriers that has this number."""
+
+    def __init__(self, barriers, number):
+        self.all, self.number = barriers, number
+
+    def arrive(self):
+        every, n = self.all, self.number
+        with every.changed:
+            every.arrived[n] += 1
+            if every.arrived[n] == every.needed:
+                every.arrived[n] = 0
+                every.phases[n] += 1
+                every.changed.notify_all()
+
+    def wait(self):
+        every, n, me = self.all, self.number, threading.get_ident()
+        with every.changed:
+            before = every.waited[n].get(me, 0)
+            begun = time.monotonic()
+            while not every.changed.wait_for(lambda: every.phases[n] > before, 0.1):
+                if here.failed.is_set() or time.monotonic() - begun > PATIENCE:
+                    raise RuntimeError("nobody completes this barrier")
+            # Threads tell phases apart by one bit.
+            assert every.phases[n] < before + 2, "waits for a phase after the next one"
+            every.waited[n][me] = before + 1
+
+
+class Accumulator:
+    """What stands for ``plgpu.ACC``."""
+
+    def __call__(self, shape, dtype):
+        return Ref(np.zeros(shape, np.float32))
+
+    @staticmethod
+    def init(x):
+        return x
+
+
+class Program(threading.local):
+    """What a thread is of: its axes, and what its warpgroups share."""
+
+    axes: dict
+    shared: dict
+    lock: threading.Lock
+    scopes: int
+    failed: threading.Event
+
+
+here = Program()
+
+
+def kernel(body, *, out_type, grid, grid_names, num_threads=1, thread_name="thread", **_):
+    """As ``plgpu.kernel``: outputs begin as NaN."""
+
+    def call(*operands):
+        given = [x for x in operands if isinstance(x, jax.Ref)]
+        inputs = [Ref(np.array(x[...] if isinstance(x, jax.Ref) else x)) for x in operands]
+        outputs = [Ref(_garbage(x.shape, x.dtype)) for x in out_type]
+        with ThreadPoolExecutor(num_threads) as pool:
+            for index in np.ndindex(*grid):
+                shared, lock, failed = {}, threading.Lock(), threading.Event()
+
+                def run(warpgroup, index=index, shared=shared, lock=lock, failed=failed):
+                    here.axes = dict(
+                        zip((*grid_names, thread_name), (*index, warpgroup), strict=True)
+                    )
+                    here.shared, here.lock, here.scopes, here.failed = shared, lock, 0, failed
+                    try:
+                        body(*inputs, *outputs)
+                    except BaseException:
+                        failed.set()
+                        raise
+
+                futures = [pool.submit(run, n) for n in range(num_threads)]
+                errors = [e for future in futures if (e := future.exception()) is not None]
+                if errors:  # those of threads that wait for one that has failed come last
+                    raise min(errors, key=lambda e: isinstance(e, RuntimeError))
+        changed = [y for x, y in zip(operands, inputs, strict=True) if isinstance(x, jax.Ref)]
+        for ref, result in zip(given, changed, strict=True):
+            ref[...] = jnp.asarray(result.array)
+        return [jnp.asarray(x.array) for x in outputs]
+
+    return call
+
+
+def run_scoped(body, *types, collective_axes=()):
+    """As ``pl.run_scoped``; with axes, warpgroups share what it allocates."""
+    if not collective_axes:
+        return body(*_allocate(types))
+    number, here.scopes = here.scopes, here.scopes + 1
+    with here.lock:
+        if number not in here.shared:
+            here.shared[number] = _allocate(types)
+    return body(*here.shared[number])
+
+
+def run_state(body):
+    """As ``pl.run_state``."""
+
+    def call(values):
+        refs = jax.tree.map(lambda x: Ref(np.array(x)), values)
+        body(refs)
+        return jax.tree.map(lambda x: jnp.asarray(x.array), refs)
+
+    return call
+
+
+def when(condition):
+    """As ``pl.when``."""
+    return lambda body: body() if condition else None
+
+
+def cond(condition, yes, no, *operands):
+    """As ``lax.cond``."""
+    return (yes if condition else no)(*operands)
+
+
+def fori_loop(begin, end, body, carry):
+    """As ``lax.fori_loop``."""
+    for n in range(int(begin), int(end)):
+        carry = body(jnp.int32(n), carry)
+    return carry
+
+
+def wgmma(accumulator, left, right):
+    """As ``plgpu.wgmma``."""
+    left, right = (_single(x) for x in (left, right))
+    accumulator.array += left @ right
+
+
+def copy_gmem_to_smem(source, there, barrier):
+    """As ``plgpu.copy_gmem_to_smem``: zeros come from outside an array."""
+    there.array[...] = 0
+    there.array[tuple(slice(n) for n in source.shape)] = source.array
+    _one(barrier).arrive()
+
+
+def copy_smem_to_gmem(source, there, *, commit_group=True, reduction_op=None):
+    """As ``plgpu.copy_smem_to_gmem``: what is outside an array is left out."""
+    del commit_group
+    values = source.array[tuple(slice(n) for n in there.shape)]
+    if reduction_op is None:
+        there.array[...] = values
+    else:
+        assert reduction_op == "add"
+        there.array += values
+
+
+def inline_mgpu(*, arg_types, return_type=None):
+    """As ``plgpu.inline_mgpu``, for the functions of `pallas_kernels`, by their names."""
+    del arg_types
+
+    def tell_and_wait(told, tells, turn, value):
+        if tells:
+            told.array += 1
+        assert turn.array >= value, "waits for a program that has not begun"
+
+    def put(ref, x):
+        ref.array[...] = np.asarray(x).reshape(ref.shape)
+
+    meanings = {
+        "hide": lambda x: x,
+        "vote": lambda x: jnp.int32((x != 1).any()),
+        "side_by_side": tell_and_wait,
+        "put": put,
+        "take": lambda ref: jnp.asarray(np.array(ref.array)).reshape(return_type.shape),
+    }
+    return lambda function: meanings[function.__name__]
+
+
+@contextlib.contextmanager
+def simulated():
+    """Inside, kernels of Mosaic GPU run here."""
+    stand_ins = {
+        plgpu: dict(
+            kernel=kernel,
+            wgmma=wgmma,
+            inline_mgpu=inline_mgpu,
+            ACC=Accumulator(),
+            copy_gmem_to_smem=copy_gmem_to_smem,
+            copy_smem_to_gmem=copy_smem_to_gmem,
+            barrier_arrive=lambda barrier: _one(barrier).arrive(),
+            barrier_wait=lambda barrier: _one(barrier).wait(),
+            wgmma_accumulator_load=lambda ref, **_: ref[...],
+            load=lambda ref, **_: ref[...],
+            broadcasted_iota=lambda *args, **_: lax.broadcasted_iota(*args),
+            layout_cast=lambda x, _: x,
+            **dict.fromkeys(AT_ONCE, lambda *_, **__: None),
+        ),
+        pl: dict(run_scoped=run_scoped, run_state=run_state, when=when),
+        lax: dict(
+            cond=cond,
+            fori_loop=fori_loop,
+            axis_index=lambda name: jnp.int32(here.axes[name]),
+        ),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for module, names in stand_ins.items():
+            for name, value in names.items():
+                patch.setattr(module, name, value, raising=False)
+        yield
+
+
+def _one(barrier):
+    return barrier if isinstance(barrier, OneBarrier) else barrier[0]
+
+
+def _allocate(types):
+    def allocate(kind):
+        if isinstance(kind, Ref):  # an accumulator
+            return Ref(np.array(kind.array))
+        if isinstance(kind, plgpu.Barrier):
+            return Barrier(kind.num_arrivals, int(np.prod(kind.num_barriers)))
+        return Ref(_garbage(kind.shape, kind.dtype))
+
+    return jax.tree.map(allocate, types, is_leaf=lambda x: not isinstance(x, dict | list | tuple))
+
+
+def _garbage(shape, dtype):
+    floating = jnp.issubdtype(dtype, jnp.floating)
+    return np.full(shape, np.nan if floating else -(2**30), jnp.dtype(dtype))
+
+
+def _single(x):
+    array = x.array if isinstance(x, Ref) else np.asarray(x)
+    assert array.dtype in (ml_dtypes.bfloat16, np.float16)
+    return array.astype(np.float32)
+
+
+def _numpy_index(index):
+    def one(x):
+        if isinstance(x, pl.Slice):
+            return slice(int(x.start), int(x.start) + x.size)
+        return x if x is Ellipsis or isinstance(x, slice) else int(x)
+
+    return tuple(map(one, index)) if isinstance(index, tuple) else one(index)
