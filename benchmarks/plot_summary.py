@@ -49,7 +49,7 @@ RINGS = {
 
 
 def one_gpu() -> tuple[dict[str, Any], Times]:
-    """The machine and the times of the plain shapes, each of the last run that has it."""
+    """The machine and the times of the plain shapes; of some of them those of the later run."""
     times: Times = {shape: {} for shape in SHAPES}
     for name in (ATTENTION, LATER):
         document = json.loads((RESULTS / f"{name}.json").read_text())

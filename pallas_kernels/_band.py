@@ -42,6 +42,12 @@ def sees(i, j, start, window: int | None, num_sinks: int, *, packed: bool):
     return seen | is_sink(i, j, start, num_sinks) if num_sinks else seen
 
 
+def sees_behind_halo(i, j, start, window: int | None, num_sinks: int, *, packed: bool):
+    """As `sees`, but a key before the shard is a sink only where it comes as a fetched one."""
+    seen = in_window(i, j, start if packed else None, window)
+    return seen | (is_sink(i, j, start, num_sinks) & (j >= 0)) if num_sinks else seen
+
+
 def sees_fetched_sink(i, j, start, window: int | None, num_sinks: int):
     """Query i attends key j fetched as a sink: never a key that the shard or the window holds."""
     return sees_beyond_window(i, j, start, window, num_sinks) & (j < 0)

@@ -2,8 +2,9 @@
 
 There are three fused backward kernels: one for short windows of the shard's own keys, without sink
 tokens and for heads of 32 and 64; one for heads of up to 128 in steps of 32, and one for heads of
-192 and 256, where `_tiles.fuses_backward` says so, with one more launch for sinks that windows do
-not reach. Else the backward pass is Triton's, or where this JAX has no Triton that of "xla".
+192 and 256, where `_tiles.fuses_backward` says so. Sinks that windows do not reach are added by the
+launch that finishes the gradients of queries. Else the backward pass is Triton's, or where this JAX
+has no Triton that of "xla".
 """
 
 from types import ModuleType
@@ -168,7 +169,7 @@ def _fused_kernel(
     dim, value_dim = query.shape[-1], run.value.shape[-1]
     far_sinks = _far_sinks(spec, run, sinks)
     widest = max(dim, value_dim)
-    fits = dim % 32 == 0 if widest <= 128 else _mosaic_backward_wide.takes(dim)
+    fits = dim % 32 == 0 if widest <= 128 else _mosaic_backward_wide.takes(dim, value_dim)
     if others or not fits or (far_sinks and not _mosaic_backward_sinks.takes(spec)):
         return None
     short = window is not None and window <= _mosaic_backward_short.LONGEST_WINDOW

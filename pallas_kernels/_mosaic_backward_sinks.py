@@ -84,8 +84,9 @@ def backward(
     starts = jnp.broadcast_to(starts, (batch, -(-length // chunk)))
     found = sinks_of_chunks(spec.num_sinks, starts, run, sinks)
     dquery, *parts = _by_chunks(
-        spec, query, found, starts, start, dout, lse, delta, total, dquery, dquery_dtype
-    )
+        spec, query, found, starts, start, dout, lse, delta, total, dquery, dquery_dtype,
+        fetched=sinks is not None,
+    )  # fmt: skip
 
     def of_kv_heads(x):
         """[B, chunks, sinks, K, H]: heads of a group share their sinks."""
@@ -184,14 +185,14 @@ def of_fetched(parts: Array, starts: Array) -> Array:
 
 
 def _by_chunks(
-    spec, query, found, starts, start, dout, lse, delta, total, dquery, dquery_dtype
+    spec, query, found, starts, start, dout, lse, delta, total, dquery, dquery_dtype, *, fetched
 ) -> tuple[Array, Array, Array]:
     """Finished gradients of queries, and [B, chunks, N, rows, H] of sinks, in float32."""
     batch, length, heads, dim = query.shape
     group = heads // found[0].shape[2]
     value_dim, dtype = found[1].shape[4], query.dtype
     packed = start.ndim > 0
-    work = Finish(total, dquery, rows=length, dtype=dquery_dtype)
+    work = Finish(total, dquery, scale=spec.scale, rows=length, dtype=dquery_dtype)
     tiles, chunks, size = work.tiles, starts.shape[1], chunk_length(spec.window) // ROWS
     kept, widths = -(-spec.num_sinks // 8) * 8, {"dkey": dim, "dvalue": value_dim}
     operands: dict[str, Any] = {
@@ -250,6 +251,8 @@ def _by_chunks(
                 i, j = i * fresh(1) + tile * ROWS, j + first_sink
                 starts = across(load(smem["start"], ROW)) if packed else first_sink
                 seen = sees_beyond_window(i, j, starts, spec.window, spec.num_sinks)
+                if not fetched:
+                    seen &= j >= 0
                 return jnp.where(seen, weights, 0.0)
 
             def accumulate(refs):
@@ -257,8 +260,8 @@ def _by_chunks(
                 into = dict(zip(wanted, sums, strict=True))
                 plgpu.wgmma(logits, smem["key"], smem["query"].T)
                 plgpu.wgmma(dweights, smem["value"], smem["dout"].T)
-                masked = jnp.bool_(False), mask, dtype
-                weights, dlogits = weigh(spec, logits, dweights, shift, *masked)
+                clear = jnp.bool_(False)
+                weights, dlogits = weigh(spec, logits, dweights, shift, clear, mask, dtype)
                 if "dvalue" in wanted:
                     plgpu.wgmma(into["dvalue"], weights, smem["dout"])
                 if "dkey" in wanted:
@@ -275,7 +278,7 @@ def _by_chunks(
             here = refs, dquery_smem, row, tile, head
             for part in range(work.parts):
                 result = work.load(refs, row, tile, head, part)
-                work.put(*here, part, through_sinks(part, result) * spec.scale)
+                work.put(*here, part, through_sinks(part, result))
             work.send(*here)
 
         def through_sinks(part, result):
@@ -289,7 +292,8 @@ def _by_chunks(
         def walk(wanted):
             def step(tile, sums):
                 sums = visit(wanted, tile, sums)
-                # Both wait for all warps, which then have left this tile's shared memory.
+                # Both commit and so wait for all warps, which have then left this tile's shared
+                # memory: the next one may be fetched.
                 if "dkey" in wanted:
                     finish(tile, through_sinks)
                 else:

@@ -31,7 +31,7 @@ COLUMNS = 64
 WIDTH = 128
 """Columns of a part of the gradients of keys and values at most: a product needs registers."""
 SLOTS = 2
-"""Tiles of queries in shared memory; there is one of their gradients."""
+"""Tiles of queries in shared memory; there is one of the gradients of outputs."""
 
 
 def backward(
@@ -199,9 +199,9 @@ def backward(
     )
 
 
-def takes(dim: int) -> bool:
-    """Whether the kernel can compute with heads of this size: each warpgroup needs a part."""
-    return dim % COLUMNS == 0 and dim >= 2 * COLUMNS
+def takes(dim: int, value_dim: int) -> bool:
+    """Whether the kernel is for heads of this size."""
+    return dim > WIDTH and dim % COLUMNS == 0 and value_dim % COLUMNS == 0
 
 
 def zeros_of(dim: int) -> tuple[Array, ...]:

@@ -102,12 +102,16 @@ class Finish:
 
     Args:
         total: what has been added up.
+        scale: factor of the total.
         more: [B, at most rows, N, H] in float32, or None.
         rows: how many queries there are.
         dtype: of the result.
     """
 
-    def __init__(self, total: Total, more: Array | None, *, rows: int, dtype: jnp.dtype):
+    def __init__(
+        self, total: Total, more: Array | None, *, scale: float, rows: int, dtype: jnp.dtype
+    ):
+        self.scale = scale
         self.batch, self.heads, self.tiles, self.parts = total.parts.shape[:4]
         self.columns, self.dtype = total.part_columns, dtype
         self.dim = self.parts * self.columns
@@ -132,7 +136,8 @@ class Finish:
         return lax.cond(used, lambda: load(found, self.columns), lambda: zeros(self.columns))
 
     def put(self, refs: dict[str, Any], smem, row, tile, head, part: int, result: Array):
-        """A scaled part, with what there is more added to it, into shared memory."""
+        """A part, scaled and with what there is more added to it, into shared memory."""
+        result = result * self.scale
         if self.near:
             nearest = jnp.minimum(tile, self.near - 1) * ROWS
             columns = pl.ds(part * self.columns, self.columns)
@@ -146,7 +151,7 @@ class Finish:
         smem.at[fresh(part)][...] = result.astype(self.dtype)
 
     def send(self, refs: dict[str, Any], smem, row, tile, head):
-        """Writes all parts of a tile."""
+        """Writes all parts of a tile, after all warps have put them."""
         plgpu.commit_smem()
         for part in range(self.parts):
             columns = pl.ds(part * self.columns, self.columns)
@@ -156,7 +161,7 @@ class Finish:
 
 def finish(total: Total, more: Array | None, *, scale: float, rows: int, dtype: jnp.dtype) -> Array:
     """The gradients of queries as an array, [B, rows, N, H]; arguments as those of `Finish`."""
-    work = Finish(total, more, rows=rows, dtype=dtype)
+    work = Finish(total, more, scale=scale, rows=rows, dtype=dtype)
 
     def ring_swa_backward_finish(*refs):
         inputs = dict(zip((*work.operands, "out"), refs, strict=True))
@@ -170,7 +175,7 @@ def finish(total: Total, more: Array | None, *, scale: float, rows: int, dtype: 
             here = inputs, smem, row, tile, head
             parts = [work.load(inputs, row, tile, head, part) for part in range(work.parts)]
             for part, result in enumerate(parts):
-                work.put(*here, part, result * scale)
+                work.put(*here, part, result)
             work.send(*here)
             plgpu.wait_smem_to_gmem(0)
 

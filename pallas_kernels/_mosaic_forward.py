@@ -19,7 +19,12 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels._band import sees, sees_fetched_sink, sees_sink_before
+from pallas_kernels._band import (
+    sees,
+    sees_behind_halo,
+    sees_fetched_sink,
+    sees_sink_before,
+)
 from pallas_kernels._logits import LOG2_E, LOWEST, cap_logits
 from pallas_kernels._mosaic_blocks import (
     COLUMN,
@@ -94,7 +99,8 @@ def forward(
             def masked(n, logits):
                 first_key, stop = tile.place(n)
                 i, j, start = positions(tiles.key, first_key)
-                seen = sees(i, j, start, spec.window, walk.num_sinks, packed=walk.packed)
+                rule = sees_behind_halo if walk.has_halo else sees
+                seen = rule(i, j, start, spec.window, walk.num_sinks, packed=walk.packed)
                 if walk.has_halo:
                     seen &= j < stop
                 return jnp.where(seen, logits, -jnp.inf)

@@ -1,8 +1,9 @@
 """Walks of the fused Mosaic GPU backward kernels over tiles of queries, and all but their matrices.
 
 A program has one tile of keys and takes the tiles of queries that see them, of all heads of the
-group. Two warpgroups compute. One more fetches queries and their gradients through TMA; another one
-adds the gradients of queries to what other tiles of keys have added, in float32 in global memory.
+group. Two warpgroups compute. One more fetches queries and the gradients of outputs through TMA;
+another one adds the gradients of queries to what other tiles of keys have added, in float32 in
+global memory.
 
 These additions come in a fixed order, as a rule from the last keys to the first, so that results
 repeat their bits. Each tile of keys begins with its own queries and goes on to later ones, so that
@@ -34,7 +35,7 @@ from pallas_kernels._mosaic_blocks import MATRIX, ROW, ROWS, fori, fresh, load, 
 from pallas_kernels._mosaic_gradients import across, of_queries
 from pallas_kernels._spec import KeyRun, Spec, Starts, vary_as
 
-QUERIES = 64
+QUERIES = ROWS
 """Queries of a tile."""
 SIDE = 16
 """Heads side by side without a window: so few that several programs share one's queries."""
@@ -74,8 +75,8 @@ class KeyWalk:
     ):
         self.spec, self.run, self.key_tile, self.ordered = spec, run, key_tile, ordered
         self.batch, length, self.heads, self.dim = query.shape
-        _, self.keys, self.num_kv, self.value_dim = run.value.shape
-        self.query, self.dtype = query, query.dtype
+        _, self.keys, self.num_kv, _ = run.value.shape
+        self.query = query
         self.group = self.heads // self.num_kv
         self.packed = start.ndim > 0
         self.blocks = -(-rows // QUERIES)
@@ -192,7 +193,7 @@ class KeyWalk:
             tell_and_wait(counter.at[row, *there], tells, counter.at[row, head, block], before)
 
             def free(place, behind):
-                """Tells who computes that all but the last parts have left shared memory."""
+                """Tells that all parts but those of so many copies behind are out of there."""
                 plgpu.wait_smem_to_gmem(behind, wait_read_only=True)
                 plgpu.barrier_arrive(barriers["dquery_free"].at[place])
 

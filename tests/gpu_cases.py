@@ -70,7 +70,9 @@ def of_eighths(case: Case) -> Case:
 def for_fused(case: Case) -> Case:
     """The case as a fused Mosaic backward kernel takes it: its head dims, and its sink tokens."""
     dim, value_dim = case.dims
-    if dim <= 128:
+    if dim > 128:
+        value_dim = -(-value_dim // 64) * 64
+    else:
         dim, value_dim = -(-dim // 32) * 32, min(128, value_dim)
     sinks = case.sinks
     if case.window is not None:
@@ -114,6 +116,9 @@ CHUNKS = {
     "sinks": dataclasses.replace(LAYER, chunk=672, devices=2, window=300, sinks=16),
     "sinks_rows": dataclasses.replace(
         LAYER, chunk=672, devices=3, window=100, sinks=40, documents=((650, 700, -66, 600), (2016,))
+    ),
+    "sinks_in_halo": dataclasses.replace(
+        LAYER, chunk=336, devices=2, window=128, sinks=3, documents=((250, 422), (672,))
     ),
     "wide": dataclasses.replace(LAYER, chunk=328, devices=2, window=300, dims=(256, 256)),
     "wide_hops": dataclasses.replace(LAYER, chunk=136, devices=3, window=200, dims=(192, 128)),

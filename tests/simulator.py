@@ -114,7 +114,7 @@ class OneBarrier:
                 every.changed.notify_all()
 
     def wait(self):
-        every, n, me = self.all, self.number, threading.get_ident()
+        every, n, me = self.all, self.number, here.warpgroup
         with every.changed:
             before = every.waited[n].get(me, 0)
             begun = time.monotonic()
@@ -145,15 +145,19 @@ class Program(threading.local):
     lock: threading.Lock
     scopes: int
     failed: threading.Event
+    warpgroup: int
 
 
 here = Program()
+launches: list[str] = []
+"""Names of the kernels that `simulated` has run."""
 
 
 def kernel(body, *, out_type, grid, grid_names, num_threads=1, thread_name="thread", **_):
     """As ``plgpu.kernel``: outputs begin as NaN."""
 
     def call(*operands):
+        launches.append(body.__name__)
         given = [x for x in operands if isinstance(x, jax.Ref)]
         inputs = [Ref(np.array(x[...] if isinstance(x, jax.Ref) else x)) for x in operands]
         outputs = [Ref(_garbage(x.shape, x.dtype)) for x in out_type]
@@ -166,6 +170,7 @@ def kernel(body, *, out_type, grid, grid_names, num_threads=1, thread_name="thre
                         zip((*grid_names, thread_name), (*index, warpgroup), strict=True)
                     )
                     here.shared, here.lock, here.scopes, here.failed = shared, lock, 0, failed
+                    here.warpgroup = warpgroup
                     try:
                         body(*inputs, *outputs)
                     except BaseException:
@@ -295,6 +300,7 @@ def simulated():
             axis_index=lambda name: jnp.int32(here.axes[name]),
         ),
     }
+    launches.clear()
     with pytest.MonkeyPatch.context() as patch:
         for module, names in stand_ins.items():
             for name, value in names.items():

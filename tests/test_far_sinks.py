@@ -1,7 +1,4 @@
-"""What goes into the backward kernel for sinks beyond windows, and where its results belong.
-
-Only a GPU runs the kernel.
-"""
+"""What goes into the backward kernel for sinks beyond windows, and where its results belong."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Who waits for whom in the fused backward kernel, which only a GPU runs.
+"""Who waits for whom in the fused backward kernels.
 
 A tile of keys waits until as many have added to a tile of queries as `key_tiles_of_queries` says,
 and they must be those of programs that have started before.
@@ -37,12 +37,13 @@ def shard(rng: random.Random):
     return start, window, min(length, halo or length), -halo, halo or length
 
 
+@pytest.mark.parametrize("key_tile", [KEYS, QUERIES])
 @pytest.mark.parametrize("seed", range(6))
-def test_adders_of_a_query_tile_are_consecutive(seed):
+def test_adders_of_a_query_tile_are_consecutive(seed, key_tile):
     start, window, rows, offset, length = shard(random.Random(seed))
     plan = query_plan(
         start, window, 0, rows=rows, query_tile=QUERIES,
-        offset=offset, length=length, key_tile=KEYS, reach=0,
+        offset=offset, length=length, key_tile=key_tile, reach=0,
     )  # fmt: skip
     blocks = -(-rows // QUERIES)
     first, last = key_tiles_of_queries(plan, blocks)

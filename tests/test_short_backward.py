@@ -1,4 +1,4 @@
-"""Which tiles the backward kernel for short windows has at hand, which only a GPU runs."""
+"""Which tiles the backward kernel for short windows has at hand."""
 
 import itertools
 

@@ -1,87 +1,65 @@
-"""The Mosaic GPU kernels, on a CPU, beside "xla": every one of them by itself.
+"""The Mosaic GPU kernels on a CPU, one operation after the other, beside the oracle.
 
-`tests.test_gpu` compares them with the oracle on a GPU, and many more cases.
+`tests.test_gpu` runs many more cases, on a GPU.
 """
 
-import dataclasses
-
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from pallas_kernels import _device, _mosaic, _tiles, _xla
-from pallas_kernels._spec import KeyRun, SinkRun, Spec
-from tests.simulator import simulated
+from pallas_kernels import _attention, _device, _mosaic, _tiles
+from tests import repeated_ring
+from tests.cases import Case
+from tests.oracle import Result
+from tests.routes import ROUTES, compare, with_gradients
+from tests.simulator import launches, simulated
 
+FORWARD, FINISH = "ring_swa_forward", "ring_swa_backward_finish"
+FUSED, SHORT = "ring_swa_backward_fused", "ring_swa_backward_short"
+SINKS = "ring_swa_backward_sinks"
+ANY, SOME = {FORWARD, FUSED, FINISH}, {FORWARD, FUSED, SINKS}
+ROWS = ((20, 110, -10, 60), (200,))
+HALF = dict(dtype="bfloat16", scale=0.1)
 
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """A shard's own keys, or its halo's if its ``offset`` is not 0."""
-
-    window: int | None
-    dims: tuple[int, int] = (64, 64)
-    heads: tuple[int, int] = (2, 1)
-    length: int = 200
-    offset: int = 0
-    sinks: int = 0
-    starts: tuple[int, ...] | None = None
-    softcap: float | None = None
-    scale: float = 0.1
-    dtype: str = "bfloat16"
-    ordered: bool = True
-    float32: bool = False
-
-    def spec(self):
-        return Spec(self.window, self.sinks, self.scale, self.softcap, None)
-
-    def start(self):
-        """-100 is before the shard; the sequences of the second row are longer."""
-        if self.starts is None:
-            return jnp.int32(min(self.offset, -100 if self.sinks else 0))
-        rows = np.full((2, self.length), min(self.offset, -100), np.int32)
-        for begin in self.starts:
-            rows[0, begin:] = begin
-        rows[1, self.starts[-1] :] = self.starts[-1]
-        return jnp.asarray(rows)
-
-    def arrays(self, seed=0):
-        """query, runs, sinks, dout."""
-        (heads, kv_heads), (dim, value_dim) = self.heads, self.dims
-        batch, rng = 1 if self.starts is None else 2, np.random.default_rng(seed)
-        keys = -self.offset or self.length
-
-        def random(length, *dims):
-            return jnp.asarray(rng.standard_normal((batch, length, *dims)), self.dtype)
-
-        query, dout = random(self.length, heads, dim), random(self.length, heads, value_dim)
-        run = KeyRun(random(keys, kv_heads, dim), random(keys, kv_heads, value_dim), self.offset)
-        sinks = None
-        if self.sinks and not self.offset:
-            fetched = random(self.sinks, kv_heads, dim), random(self.sinks, kv_heads, value_dim)
-            sinks = SinkRun(*(x.astype(jnp.float32) for x in fetched))
-        return query, (run,), sinks, dout
-
-
-# The kernel that `_mosaic._fused_kernel` must take, and what it computes.
-SHARDS = {
-    "no_window": ("any", Shard(None, dims=(96, 48), heads=(4, 2), length=136)),
-    "window": ("any", Shard(150, dims=(128, 128), ordered=False)),
+# The kernels that are launched, and the last chunk of a ring that they compute.
+CASES = {
+    "no_window": (ANY, Case(136, 1, None, heads=(4, 2), dims=(96, 48), **HALF)),
+    "window": (ANY, Case(200, 1, 150, dims=(128, 128), learned=True, **HALF)),
     "window_rows": (
-        "any",
-        Shard(70, dims=(96, 64), starts=(20, 130, 170), softcap=3.0, dtype="float16"),
+        ANY,
+        Case(200, 1, 70, 0, ROWS, batch=2, dims=(96, 64), softcap=3.0, dtype="float16"),
     ),
-    "halo": ("any", Shard(90, offset=-90, dims=(32, 64), float32=True)),
-    "halo_rows": ("any", Shard(140, offset=-136, starts=(64, 70), scale=-0.1)),
-    "sinks": ("any", Shard(80, sinks=5, heads=(3, 1))),
-    "sinks_rows": ("any", Shard(63, sinks=64, starts=(3, 192), softcap=3.0)),
-    "wide": ("wide", Shard(100, dims=(256, 256), softcap=3.0)),
-    "wide_values": ("wide", Shard(None, dims=(128, 160), length=136)),
-    "wide_rows": ("wide", Shard(90, dims=(192, 128), starts=(20, 130), ordered=False)),
-    "wide_halo": ("wide", Shard(90, dims=(192, 128), offset=-90, starts=(30, 70), float32=True)),
-    "wide_sinks": ("wide", Shard(64, dims=(256, 192), sinks=3, starts=(20, 70))),
-    "short": ("short", Shard(128, heads=(4, 2), length=264)),
-    "short_rows": ("short", Shard(40, dims=(64, 32), starts=(20, 64, 170), softcap=3.0)),
+    "halo": (ANY, Case(144, 2, 70, dims=(128, 32), dtype="bfloat16", scale=-0.1)),
+    "hops_rows": (
+        ANY,
+        Case(72, 3, 140, 0, ((30, 100, 86), (216,)), batch=2, dims=(32, 96), **HALF),
+    ),
+    "sinks": (SOME, Case(200, 1, 80, 5, heads=(3, 1), dims=(64, 64), **HALF)),
+    "sinks_in_halo": (
+        SOME | {FINISH},
+        Case(136, 2, 64, 3, ((70, 202),), packed=True, dims=(64, 128), **HALF),
+    ),
+    "sinks_rows": (
+        SOME | {FINISH},
+        Case(136, 2, 63, 64, ((3, 180, 89), (272,)), batch=2, dims=(64, 96), **HALF),
+    ),
+    "wide": (ANY, Case(200, 1, 100, dims=(256, 256), softcap=3.0, **HALF)),
+    "wide_values": (ANY, Case(136, 1, None, dims=(192, 64), **HALF)),
+    "wide_halo": (
+        ANY,
+        Case(136, 2, 90, 0, ((30, 170, 72), (272,)), batch=2, dims=(192, 128), **HALF),
+    ),
+    "wide_hops": (ANY, Case(72, 3, 100, dims=(192, 128), heads=(1, 1), **HALF)),
+    "wide_sinks": (
+        SOME | {FINISH},
+        Case(136, 2, 64, 3, ((70, 202), (272,)), batch=2, dims=(256, 192), **HALF),
+    ),
+    "short": (
+        {FORWARD, SHORT},
+        Case(264, 1, 128, heads=(4, 2), dims=(64, 64), learned=True, **HALF),
+    ),
+    "short_rows": (
+        {FORWARD, SHORT, FUSED, FINISH},
+        Case(136, 2, 40, 0, ((80, 84, 108), (272,)), batch=2, dims=(64, 32), softcap=3.0, **HALF),
+    ),
 }
 
 
@@ -90,62 +68,39 @@ def on_hopper(monkeypatch):
     """The fused kernels compute all that they can, for a GPU of four multiprocessors."""
     monkeypatch.setattr(_tiles, "fuses_backward", lambda *_: True)
     monkeypatch.setattr(_device, "multiprocessors", lambda: 4)
+    monkeypatch.setattr(_device, "check_mosaic_gpu", lambda: None)
+    # It would trace what the simulator computes with numbers.
+    monkeypatch.setattr(_attention, "folds_vmap", lambda launch: launch)
 
 
-def near(got, expected, what):
-    """Equal but for the rounding of weights and of gradients of logits to half precision."""
-    got, expected = (np.asarray(x, np.float64) for x in (got, expected))
-    assert got.shape == expected.shape and np.isfinite(got).all(), what
-    error = np.linalg.norm(got - expected) / max(np.linalg.norm(expected), 1e-30)
-    assert error < 0.008, f"{what}: {error:.3g}"
-
-
-def single(tree):
-    """The same numbers in float32."""
-    return jax.tree.map(
-        lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
-    )
-
-
-@pytest.mark.parametrize("dims", [(80, 80), (96, 192), (64, 256), (160, 160)])
-def test_head_sizes_that_are_left_to_other_kernels(dims):
-    shard = Shard(None, dims=dims)
-    query, runs, sinks, _ = shard.arrays()
-    assert _mosaic._fused_kernel(shard.spec(), query, runs, sinks) is None
-
-
-@pytest.mark.parametrize("name", SHARDS)
-def test_kernels_compute_what_xla_computes(name):
-    kernel, shard = SHARDS[name]
-    spec, start = shard.spec(), shard.start()
-    query, runs, sinks, dout = shard.arrays()
-    rows = shard.length if not shard.offset else min(shard.length, -shard.offset)
-    assert _mosaic._fused_kernel(spec, query, runs, sinks) == kernel
-    offsets = [run.offset for run in runs]
-    wide_runs = tuple(KeyRun(*single(run[:2]), n) for run, n in zip(runs, offsets, strict=True))
-
-    options = dict(rows=(0, shard.length), resume=False)
-    forward = (spec, single(query), wide_runs, sinks, None, start, None)
-    expected = _xla.forward(*forward, **options, out_dtype=jnp.float32)
-    if not shard.offset:
-        with simulated():
-            forward = (spec, query, runs, sinks, None, start, None)
-            got = _mosaic.forward(*forward, **options, out_dtype=query.dtype)
-        near(got.out, expected.out, "out")
-        near(got.lse, expected.lse, "lse")
-
-    more = jnp.ones((*query.shape[:1], 72, *query.shape[2:]), jnp.float32)
-    out, dtype = expected.out.astype(query.dtype), jnp.float32 if shard.float32 else query.dtype
-    dtypes = dict(rows=rows, dquery_dtype=dtype, dkey_dtype=dtype)
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [(name, "mosaic_gpu") for name in CASES]
+    + [(name, "mosaic_gpu_nondeterministic") for name in ("window_rows", "wide")],
+)
+def test_kernels_compute_what_the_oracle_does(name, implementation):
+    kernels, case = CASES[name]
+    inputs, dout = repeated_ring.arrays(case)
+    function = with_gradients(repeated_ring.last_chunk(case, implementation))
     with simulated():
-        got = _mosaic.backward(
-            spec, query, runs, sinks, start, out, dout, expected.lse, more,
-            ordered=shard.ordered, **dtypes,
-        )  # fmt: skip
-    wide = single((out, dout, expected.lse, more))
-    dtypes |= dict(dquery_dtype=jnp.float32, dkey_dtype=jnp.float32)
-    right = _xla.backward(spec, single(query), wide_runs, sinks, start, *wide, **dtypes)
-    names = ("dquery", "dkey", "dvalue", *(("dsinks",) * 2 if sinks else ()), "delta")
-    leaves = jax.tree.leaves(got), jax.tree.leaves(right)
-    for what, a, b in zip(names, *leaves, strict=True):
-        near(a, b[..., : a.shape[-1]], what)
+        result = Result(*function(*inputs, None, dout))
+        assert set(launches) == kernels
+    compare(result, repeated_ring.expected(case), case.dtype, case)
+
+
+def test_sinks_where_nothing_is_fetched():
+    _, case = CASES["sinks"]
+    inputs, dout = case.arrays()
+    function, _ = ROUTES["one_device"](case, "mosaic_gpu")
+    with simulated():
+        result = Result(*with_gradients(function)(*inputs, None, dout))
+        assert set(launches) == SOME
+    compare(result, case.expected, case.dtype, case)
+
+
+@pytest.mark.parametrize("dims", [(80, 80), (96, 192), (128, 192), (160, 160), (256, 80)])
+def test_head_sizes_that_are_left_to_other_kernels(dims):
+    (q, *_), _ = repeated_ring.arrays(case := Case(8, 1, None, dims=dims, **HALF))
+    (_, key, value, _), _ = repeated_ring.arrays(case)
+    spec = _mosaic.Spec(None, 0, 0.1, None, None)
+    assert _mosaic._fused_kernel(spec, q, (_mosaic.KeyRun(key, value, 0),), None) is None
