@@ -7,6 +7,7 @@ launch that finishes the gradients of queries. Else the backward pass is Triton'
 has no Triton that of "xla".
 """
 
+from functools import partial
 from types import ModuleType
 
 import jax.numpy as jnp
@@ -124,8 +125,8 @@ def backward(
     else:
         far_sinks = _far_sinks(spec, run, sinks)
         delta = _xla.delta_of(out[:, :rows], dout[:, :rows], jnp.float32)
-        fused = _mosaic_backward if kernel == "any" else _mosaic_backward_wide
-        total, dkey, dvalue = fused.backward(
+        launch = partial(
+            (_mosaic_backward if kernel == "any" else _mosaic_backward_wide).backward,
             spec,
             query,
             _of_eighths(run),
@@ -134,16 +135,32 @@ def backward(
             lse,
             delta,
             rows=rows,
-            dkey_dtype=jnp.float32 if far_sinks else dkey_dtype,
             ordered=ordered,
         )
         if far_sinks:
+            total, dkey, dvalue = launch(dkey_dtype=jnp.float32)
             dquery, dkey, dvalue, dsinks = _mosaic_backward_sinks.backward(
                 spec, query, run, sinks, start, dout, lse, delta, total, dquery, dkey, dvalue,
                 dquery_dtype=dquery_dtype,
             )  # fmt: skip
             dkey, dvalue = dkey.astype(dkey_dtype), dvalue.astype(dkey_dtype)
+        elif (
+            kernel == "any"
+            and ordered
+            and not run.offset
+            and dquery_dtype == query.dtype
+            and _tiles.rounds_within_backward(spec.window, packed=start.ndim > 0)
+        ):
+            rounding = _mosaic_dquery.Rounding(
+                dquery,
+                scale=spec.scale,
+                shape=query.shape,
+                columns=query.shape[3] // 2,
+                dtype=dquery_dtype,
+            )
+            dquery, dkey, dvalue = launch(dkey_dtype=dkey_dtype, rounding=rounding)
         else:
+            total, dkey, dvalue = launch(dkey_dtype=dkey_dtype)
             dquery = _mosaic_dquery.finish(
                 total, dquery, scale=spec.scale, rows=rows, dtype=dquery_dtype
             )

@@ -9,12 +9,13 @@ queries.
 from functools import partial
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _mosaic_dquery
-from pallas_kernels._mosaic_blocks import ROW, ROWS, fresh, load, swizzled
+from pallas_kernels._mosaic_adding import add_tiles
+from pallas_kernels._mosaic_blocks import ROW, ROWS, fresh, load, release_smem, swizzled
 from pallas_kernels._mosaic_gradients import (
     across,
     part_width,
@@ -23,7 +24,8 @@ from pallas_kernels._mosaic_gradients import (
     write_parts,
     zeros,
 )
-from pallas_kernels._mosaic_key_walk import QUERIES, KeyWalk, slot_of
+from pallas_kernels._mosaic_key_path import QUERIES
+from pallas_kernels._mosaic_key_walk import KeyWalk, fold, slot_of
 from pallas_kernels._spec import KeyRun, Spec, Starts
 
 KEYS = 2 * ROWS
@@ -44,32 +46,63 @@ def backward(
     rows: int,
     dkey_dtype: jnp.dtype,
     ordered: bool,
-) -> tuple[_mosaic_dquery.Total, Array, Array]:
+    rounding: _mosaic_dquery.Rounding | None = None,
+) -> tuple[_mosaic_dquery.Total | Array, Array, Array]:
     """Gradients through the first ``rows`` queries and the keys of a run that windows reach.
 
     Unless ``ordered``, the gradients of queries are added up in any order.
 
     Returns:
-        dquery, to be finished; dkey; dvalue.
+        dquery, to be finished unless there is a ``rounding``; dkey; dvalue.
     """
     dim, value_dim, dtype = query.shape[3], run.value.shape[3], query.dtype
     half = dim // 2
     arrays = spec, query, run, start, dout, lse, delta
-    walk = KeyWalk(*arrays, rows=rows, key_tile=KEYS, columns=half, ordered=ordered)
+    walk = KeyWalk(
+        *arrays, rows=rows, key_tile=KEYS, columns=half, ordered=ordered, rounding=rounding
+    )
     packed = walk.packed
+
+    def dquery_refs(smem):
+        """Where a program leaves its sums for queries, and where results, in the same memory."""
+        return (smem["dquery"], None) if rounding is None else smem["dquery"]
 
     def compute(refs, smem, barriers, me):
         # At first all shared memory is free.
         plgpu.barrier_arrive(barriers["dlogits_free"])
         for slot in range(SLOTS):
             plgpu.barrier_arrive(barriers["query_free"].at[slot])
-        row, kv_head, tile = walk.place()
+        path = walk.path(refs)
+        row, kv_head, tile = path.row, path.kv_head, path.tile
         first_key = tile * KEYS + me * ROWS + run.offset
         mine = pl.ds(me * ROWS, ROWS)
+        sums_smem, rounded_smem = dquery_refs(smem)
 
-        def step(head, block, clear, number, carry):
-            del head
+        def close(rounding, slot, head, block, result):
+            """Leaves gradients of queries rounded, with those before them added."""
+            place = sums_smem.at[slot, me]
+            total = lax.cond(
+                path.before(block) > 0,
+                lambda x: x + _mosaic_dquery.load(place, half),
+                lambda x: x,
+                result,
+            )
+            plgpu.commit_smem()  # all warps have read what the result is written over
+            rounded_smem.at[slot, me, 0][...] = rounding.result(refs, row, block, head, me, total)
+
+        def leave(slot, head, block, result):
+            """Leaves gradients of queries in shared memory."""
+            store = partial(_mosaic_dquery.store, sums_smem.at[slot, me], result)
+            if rounding is None:
+                store()
+            else:
+                pl.when(path.is_last(block))(partial(close, rounding, slot, head, block, result))
+                pl.when(~path.is_last(block))(store)
+            release_smem()
+
+        def step(head, block, number, carry):
             dkey, dvalue = carry
+            clear = path.is_clear(block)
             slot = slot_of(number, SLOTS)
             plgpu.barrier_wait(barriers["query"].at[slot])
             query_smem, dout_smem = smem["query"].at[slot], smem["dout"].at[slot]
@@ -87,7 +120,7 @@ def backward(
                 plgpu.wgmma(dvalue, weights, dout_smem)
                 plgpu.barrier_wait(barriers["dlogits_free"])
                 smem["dlogits"].at[mine][...] = dlogits
-                plgpu.commit_smem()
+                release_smem()
                 plgpu.barrier_arrive(barriers["dlogits"])
                 plgpu.barrier_wait(barriers["dlogits"])
 
@@ -98,8 +131,7 @@ def backward(
                     result = plgpu.wgmma_accumulator_load(dquery, wait_n=1)
                     plgpu.barrier_arrive(barriers["dlogits_free"])
                     plgpu.barrier_wait(barriers["dquery_free"].at[slot])
-                    _mosaic_dquery.store(smem["dquery"].at[slot, me], result)
-                    plgpu.commit_smem()
+                    leave(slot, head, block, result)
                     plgpu.barrier_arrive(barriers["dquery"].at[slot])
 
                 pl.run_scoped(multiply, plgpu.ACC((QUERIES, half), jnp.float32))
@@ -110,7 +142,7 @@ def backward(
             return pl.run_state(accumulate)(tuple(map(plgpu.ACC.init, sums)))[:2]
 
         plgpu.barrier_wait(barriers["key"])
-        dkey, dvalue = walk.fold(refs, step, (zeros(dim), zeros(value_dim)))
+        dkey, dvalue = fold(path, step, (zeros(dim), zeros(value_dim)))
         where = (row, pl.ds(tile * KEYS + me * ROWS, ROWS), kv_head)
         for name, result in (("dvalue", dvalue), ("dkey", dkey * spec.scale)):
 
@@ -131,6 +163,9 @@ def backward(
         "dquery": plgpu.SMEM((SLOTS, *walk.dquery_tile), jnp.float32),
         "out": swizzled((2, ROWS, part_width(dkey_dtype, dim, value_dim)), dkey_dtype),
     }
+    if rounding is not None:
+        rounded = swizzled((SLOTS, 2, 2, ROWS, half), rounding.dtype)
+        smem["dquery"] = plgpu.RefUnion(smem["dquery"], rounded)
     fetched = ["query", "dout", "shift", "delta"]
     if packed:
         smem["start"] = plgpu.SMEM((SLOTS, QUERIES), jnp.int32)
@@ -144,11 +179,19 @@ def backward(
         "dquery": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
         "dquery_free": plgpu.Barrier(num_barriers=SLOTS),
     }
-    return walk.launch(
+
+    def add(refs, smem, barriers):
+        sums_smem, rounded_smem = dquery_refs(smem)
+        add_tiles(walk, refs, sums_smem, rounded_smem, barriers)
+
+    dquery, dkey, dvalue = walk.launch(
         compute,
         partial(walk.fetch, slots={"query": SLOTS}, names={"query": fetched}),
-        partial(walk.add, units=lambda number: [(slot_of(number, SLOTS), None)]),
+        add,
         smem,
         barriers,
         dkey_dtype,
     )
+    if rounding is None:
+        return _mosaic_dquery.Total(dquery, walk.seen), dkey, dvalue
+    return dquery, dkey, dvalue

@@ -23,7 +23,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._band import sees
 from pallas_kernels._logits import LOWEST
-from pallas_kernels._mosaic_blocks import MATRIX, ROW, ROWS, fori, fresh, load, swizzled
+from pallas_kernels._mosaic_blocks import (
+    MATRIX,
+    ROW,
+    ROWS,
+    fori,
+    fresh,
+    load,
+    release_smem,
+    swizzled,
+)
 from pallas_kernels._mosaic_gradients import (
     across,
     part_width,
@@ -144,7 +153,7 @@ def backward(
                         plgpu.barrier_wait(barriers["dlogits_free"].at[pair])
                     smem["dlogits"].at[pair, me, :, rows][...] = dlogits
                     if number == TILE // PART - 1:
-                        plgpu.commit_smem()
+                        release_smem()
                         plgpu.barrier_arrive(barriers["dlogits"].at[pair])
                     plgpu.wgmma_wait(0)
 

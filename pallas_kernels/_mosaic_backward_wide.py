@@ -15,7 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _mosaic_dquery
-from pallas_kernels._mosaic_blocks import ROW, ROWS, load, swizzled
+from pallas_kernels._mosaic_adding import add_parts
+from pallas_kernels._mosaic_blocks import ROW, ROWS, load, release_smem, swizzled
 from pallas_kernels._mosaic_gradients import (
     across,
     sums_of_logits,
@@ -23,7 +24,8 @@ from pallas_kernels._mosaic_gradients import (
     write_parts,
     zeros,
 )
-from pallas_kernels._mosaic_key_walk import QUERIES, KeyWalk, slot_of
+from pallas_kernels._mosaic_key_path import QUERIES
+from pallas_kernels._mosaic_key_walk import KeyWalk, fold, slot_of
 from pallas_kernels._spec import KeyRun, Spec, Starts
 
 COLUMNS = 64
@@ -54,6 +56,7 @@ def backward(
     packed, parts = walk.packed, dim // COLUMNS
 
     def compute(refs, smem, barriers, me):
+        path = walk.path(refs)
         # At first all shared memory is free.
         plgpu.barrier_arrive(barriers["dlogits_free"])
         plgpu.barrier_arrive(barriers["dout_free"].at[0])
@@ -71,7 +74,7 @@ def backward(
                     plgpu.barrier_arrive(barriers["dlogits_free"])
                 plgpu.barrier_wait(barriers["dquery_free"].at[mine])
                 _mosaic_dquery.store(smem["dquery"].at[mine, 0], result)
-                plgpu.commit_smem()
+                release_smem()
                 plgpu.barrier_arrive(barriers["dquery"].at[mine])
 
             for part in range(mine, parts, 2):
@@ -79,7 +82,7 @@ def backward(
                 pl.run_scoped(partial(multiply, part), accumulator)
 
         def write(name, results, scale):
-            row, kv_head, tile = walk.place()
+            row, kv_head, tile = path.row, path.kv_head, path.tile
             for n, result in enumerate(results):
 
                 def there(column, width, first=n * WIDTH):
@@ -91,10 +94,11 @@ def backward(
 
         @pl.when(me == 0)
         def through_values():
-            first_key = walk.place()[2] * ROWS + run.offset
+            first_key = path.tile * ROWS + run.offset
 
-            def step(head, block, clear, number, dvalues):
+            def step(head, block, number, dvalues):
                 del head
+                clear = path.is_clear(block)
                 slot = slot_of(number, SLOTS)
                 plgpu.barrier_wait(barriers["query"].at[slot])
                 shift = across(load(smem["shift"].at[slot], ROW))
@@ -122,14 +126,14 @@ def backward(
                 return tuple(dvalues)
 
             plgpu.barrier_wait(barriers["key"])
-            write("dvalue", walk.fold(refs, step, zeros_of(value_dim)), 1.0)
+            write("dvalue", fold(path, step, zeros_of(value_dim)), 1.0)
 
         @pl.when(me == 1)
         def through_keys():
             plgpu.barrier_arrive(barriers["factors_free"])
 
-            def step(head, block, clear, number, dkeys):
-                del head, block, clear
+            def step(head, block, number, dkeys):
+                del head, block
                 slot = slot_of(number, SLOTS)
                 plgpu.barrier_wait(barriers["dout"].at[0])
                 delta = across(load(smem["delta"].at[0], ROW))
@@ -158,7 +162,7 @@ def backward(
                 return tuple(dkeys)
 
             plgpu.barrier_wait(barriers["key"])
-            write("dkey", walk.fold(refs, step, zeros_of(dim)), spec.scale)
+            write("dkey", fold(path, step, zeros_of(dim)), spec.scale)
 
     smem = {
         "key": swizzled((ROWS, dim), dtype, columns=COLUMNS),
@@ -189,14 +193,21 @@ def backward(
         "dquery": plgpu.Barrier(num_barriers=2),
         "dquery_free": plgpu.Barrier(num_barriers=2),
     }
-    return walk.launch(
+    sums, dkey, dvalue = walk.launch(
         compute,
         partial(walk.fetch, slots={"query": SLOTS, "dout": 1}, names=fetched),
-        partial(walk.add, units=lambda _: [(n % 2, pl.ds(n, 1)) for n in range(parts)]),
+        lambda refs, smem, barriers: add_parts(
+            walk,
+            refs,
+            smem["dquery"],
+            barriers,
+            units=lambda _: [(n % 2, pl.ds(n, 1)) for n in range(parts)],
+        ),
         smem,
         barriers,
         dkey_dtype,
     )
+    return _mosaic_dquery.Total(sums, walk.seen), dkey, dvalue
 
 
 def takes(dim: int, value_dim: int) -> bool:

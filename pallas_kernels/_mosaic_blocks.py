@@ -56,11 +56,12 @@ def fori(begin, end, body, carry):
     return lax.fori_loop(jnp.int32(begin), jnp.int32(end), body, carry)
 
 
-def tell_and_wait(told: Any, tells: Any, turn: Any, value: Any) -> None:
+def tell_and_wait(told: Any, tells: Any, turn: Any, value: Any, behind: int = 0) -> None:
     """Adds one to a counter if it ``tells``, and waits until another one has reached a value.
 
     Both are in global memory. Who sees the first one grow sees all that this warpgroup has written
-    through TMA, and this warpgroup what was written before the second one grew.
+    through TMA, but for so many copies ``behind``; and this warpgroup what was written before the
+    second one grew.
     """
     ref, scalar = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
 
@@ -71,7 +72,7 @@ def tell_and_wait(told: Any, tells: Any, turn: Any, value: Any) -> None:
         first = utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP)  # TMA's
         tells = arith.cmpi(arith.CmpIPredicate.ne, tells.registers[()], utils.c(0, i32))
         with utils.when(arith.andi(first, tells)):
-            nvvm.cp_async_bulk_wait_group(0)
+            nvvm.cp_async_bulk_wait_group(behind)
             _ptx("red.release.gpu.global.add.u32 [$0], 1;", utils.memref_ptr(told))
         other_warp = arith.cmpi(arith.CmpIPredicate.eq, thread, utils.c(utils.WARP_SIZE, i32))
         with utils.when(other_warp):
@@ -85,6 +86,19 @@ def tell_and_wait(told: Any, tells: Any, turn: Any, value: Any) -> None:
         utils.warpgroup_barrier()
 
     side_by_side(told, jnp.int32(tells), turn, value)
+
+
+def release_smem() -> None:
+    """Lets TMA and WGMMA see what a thread has written, once it has arrived at a barrier.
+
+    ``plgpu.commit_smem`` without waiting for the other threads of the warpgroup.
+    """
+
+    @plgpu.inline_mgpu(arg_types=())
+    def fence(_):
+        _ptx("fence.proxy.async.shared::cta;")
+
+    fence()
 
 
 def fresh(x: Any) -> Array:

@@ -97,47 +97,41 @@ def _places(pairs: int):
         yield [arith.addi(row, rows_before), column]
 
 
-class Finish:
-    """What a kernel does with a `Total`: ``scale`` times it, plus the gradients there are ``more``.
+class Rounding:
+    """What becomes of added up gradients of queries: ``scale`` times them, plus ``more``, rounded.
 
     Args:
-        total: what has been added up.
-        scale: factor of the total.
-        more: [B, at most rows, N, H] in float32, or None.
-        rows: how many queries there are.
+        more: gradients of the first queries, [B, at most rows, N, H] in float32, or None.
+        scale: factor of what has been added up.
+        shape: (B, rows, N, H) of the result.
+        columns: of a part.
         dtype: of the result.
     """
 
     def __init__(
-        self, total: Total, more: Array | None, *, scale: float, rows: int, dtype: jnp.dtype
+        self,
+        more: Array | None,
+        *,
+        scale: float,
+        shape: tuple[int, ...],
+        columns: int,
+        dtype: jnp.dtype,
     ):
-        self.scale = scale
-        self.batch, self.heads, self.tiles, self.parts = total.parts.shape[:4]
-        self.columns, self.dtype = total.part_columns, dtype
-        self.dim = self.parts * self.columns
+        self.scale, self.columns, self.dtype = scale, columns, dtype
+        self.batch, self.rows, self.heads, self.dim = shape
+        self.parts, self.tiles = self.dim // columns, -(-self.rows // ROWS)
         self.near = 0
-        self.rows_of_seen = len(total.seen)
-        self.operands: dict[str, Any] = {
-            "total": total.parts,
-            "seen": total.seen.astype(jnp.int32),
-        }
+        self.operands: dict[str, Any] = {}
         if more is not None:
             self.near = -(-more.shape[1] // ROWS)
             pad = self.near * ROWS - more.shape[1]
             self.operands["more"] = jnp.pad(more, ((0, 0), (0, pad), (0, 0), (0, 0)))
-        stored = rows if rows % 8 == 0 else self.tiles * ROWS
+        stored = self.rows if self.rows % 8 == 0 else self.tiles * ROWS
         self.out_type = jax.ShapeDtypeStruct((self.batch, stored, self.heads, self.dim), dtype)
-        self.smem = swizzled((self.parts, ROWS, self.columns), dtype)
 
-    def load(self, refs: dict[str, Any], row, tile, head, part: int) -> Array:
-        """A part of a tile of the total."""
-        used = refs["seen"][row if self.rows_of_seen > 1 else 0, tile] > 0
-        found = refs["total"].at[row, head, tile, part]
-        return lax.cond(used, lambda: load(found, self.columns), lambda: zeros(self.columns))
-
-    def put(self, refs: dict[str, Any], smem, row, tile, head, part: int, result: Array):
-        """A part, scaled and with what there is more added to it, into shared memory."""
-        result = result * self.scale
+    def result(self, refs: dict[str, Any], row, tile, head, part, total: Array) -> Array:
+        """A part of a tile, of what has been added up."""
+        result = total * self.scale
         if self.near:
             nearest = jnp.minimum(tile, self.near - 1) * ROWS
             columns = pl.ds(part * self.columns, self.columns)
@@ -148,15 +142,51 @@ class Finish:
                 lambda x: x,
                 result,
             )
-        smem.at[fresh(part)][...] = result.astype(self.dtype)
+        return result.astype(self.dtype)
+
+    def there(self, refs: dict[str, Any], row, tile, head, part: int) -> Any:
+        """Where a part belongs."""
+        columns = pl.ds(part * self.columns, self.columns)
+        return refs["out"].at[row, pl.ds(tile * ROWS, ROWS), head, columns]
+
+
+class Finish(Rounding):
+    """Rounding of a `Total`, in a kernel of its own.
+
+    Args:
+        total: what has been added up.
+        more: as for `Rounding`.
+        scale: likewise.
+        rows: how many queries there are.
+        dtype: of the result.
+    """
+
+    def __init__(
+        self, total: Total, more: Array | None, *, scale: float, rows: int, dtype: jnp.dtype
+    ):
+        batch, heads, _, parts = total.parts.shape[:4]
+        columns = total.part_columns
+        shape = batch, rows, heads, parts * columns
+        super().__init__(more, scale=scale, shape=shape, columns=columns, dtype=dtype)
+        self.rows_of_seen = len(total.seen)
+        self.operands |= {"total": total.parts, "seen": total.seen.astype(jnp.int32)}
+        self.smem = swizzled((parts, ROWS, columns), dtype)
+
+    def load(self, refs: dict[str, Any], row, tile, head, part: int) -> Array:
+        """A part of a tile of the total."""
+        used = refs["seen"][row if self.rows_of_seen > 1 else 0, tile] > 0
+        found = refs["total"].at[row, head, tile, part]
+        return lax.cond(used, lambda: load(found, self.columns), lambda: zeros(self.columns))
+
+    def put(self, refs: dict[str, Any], smem, row, tile, head, part: int, total: Array):
+        """A part's result into shared memory."""
+        smem.at[fresh(part)][...] = self.result(refs, row, tile, head, part, total)
 
     def send(self, refs: dict[str, Any], smem, row, tile, head):
         """Writes all parts of a tile, after all warps have put them."""
         plgpu.commit_smem()
         for part in range(self.parts):
-            columns = pl.ds(part * self.columns, self.columns)
-            there = refs["out"].at[row, pl.ds(tile * ROWS, ROWS), head, columns]
-            plgpu.copy_smem_to_gmem(smem.at[part], there)
+            plgpu.copy_smem_to_gmem(smem.at[part], self.there(refs, row, tile, head, part))
 
 
 def finish(total: Total, more: Array | None, *, scale: float, rows: int, dtype: jnp.dtype) -> Array:

@@ -229,3 +229,12 @@ def fuses_backward(dim: int, window: int | None) -> bool:
     """
     shortest = 1023 if dim <= 64 else 192 if dim <= 128 else 127
     return window is None or window >= shortest
+
+
+def rounds_within_backward(window: int | None, packed: bool) -> bool:
+    """Whether the fused Mosaic backward kernel rounds the gradients of queries it has added up.
+
+    On an H100 that took 2 to 4% off the backward pass under a window, 8 to 18% off that of packed
+    documents, and added 5% to it without a window.
+    """
+    return window is not None or packed

@@ -1,7 +1,7 @@
 """Who waits for whom in the fused backward kernels.
 
-A tile of keys waits until as many have added to a tile of queries as `key_tiles_of_queries` says,
-and they must be those of programs that have started before.
+A tile of keys waits until as many have added to a tile of queries as `Path.before` says, and they
+must be those of programs that have started before.
 """
 
 import functools
@@ -12,9 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels._band import key_tiles_of_queries, query_plan
+from pallas_kernels._band import query_plan
 from pallas_kernels._mosaic_backward import KEYS
-from pallas_kernels._mosaic_key_walk import QUERIES, following, following_down, task
+from pallas_kernels._mosaic_key_path import (
+    QUERIES,
+    Path,
+    Paths,
+    following,
+    following_down,
+    task,
+    with_own_queries,
+)
 
 
 def shard(rng: random.Random):
@@ -38,20 +46,39 @@ def shard(rng: random.Random):
 
 
 @pytest.mark.parametrize("key_tile", [KEYS, QUERIES])
-@pytest.mark.parametrize("seed", range(6))
-def test_adders_of_a_query_tile_are_consecutive(seed, key_tile):
+@pytest.mark.parametrize("seed", range(8))
+def test_a_program_knows_how_many_add_before_it_and_whether_it_is_the_last(seed, key_tile):
     start, window, rows, offset, length = shard(random.Random(seed))
     plan = query_plan(
         start, window, 0, rows=rows, query_tile=QUERIES,
         offset=offset, length=length, key_tile=key_tile, reach=0,
     )  # fmt: skip
-    blocks = -(-rows // QUERIES)
-    first, last = key_tiles_of_queries(plan, blocks)
-    ranges = np.asarray(plan).reshape(-1, 4)
-    for block in range(blocks):
-        adders = [n for n, (begin, _, _, end) in enumerate(ranges) if begin <= block < end]
-        low, high = (int(np.ravel(x)[block]) for x in (first, last))
-        assert adders == list(range(low, high + 1))
+    packed = start.ndim > 0
+    plan = plan if packed else plan[None]
+    paths = Paths(
+        num_kv=1, group=1, pairs=1, key_tile=key_tile, keys=length,
+        key_tiles=-(-length // key_tile), blocks=-(-rows // QUERIES),
+        own=not offset, packed=packed, longest_first=window is None and not packed,
+    )  # fmt: skip
+    needed = np.asarray(plan)[0]
+    if paths.own:
+        plan = with_own_queries(plan, paths.beside, paths.blocks)
+        assert all(
+            b <= begin and end <= e and c_end - c_begin in (0, clear_end - clear_begin)
+            for (begin, clear_begin, clear_end, end), (b, c_begin, c_end, e) in zip(
+                needed.tolist(), np.asarray(plan)[0].tolist(), strict=True
+            )
+            if begin < end
+        )
+    ways = [Path(paths, jnp.int32(n), plan, start) for n in range(paths.key_tiles)]  # as they start
+    for block in range(paths.blocks):
+        adders = [way for way in ways if way.begin <= block < way.end]
+        assert [int(way.before(jnp.int32(block))) for way in adders] == list(range(len(adders)))
+        if paths.own:
+            assert adders, "nobody would write gradients of queries that are padding"
+        if not paths.longest_first:
+            last = [bool(way.is_last(jnp.int32(block))) for way in adders]
+            assert last == [way is adders[-1] for way in adders]
 
 
 @pytest.mark.parametrize("side", [None, 1, 4, 16])
