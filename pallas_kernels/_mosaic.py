@@ -125,11 +125,20 @@ def backward(
     else:
         far_sinks = _far_sinks(spec, run, sinks)
         delta = _xla.delta_of(out[:, :rows], dout[:, :rows], jnp.float32)
+        fused = _mosaic_backward if kernel == "any" else _mosaic_backward_wide
         launch = partial(
-            (_mosaic_backward if kernel == "any" else _mosaic_backward_wide).backward,
-            spec,
+            _by_parts_of_groups,
+            partial(fused.backward, spec, query),
             query,
             _of_eighths(run),
+            partial(
+                _tiles.parts_of_group,
+                processors=_device.multiprocessors(),
+                # The nearer keys of a halo are in more windows; without one, the first ones of a
+                # shard are seen by most queries.
+                ramp=(run.offset < 0) != (spec.window is None),
+            ),
+            fused.KEYS,
             start,
             dout,
             lse,
@@ -168,6 +177,28 @@ def backward(
     dkey, dvalue = lax.optimization_barrier((dkey, dvalue))
     missing = dkey.shape[1] - run.key.shape[1]
     return dquery, ((dkey[:, missing:], dvalue[:, missing:]),), dsinks, delta
+
+
+def _by_parts_of_groups(
+    kernel, query: Array, run: KeyRun, parts_of_group, key_tile: int, *arrays, **options
+):
+    """Runs a fused kernel with groups of query heads cut where there are few programs.
+
+    To each part of a group its keys are those of a head of their own.
+    """
+    batch, keys, num_kv, _ = run.key.shape
+    programs = -(-keys // key_tile) * num_kv * batch
+    parts = parts_of_group(programs, query.shape[2] // num_kv)
+    if parts == 1:
+        return kernel(run, *arrays, **options)
+    key, value = (jnp.repeat(x, parts, axis=2) for x in (run.key, run.value))
+    dtype = options.pop("dkey_dtype")
+    run = KeyRun(key, value, run.offset)
+    dquery, *gradients = kernel(run, *arrays, dkey_dtype=jnp.float32, **options)
+    dkey, dvalue = (
+        x.reshape(batch, keys, num_kv, parts, -1).sum(3).astype(dtype) for x in gradients
+    )
+    return dquery, dkey, dvalue
 
 
 def _far_sinks(spec: Spec, run: KeyRun, sinks: SinkRun | None) -> bool:

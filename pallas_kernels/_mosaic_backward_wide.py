@@ -28,6 +28,8 @@ from pallas_kernels._mosaic_key_path import QUERIES
 from pallas_kernels._mosaic_key_walk import KeyWalk, fold, slot_of
 from pallas_kernels._spec import KeyRun, Spec, Starts
 
+KEYS = ROWS
+"""Keys of a tile."""
 COLUMNS = 64
 """Columns of a part of the gradients of queries."""
 WIDTH = 128
@@ -52,7 +54,7 @@ def backward(
     """As ``pallas_kernels._mosaic_backward.backward``."""
     dim, value_dim, dtype = query.shape[3], run.value.shape[3], query.dtype
     arrays = spec, query, run, start, dout, lse, delta
-    walk = KeyWalk(*arrays, rows=rows, key_tile=ROWS, columns=COLUMNS, ordered=ordered)
+    walk = KeyWalk(*arrays, rows=rows, key_tile=KEYS, columns=COLUMNS, ordered=ordered)
     packed, parts = walk.packed, dim // COLUMNS
 
     def compute(refs, smem, barriers, me):

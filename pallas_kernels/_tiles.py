@@ -238,3 +238,23 @@ def rounds_within_backward(window: int | None, packed: bool) -> bool:
     documents, and added 5% to it without a window.
     """
     return window is not None or packed
+
+
+def parts_of_group(programs: int, group: int, processors: int, *, ramp: bool) -> int:
+    """Into how many parts to cut the query heads of a group, for a program of the GPU each.
+
+    Their gradients of keys and values must then be added up, so that a part more must take a tenth
+    off the time. With ``ramp`` some programs have next to no work and one has twice the average,
+    the others lie between, and the longest come first; else all have as much.
+    """
+
+    def time(parts):
+        if ramp:
+            return max(1 / parts, programs / 2 / processors)
+        return -(-programs * parts // processors) / parts
+
+    best = 1
+    for parts in (n for n in range(2, group + 1) if group % n == 0):
+        if time(parts) <= 0.9 * time(best):
+            best = parts
+    return best

@@ -5,6 +5,7 @@ must be those of programs that have started before.
 """
 
 import functools
+import heapq
 import random
 
 import jax
@@ -23,6 +24,7 @@ from pallas_kernels._mosaic_key_path import (
     task,
     with_own_queries,
 )
+from pallas_kernels._tiles import parts_of_group
 
 
 def shard(rng: random.Random):
@@ -139,3 +141,28 @@ def test_tiles_of_one_document_do_not_wait_for_another_document(seed):
             now = max(now, done.get((head, begin + n), 0)) + 1
             done[head, begin + n] = now
         assert now <= (end - begin + beside) * group
+
+
+def time_of(work, processors):
+    """When the last program ends, if a processor takes the next one as soon as it has none."""
+    free = [0.0] * processors
+    for one in work:
+        heapq.heapreplace(free, free[0] + one)
+    return max(free)
+
+
+@pytest.mark.parametrize("ramp", [False, True])
+@pytest.mark.parametrize("programs", [1, 8, 32, 100, 128, 132, 140, 256, 352, 1024])
+def test_groups_are_cut_where_programs_are_few(programs, ramp):
+    group, processors = 8, 132
+    times = {
+        parts: time_of(
+            [(programs - n) / programs / parts if ramp else 1 / parts
+             for n in range(programs) for _ in range(parts)],
+            processors,
+        )
+        for parts in (1, 2, 4, 8)
+    }  # fmt: skip
+    found = parts_of_group(programs, group, processors, ramp=ramp)
+    assert times[found] <= 1.15 * min(times.values())
+    assert found == 1 or times[found] <= 0.95 * times[1], "cut in vain"
