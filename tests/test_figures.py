@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-ONE_GPU, ONE_GPU_MOSAIC, WIDE_AND_SINKS, FIVE_ROWS, RING, RING_MOSAIC = re.findall(
+ONE_GPU, ONE_GPU_MOSAIC, WIDE_AND_SINKS, FIVE_ROWS, RING, RING_MOSAIC, RING_FUSED = re.findall(
     r"(?:^\|.*\n)+", PAGE, flags=re.MULTILINE
 )
 
@@ -82,3 +82,7 @@ def test_two_gpus():
 def test_two_gpus_with_mosaic():
     shapes = ("sliding-1000", "sliding-4000", "streaming-1000", "mistral", "gptoss")
     ring(RING_MOSAIC, "ring-2x-nvidia-h200-mosaic-gpu.json", shapes, OTHERS[-1:])
+
+
+def test_two_gpus_with_fused_backward():
+    ring(RING_FUSED, "ring-2x-nvidia-h100-80gb-hbm3.json", (), OTHERS[-1:])
