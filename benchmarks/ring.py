@@ -14,7 +14,7 @@ Then the memory of a device against the formula of `benchmarks._ring_memory`; JS
 import argparse
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -179,21 +179,18 @@ def off(shape: RingShape, mesh: Mesh, name: str, results, expected) -> float:
 
 def compare(
     shapes: list[RingShape], names: list[str], mesh: Mesh, repeats: int, implementation: str | None
-) -> list[Row]:
-    """Compiles all, then times one after the other and prints each shape's table."""
-    begin = time.perf_counter()
-    jobs = [(shape, name) for shape in shapes for name in names]
-    with ThreadPoolExecutor(24) as pool:
-        futures = {
-            (shape.name, name): pool.submit(build, shape, mesh, name, implementation)
-            for shape, name in jobs
-        }
-    print(f"compiled {len(jobs)} contenders in {time.perf_counter() - begin:.0f} s", flush=True)
-    rows = []
+) -> Iterator[list[Row]]:
+    """Compiles a shape's contenders, times one after the other and prints its table."""
     for shape in shapes:
+        begin = time.perf_counter()
+        with ThreadPoolExecutor(len(names)) as pool:
+            futures = {
+                name: pool.submit(build, shape, mesh, name, implementation) for name in names
+            }
+        print(f"compiled {len(names)} contenders in {time.perf_counter() - begin:.0f} s")
         inputs, expected, results, found = arrays(shape, mesh), None, None, []
         for name in names:
-            built = futures.pop((shape.name, name)).result()
+            built = futures.pop(name).result()
             row, results = measure(shape, mesh, name, built, inputs, repeats, expected)
             expected = results if name == RING else expected
             found.append(row)
@@ -201,8 +198,7 @@ def compare(
         if (copied := _ring_report.original(shape, mesh.size)) is not None:
             found.append(copied)
         print(_ring_report.table(shape, mesh.size, found), flush=True)
-        rows += found
-    return rows
+        yield found
 
 
 def main() -> None:
@@ -234,12 +230,16 @@ def main() -> None:
     where = machine() | {"devices": devices}
     print(where, flush=True)
     repeats = 2 if arguments.quick else 5
-    rows = compare(shapes, names, mesh, repeats, arguments.implementation)
+    rows: list[Row] = []
+    for found in compare(shapes, names, mesh, repeats, arguments.implementation):
+        rows += found
+        if arguments.output is not None:  # so that a run that is cut off leaves something
+            done = shapes[: len({row.shape for row in rows})]
+            _ring_report.write(arguments.output, where, done, rows)
     output = arguments.output
     if output is None and not arguments.quick and not arguments.only and len(shapes) == len(SHAPES):
         slug = "-".join(where["device"].lower().split())
         output = Path(__file__).parent / "results" / f"ring-{devices}x-{slug}.json"
-    if output is not None:
         _ring_report.write(output, where, shapes, rows)
 
 

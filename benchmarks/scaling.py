@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import json
 import statistics
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def seconds(built: dict[str, Built | str], shape: RingShape, mesh: Mesh) -> dict
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def measure(implementation: str | None, most: int, shorten: int) -> list[Point]:
+def measure(implementation: str | None, most: int, shorten: int) -> Iterator[Point]:
     """All points, the sequences so many times shorter."""
 
     def short(shape: RingShape, length: int) -> RingShape:
@@ -91,26 +91,15 @@ def measure(implementation: str | None, most: int, shorten: int) -> list[Point]:
         for shape in STRONG
         for n in counts
     ]
-    with ThreadPoolExecutor(24) as pool:
-        futures = [
-            {
-                name: pool.submit(build, shape, mesh_of(devices), name, implementation)
-                for name in names
-            }
-            for _, _, devices, shape, names in jobs
-        ]
-    points = []
-    for (kind, window, devices, shape, _), builds in zip(jobs, futures, strict=True):
+    for kind, window, devices, shape, names in jobs:
+        mesh = mesh_of(devices)
         try:
-            built = {name: future.result() for name, future in builds.items()}
-            found = seconds(built, shape, mesh_of(devices))
+            built = {name: build(shape, mesh, name, implementation) for name in names}
+            found = seconds(built, shape, mesh)
             ring, one_rank = (found[n] * 1e3 if n in found else None for n in (RING, ONE_RANK))
-            point = Point(kind, window, devices, ring, one_rank)
+            yield Point(kind, window, devices, ring, one_rank)
         except Exception as error:  # out of memory, say; the others go on
-            point = Point(kind, window, devices, reason=reason_of(error))
-        points.append(point)
-        print(point, flush=True)
-    return points
+            yield Point(kind, window, devices, reason=reason_of(error))
 
 
 def efficiency(point: Point, points: list[Point]) -> float | None:
@@ -166,14 +155,16 @@ def main() -> None:
     devices = arguments.devices or jax.device_count()
     where = machine() | {"devices": devices}
     print(where, flush=True)
-    points = measure(arguments.implementation, devices, 128 if arguments.quick else 1)
-    entries = [dataclasses.asdict(x) | {"efficiency": efficiency(x, points)} for x in points]
-    for entry in entries:
-        print({name: value for name, value in entry.items() if value is not None})
     slug = "-".join(where["device"].lower().split())
     results = Path(__file__).parent / "results"
     output = arguments.output or results / f"scaling-{devices}x-{slug}.json"
-    output.write_text(json.dumps({"machine": where, "points": entries}, indent=1) + "\n")
+    points: list[Point] = []
+    for point in measure(arguments.implementation, devices, 128 if arguments.quick else 1):
+        points.append(point)
+        entries = [dataclasses.asdict(x) | {"efficiency": efficiency(x, points)} for x in points]
+        print({name: value for name, value in entries[-1].items() if value is not None}, flush=True)
+        # After each, so that a run that is cut off leaves something.
+        output.write_text(json.dumps({"machine": where, "points": entries}, indent=1) + "\n")
     chart(output.with_suffix(".png"), where, points)
     print(f"wrote {output} and {output.with_suffix('.png')}")
 
