@@ -1,9 +1,10 @@
 """How the ring scales with the GPUs that are here: ``python -m benchmarks.scaling``.
 
-Weak scaling: 16384 tokens a GPU, over 2, 4, 8 of them, as many as there are. Efficiency is the time
-of one GPU that does the work of the ring's busiest device, with the keys before it in its memory,
-over the ring's. Strong scaling: 131072 tokens, cut over 1 GPU up to all; the time of one GPU over
-that of so many, and over their number. Forward and backward in bfloat16; JSON and a chart.
+Weak scaling: 16384 tokens a GPU, over 2, 4, 8 and 16 of them, as far as they are there. Efficiency
+is the time of one GPU that does the work of the ring's busiest device, with the keys before it in
+its memory, over the ring's. Strong scaling: 131072 tokens, cut over 1, 2 and so on, also with a
+window that reaches over several chunks where there are many; the time of one GPU over that of so
+many, and over their number. Forward and backward in bfloat16; JSON and a chart.
 """
 
 import argparse
@@ -32,7 +33,7 @@ LAYERS = {
     "8191": RingShape("8191", A_GPU, 32, 8, 128, 8191),
     "None": RingShape("None", A_GPU, 32, 8, 128, None),
 }
-"""By window; 24575 and more reach over several chunks of strong scaling over many GPUs."""
+"""By window."""
 LONG = RingShape("24575", ALL_TOKENS, 32, 8, 128, 24575)
 STRONG = [dataclasses.replace(LAYERS[name], length=ALL_TOKENS) for name in ("127", "4095")] + [LONG]
 

@@ -12,7 +12,7 @@ tile is one whose every query sees every key, so that it needs no mask.
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from pallas_kernels import _device
 
@@ -180,17 +180,10 @@ def query_plan(
     return jnp.stack(jnp.broadcast_arrays(*ranges), axis=-1).astype(jnp.int32)
 
 
-def key_tiles_of_queries(
-    plan: Int[Array, "... tiles 4"], blocks: int
-) -> tuple[Int[Array, "... blocks"], Int[Array, "... blocks"]]:
-    """First and last tile of keys that each of ``blocks`` tiles of queries sees, by a `query_plan`.
-
-    Without sinks, all tiles of keys between them see it too. None does if the first is beyond the
-    last.
-    """
+def seen_tiles(plan: Int[Array, "... tiles 4"], blocks: int) -> Bool[Array, "... blocks"]:
+    """Which of ``blocks`` tiles of queries see any tile of keys, by a `query_plan`."""
     block = jnp.arange(blocks, dtype=jnp.int32)[:, None]
-    begun, ended = ((plan[..., None, :, n] <= block).sum(-1, dtype=jnp.int32) for n in (0, 3))
-    return ended, begun - 1
+    return ((plan[..., None, :, 0] <= block) & (block < plan[..., None, :, 3])).any(-1)
 
 
 def fetched_sink_count(last, first_start, crossing, window: int, *, length: int):

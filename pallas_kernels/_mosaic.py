@@ -134,9 +134,7 @@ def backward(
             partial(
                 _tiles.parts_of_group,
                 processors=_device.multiprocessors(),
-                # The nearer keys of a halo are in more windows; without one, the first ones of a
-                # shard are seen by most queries.
-                ramp=(run.offset < 0) != (spec.window is None),
+                ramp=_ramps(spec, run, start, rows),
             ),
             fused.KEYS,
             start,
@@ -160,14 +158,9 @@ def backward(
             and dquery_dtype == query.dtype
             and _tiles.rounds_within_backward(spec.window, packed=start.ndim > 0)
         ):
-            rounding = _mosaic_dquery.Rounding(
-                dquery,
-                scale=spec.scale,
-                shape=query.shape,
-                columns=query.shape[3] // 2,
-                dtype=dquery_dtype,
+            dquery, dkey, dvalue = launch(
+                dkey_dtype=dkey_dtype, more=dquery, dquery_dtype=dquery_dtype
             )
-            dquery, dkey, dvalue = launch(dkey_dtype=dkey_dtype, rounding=rounding)
         else:
             total, dkey, dvalue = launch(dkey_dtype=dkey_dtype)
             dquery = _mosaic_dquery.finish(
@@ -177,6 +170,16 @@ def backward(
     dkey, dvalue = lax.optimization_barrier((dkey, dvalue))
     missing = dkey.shape[1] - run.key.shape[1]
     return dquery, ((dkey[:, missing:], dvalue[:, missing:]),), dsinks, delta
+
+
+def _ramps(spec: Spec, run: KeyRun, start: Starts, rows: int) -> bool:
+    """Whether the first keys of a run are seen by next to all queries, the last by next to none.
+
+    Or the other way round; else all are seen by as many.
+    """
+    if spec.window is None:
+        return not run.offset and start.ndim == 0
+    return run.offset < 0 and run.offset + spec.window < rows - 1
 
 
 def _by_parts_of_groups(

@@ -25,6 +25,9 @@ from pallas_kernels._mosaic_dquery import Rounding
 from pallas_kernels._mosaic_key_path import Path
 from pallas_kernels._mosaic_key_walk import KeyWalk, fold, slot_of
 
+PLACES = 2
+"""Of `add_tiles`."""
+
 
 def add_parts(
     walk: KeyWalk,
@@ -71,31 +74,34 @@ def add_parts(
 def add_tiles(
     walk: KeyWalk, refs: dict[str, Any], places: Any, rounded: Any, barriers: dict[str, Any]
 ):
-    """Adds what each step leaves as a whole in one of two ``places`` of shared memory.
+    """Adds what each step leaves as a whole in one of `PLACES` ``places`` of shared memory.
 
     With a `Rounding`, the last program to come to a tile of queries finds the total in its place,
     and leaves the result in what is ``rounded`` of it. Others hear of a step behind the next one,
     when it is over as a rule.
     """
     rounding, path = walk.rounding, walk.path(refs)
-    assert places.shape[0] == 2
     counter, zero = refs["counter"].at[path.row], jnp.int32(0)
 
     def needs_total(number, block):
-        closes = path.is_last(block) & (path.before(block) > 0)
-        return (number < path.steps) & closes & (rounding is not None)
+        return (number < path.steps) & path.is_last(block) & (path.before(block) > 0)
 
     def lend(number, block):
         """Lets a step have its place, if it needs no total."""
-        free = barriers["dquery_free"].at[slot_of(number, 2)]
-        pl.when(~needs_total(number, block))(lambda: plgpu.barrier_arrive(free))
+        free = barriers["dquery_free"].at[slot_of(number, PLACES)]
+        if rounding is None:
+            plgpu.barrier_arrive(free)
+        else:
+            pl.when(~needs_total(number, block))(lambda: plgpu.barrier_arrive(free))
 
     def lend_with_total(number, head, block):
         """Lets a step have its place, if it needs the total: once that is there."""
+        if rounding is None:
+            return
 
         @pl.when(needs_total(number, block))
         def fill():
-            slot = slot_of(number, 2)
+            slot = slot_of(number, PLACES)
             total = refs["dquery"].at[path.row, head, block]
             plgpu.copy_gmem_to_smem(total, places.at[slot], barriers["dquery_free"].at[slot])
 
@@ -106,7 +112,7 @@ def add_tiles(
         wanted = jnp.where(exists, before_adding(walk, path, block), 0)
         tell_and_wait(counter.at[*told], tells, counter.at[head, block], wanted, behind=1)
 
-    first, second = path.start, path.after(*path.start)
+    first, second = path.first, path.after(*path.first)
     lend(zero, path.at(*first)[1])
     lend(zero + 1, path.at(*second)[1])
     take_turn(zero, *path.at(*first), (zero, zero), zero)
@@ -115,7 +121,7 @@ def add_tiles(
     def step(number, state):
         member, n, *told, tells = state
         head, block = path.at(member, n)
-        before, slot = before_adding(walk, path, block), slot_of(number, 2)
+        before, slot = before_adding(walk, path, block), slot_of(number, PLACES)
         plgpu.barrier_wait(barriers["dquery"].at[slot])
 
         def add():
@@ -139,7 +145,7 @@ def add_tiles(
         lend_with_total(number + 1, *path.at(*following))
         return *following, head, block, tells_others(walk, before)
 
-    *_, head, block, tells = fori(0, path.steps, step, (*path.start, zero, zero, zero))
+    *_, head, block, tells = fori(0, path.steps, step, (*path.first, zero, zero, zero))
     tell_at_the_end(counter.at[head, block], tells)
 
 

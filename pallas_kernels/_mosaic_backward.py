@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _mosaic_dquery
-from pallas_kernels._mosaic_adding import add_tiles
+from pallas_kernels._mosaic_adding import PLACES, add_tiles
 from pallas_kernels._mosaic_blocks import ROW, ROWS, fresh, load, release_smem, swizzled
 from pallas_kernels._mosaic_gradients import (
     across,
@@ -30,8 +30,8 @@ from pallas_kernels._spec import KeyRun, Spec, Starts
 
 KEYS = 2 * ROWS
 """Keys of a tile: what two warpgroups have rows."""
-SLOTS = 2
-"""Tiles of queries in shared memory."""
+SLOTS = PLACES
+"""Tiles of queries in shared memory, and of their gradients."""
 
 
 def backward(
@@ -46,17 +46,25 @@ def backward(
     rows: int,
     dkey_dtype: jnp.dtype,
     ordered: bool,
-    rounding: _mosaic_dquery.Rounding | None = None,
+    more: Array | None = None,
+    dquery_dtype: jnp.dtype | None = None,
 ) -> tuple[_mosaic_dquery.Total | Array, Array, Array]:
     """Gradients through the first ``rows`` queries and the keys of a run that windows reach.
 
-    Unless ``ordered``, the gradients of queries are added up in any order.
+    Unless ``ordered``, the gradients of queries are added up in any order. If so, and if these are
+    all queries and the keys are the shard's own, they may be finished too: ``more`` is added, and
+    they are rounded to ``dquery_dtype``.
 
     Returns:
-        dquery, to be finished unless there is a ``rounding``; dkey; dvalue.
+        dquery, to be finished unless its dtype is given; dkey; dvalue.
     """
     dim, value_dim, dtype = query.shape[3], run.value.shape[3], query.dtype
     half = dim // 2
+    rounding = None
+    if dquery_dtype is not None:
+        rounding = _mosaic_dquery.Rounding(
+            more, scale=spec.scale, shape=query.shape, columns=half, dtype=dquery_dtype
+        )
     arrays = spec, query, run, start, dout, lse, delta
     walk = KeyWalk(
         *arrays, rows=rows, key_tile=KEYS, columns=half, ordered=ordered, rounding=rounding
@@ -164,7 +172,9 @@ def backward(
         "out": swizzled((2, ROWS, part_width(dkey_dtype, dim, value_dim)), dkey_dtype),
     }
     if rounding is not None:
-        rounded = swizzled((SLOTS, 2, 2, ROWS, half), rounding.dtype)
+        # As many bytes in each place as its sums have, so that each is in the memory of its own.
+        most = jnp.dtype(jnp.float32).itemsize // jnp.dtype(rounding.dtype).itemsize
+        rounded = swizzled((SLOTS, 2, most, ROWS, half), rounding.dtype)
         smem["dquery"] = plgpu.RefUnion(smem["dquery"], rounded)
     fetched = ["query", "dout", "shift", "delta"]
     if packed:

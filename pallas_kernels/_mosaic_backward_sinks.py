@@ -354,4 +354,4 @@ def _by_chunks(
     )(*operands.values())
     # Kernels of Mosaic GPU know nothing of manual mesh axes.
     dquery, dkey, dvalue = (vary_as(query, x) for x in results)
-    return dquery[:, :length], dkey, dvalue
+    return work.whole(dquery), dkey, dvalue

@@ -144,6 +144,10 @@ class Rounding:
             )
         return result.astype(self.dtype)
 
+    def whole(self, out: Array) -> Array:
+        """The result, of what is stored: TMA counts rows by 8."""
+        return out[:, : self.rows]
+
     def there(self, refs: dict[str, Any], row, tile, head, part: int) -> Any:
         """Where a part belongs."""
         columns = pl.ds(part * self.columns, self.columns)
@@ -219,4 +223,4 @@ def finish(total: Total, more: Array | None, *, scale: float, rows: int, dtype: 
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )(*work.operands.values())
     # Kernels of Mosaic GPU know nothing of manual mesh axes.
-    return vary_as(total.parts, out[:, :rows])
+    return vary_as(total.parts, work.whole(out))

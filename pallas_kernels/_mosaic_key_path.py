@@ -71,8 +71,7 @@ class Paths:
 class Path:
     """The way of one program.
 
-    Its states begin with ``START``: how many heads of the group, and how many tiles of queries of
-    the present one, are behind.
+    A state of it says how many heads of the group, and how many tiles of queries, are behind.
 
     Args:
         paths: all of them.
@@ -99,7 +98,7 @@ class Path:
             self.near = jnp.where(several, paths.beside, 0)
 
     @property
-    def start(self) -> tuple[Array, Array]:
+    def first(self) -> tuple[Array, Array]:
         """The first state."""
         return jnp.int32(0), jnp.int32(0)
 
@@ -142,14 +141,8 @@ def with_own_queries(plan: Array, beside: int, blocks: int) -> Array:
         beside: tiles of queries beside one of keys.
         blocks: tiles of queries.
     """
-    begin, clear_begin, clear_end, end = (plan[..., n] for n in range(4))
-    own = jnp.arange(plan.shape[-2], dtype=jnp.int32) * beside
-    own = jnp.broadcast_to(own, begin.shape)
-    own_end = jnp.minimum(own + beside, blocks)
-    empty = begin == end
-    end = jnp.where(empty, own_end, jnp.maximum(end, own_end))
-    clear = (jnp.where(empty, own, x) for x in (clear_begin, clear_end))
-    return jnp.stack((own, *clear, end), axis=-1)
+    own_end = jnp.arange(1, plan.shape[-2] + 1, dtype=jnp.int32) * beside
+    return plan.at[..., 3].max(jnp.minimum(own_end, blocks))
 
 
 def task(index, key_tiles: int, pairs: int, side: int | None):

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _mosaic_dquery
-from pallas_kernels._band import key_tiles_of_queries, query_plan, sees
+from pallas_kernels._band import query_plan, seen_tiles, sees
 from pallas_kernels._mosaic_blocks import MATRIX, ROW, ROWS, fori, fresh, load
 from pallas_kernels._mosaic_gradients import across, of_queries
 from pallas_kernels._mosaic_key_path import QUERIES, Path, Paths, with_own_queries
@@ -80,8 +80,7 @@ class KeyWalk:
         plan = plan if self.packed else plan[None]
         if self.paths.own:
             plan = with_own_queries(plan, self.paths.beside, self.paths.blocks)
-        first, last = key_tiles_of_queries(plan, self.paths.blocks)
-        self.seen = first <= last
+        self.seen = seen_tiles(plan, self.paths.blocks)
         self.operands: dict[str, Any] = {
             "query": query,
             "dout": dout,
@@ -198,7 +197,9 @@ class KeyWalk:
         )(*operands.values())
         # Kernels of Mosaic GPU know nothing of manual mesh axes.
         sums, dkey, dvalue, *rounded = (vary_as(self.query, x) for x in results)
-        return rounded[0][:, : self.query.shape[1]] if rounded else sums, dkey, dvalue
+        if self.rounding is None:
+            return sums, dkey, dvalue
+        return self.rounding.whole(*rounded), dkey, dvalue
 
 
 def fold(path: Path, step: Callable[..., Any], carry: Any) -> Any:
@@ -209,7 +210,7 @@ def fold(path: Path, step: Callable[..., Any], carry: Any) -> Any:
         carry = step(*path.at(*here), number, carry)
         return *path.after(*here), carry
 
-    return fori(0, path.steps, visit, (*path.start, carry))[2]
+    return fori(0, path.steps, visit, (*path.first, carry))[2]
 
 
 def slot_of(number: Array, slots: int) -> Array:

@@ -245,7 +245,7 @@ def parts_of_group(programs: int, group: int, processors: int, *, ramp: bool) ->
 
     Their gradients of keys and values must then be added up, so that a part more must take a tenth
     off the time. With ``ramp`` some programs have next to no work and one has twice the average,
-    the others lie between, and the longest come first; else all have as much.
+    the others lie between, and the longest come first; else all are taken to have as much.
     """
 
     def time(parts):

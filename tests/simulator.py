@@ -319,8 +319,13 @@ def _allocate(types):
             return Ref(np.array(kind.array))
         if isinstance(kind, plgpu.Barrier):
             return Barrier(kind.num_arrivals, int(np.prod(kind.num_barriers)))
-        if isinstance(kind, plgpu.RefUnion):  # not in the same memory here
-            return [_allocate(member) for member in kind.refs]
+        if isinstance(kind, plgpu.RefUnion):
+            sizes = [np.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in kind.refs]
+            memory = np.full(max(sizes), 255, np.uint8)  # NaN
+            return [
+                Ref(memory[:size].view(jnp.dtype(x.dtype)).reshape(x.shape))
+                for x, size in zip(kind.refs, sizes, strict=True)
+            ]
         return Ref(_garbage(kind.shape, kind.dtype))
 
     return jax.tree.map(allocate, types, is_leaf=lambda x: not isinstance(x, dict | list | tuple))
