@@ -52,8 +52,8 @@ def backward(
     """Gradients through the first ``rows`` queries and the keys of a run that windows reach.
 
     Unless ``ordered``, the gradients of queries are added up in any order. If so, and if these are
-    all queries and the keys are the shard's own, they may be finished too: ``more`` is added, and
-    they are rounded to ``dquery_dtype``.
+    all queries and the run has the shard's own keys, they may be finished too: ``more`` is added,
+    and they are rounded to ``dquery_dtype``.
 
     Returns:
         dquery, to be finished unless its dtype is given; dkey; dvalue.

@@ -11,6 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, nvvm, vector
 
+from pallas_kernels._spec import KeyRun
 from pallas_kernels._tiles import FOLD
 
 ROWS = 64
@@ -39,6 +40,19 @@ def swizzled(shape: tuple[int, ...], dtype, inner: int | None = None, columns: i
 def load(ref: Any, layout) -> Array:
     """All of a ref."""
     return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]  # jax 0.10's
+
+
+def of_eighths(run: KeyRun) -> KeyRun:
+    """The run with zeros before it, so that TMA can count it by 8 rows.
+
+    They stand before all keys that a window reaches: only the farthest part of a halo is of
+    another length.
+    """
+    missing = -run.key.shape[1] % 8
+    if not missing:
+        return run
+    pad = ((0, 0), (missing, 0), (0, 0), (0, 0))
+    return KeyRun(jnp.pad(run.key, pad), jnp.pad(run.value, pad), run.offset - missing)
 
 
 def spread(x: Array, width: int) -> Array:

@@ -40,7 +40,7 @@ class Paths:
         keys: all of them.
         key_tiles: their tiles.
         blocks: tiles of queries.
-        own: whether the keys are those beside the queries, rather than a halo's.
+        before_own: tiles of keys of a halo, before those of keys beside the queries.
         packed: whether there are documents.
         longest_first: whether the first tiles of keys come first, and add first.
     """
@@ -52,7 +52,7 @@ class Paths:
     keys: int
     key_tiles: int
     blocks: int
-    own: bool
+    before_own: int
     packed: bool
     longest_first: bool
 
@@ -92,10 +92,12 @@ class Path:
         self.last_from = jnp.where(self.tile > 0, ended, 0)
         self.steps = (self.end - self.begin) * paths.group
         self.near = None
-        if paths.packed and paths.own:
-            last_key = jnp.minimum((self.tile + 1) * paths.key_tile, paths.keys) - 1
-            several = start[row, last_key] > self.tile * paths.key_tile
-            self.near = jnp.where(several, paths.beside, 0)
+        if paths.packed and paths.before_own < paths.key_tiles:
+            own_tile = self.tile - paths.before_own
+            own_keys = paths.keys - paths.before_own * paths.key_tile
+            last_key = jnp.minimum((own_tile + 1) * paths.key_tile, own_keys) - 1
+            several = start[row, jnp.maximum(last_key, 0)] > own_tile * paths.key_tile
+            self.near = jnp.where((own_tile >= 0) & several, paths.beside, 0)
 
     @property
     def first(self) -> tuple[Array, Array]:
@@ -121,28 +123,22 @@ class Path:
         """How many programs add to a tile of queries before this one."""
         if self.paths.longest_first:
             return self.tile
-        leader = jnp.int32(self.paths.key_tiles - 1)  # of a halo: all begin with the first queries
-        if self.paths.own:
-            leader = jnp.minimum(lax.div(block, jnp.int32(self.paths.beside)), leader)
-        return leader - self.tile
+        # The last keys that a tile of queries sees are beside it; all of a halo's are before it.
+        own = self.paths.before_own + lax.div(block, jnp.int32(self.paths.beside))
+        return jnp.minimum(own, self.paths.key_tiles - 1) - self.tile
 
     def is_last(self, block: Array) -> Array:
         """Whether no program adds to a tile of queries after this one; if not longest first."""
         return block >= self.last_from
 
 
-def with_own_queries(plan: Array, beside: int, blocks: int) -> Array:
-    """The `query_plan` of a shard's own keys, but that each tile of keys sees the queries beside.
+def with_own_queries(plan: Array, paths: Paths) -> Array:
+    """The `query_plan`, [..., tiles of keys, 4], but that all own keys see the queries beside them.
 
-    So each of so many ``blocks`` of queries is seen, also one of padding, which has no gradient.
-
-    Args:
-        plan: [..., tiles of keys, 4].
-        beside: tiles of queries beside one of keys.
-        blocks: tiles of queries.
+    So each tile of queries is seen, also one of padding, which has no gradient.
     """
-    own_end = jnp.arange(1, plan.shape[-2] + 1, dtype=jnp.int32) * beside
-    return plan.at[..., 3].max(jnp.minimum(own_end, blocks))
+    number = jnp.arange(1, paths.key_tiles + 1, dtype=jnp.int32) - paths.before_own
+    return plan.at[..., 3].max(jnp.minimum(number * paths.beside, paths.blocks))
 
 
 def task(index, key_tiles: int, pairs: int, side: int | None):

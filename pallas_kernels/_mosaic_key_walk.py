@@ -61,6 +61,8 @@ class KeyWalk:
         self.batch, length, self.heads, self.dim = query.shape
         _, keys, num_kv, _ = run.value.shape
         self.packed = start.ndim > 0
+        has_own = run.offset + keys > 0
+        assert not has_own or run.offset % key_tile == 0
         self.paths = Paths(
             num_kv=num_kv,
             group=self.heads // num_kv,
@@ -69,7 +71,7 @@ class KeyWalk:
             keys=keys,
             key_tiles=-(-keys // key_tile),
             blocks=-(-rows // QUERIES),
-            own=not run.offset,
+            before_own=-run.offset // key_tile if has_own else -(-keys // key_tile),
             packed=self.packed,
             longest_first=spec.window is None and not self.packed,
         )
@@ -78,8 +80,7 @@ class KeyWalk:
             offset=run.offset, length=keys, key_tile=key_tile, reach=0,
         )  # fmt: skip
         plan = plan if self.packed else plan[None]
-        if self.paths.own:
-            plan = with_own_queries(plan, self.paths.beside, self.paths.blocks)
+        plan = with_own_queries(plan, self.paths)
         self.seen = seen_tiles(plan, self.paths.blocks)
         self.operands: dict[str, Any] = {
             "query": query,
@@ -93,7 +94,7 @@ class KeyWalk:
             pad = ((0, 0), (0, -length % QUERIES))
             self.operands["start"] = jnp.pad(start, pad, mode="edge")
         if rounding is not None:
-            assert ordered and self.paths.own and not self.paths.longest_first
+            assert ordered and has_own and not self.paths.longest_first
             self.operands |= rounding.operands
         self.dquery_tile = (self.dim // columns, *_mosaic_dquery.tile_shape(columns))
 

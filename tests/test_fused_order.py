@@ -28,7 +28,7 @@ from pallas_kernels._tiles import parts_of_group
 
 
 def shard(rng: random.Random):
-    """(start, window, rows, offset, length): a random shard's own keys, or its halo's."""
+    """(start, window, rows, offset, length): a random shard's own keys, its halo's, or both."""
     length = QUERIES * rng.randint(1, 11) + rng.randint(0, QUERIES - 1)
     halo = rng.choice([0, 0, 90, length])
     window = rng.choice([None, 0, 1, 63, 64, 127, 128, 300, halo or 70])
@@ -44,11 +44,14 @@ def shard(rng: random.Random):
         starts[end:] = np.maximum(starts[end:], end)
     packed = rng.random() < 0.7
     start = jnp.asarray(np.maximum.accumulate(starts)[None]) if packed else jnp.int32(-halo)
+    if halo and rng.random() < 0.5:
+        filled = -(-halo // KEYS) * KEYS
+        return start, window, length, -filled, filled + length
     return start, window, min(length, halo or length), -halo, halo or length
 
 
 @pytest.mark.parametrize("key_tile", [KEYS, QUERIES])
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(14))
 def test_a_program_knows_how_many_add_before_it_and_whether_it_is_the_last(seed, key_tile):
     start, window, rows, offset, length = shard(random.Random(seed))
     plan = query_plan(
@@ -60,21 +63,21 @@ def test_a_program_knows_how_many_add_before_it_and_whether_it_is_the_last(seed,
     paths = Paths(
         num_kv=1, group=1, pairs=1, key_tile=key_tile, keys=length,
         key_tiles=-(-length // key_tile), blocks=-(-rows // QUERIES),
-        own=not offset, packed=packed, longest_first=window is None and not packed,
+        before_own=-offset // key_tile if offset + length > 0 else -(-length // key_tile),
+        packed=packed, longest_first=window is None and not packed,
     )  # fmt: skip
     needed = np.asarray(plan)[0]
-    if paths.own:
-        plan = with_own_queries(plan, paths.beside, paths.blocks)
-        widened = np.asarray(plan)[0]
-        assert (widened[:, :3] == needed[:, :3]).all(), "masks are needed where they were"
-        assert (widened[:, 3] >= needed[:, 3]).all()
+    plan = with_own_queries(plan, paths)
+    widened = np.asarray(plan)[0]
+    assert (widened[:, :3] == needed[:, :3]).all(), "masks are needed where they were"
+    assert (widened[:, 3] >= needed[:, 3]).all()
     seen = np.asarray(seen_tiles(plan, paths.blocks))[0]
     ways = [Path(paths, jnp.int32(n), plan, start) for n in range(paths.key_tiles)]  # as they start
     for block in range(paths.blocks):
         adders = [way for way in ways if way.begin <= block < way.end]
         assert [int(way.before(jnp.int32(block))) for way in adders] == list(range(len(adders)))
         assert seen[block] == bool(adders)
-        if paths.own:
+        if offset + length > 0:
             assert adders, "nobody would write gradients of queries that are padding"
         if not paths.longest_first:
             last = [bool(way.is_last(jnp.int32(block))) for way in adders]

@@ -5,7 +5,8 @@
 
 import pytest
 
-from pallas_kernels import _attention, _device, _mosaic, _tiles
+from pallas_kernels import Spec, _attention, _device, _mosaic, _mosaic_fused, _tiles
+from pallas_kernels._spec import KeyRun
 from tests import repeated_ring
 from tests.cases import Case
 from tests.oracle import Result
@@ -105,9 +106,43 @@ def test_sinks_where_nothing_is_fetched():
     compare(result, case.expected, case.dtype, case)
 
 
+JOINED = {
+    "window": Case(136, 2, 90, dims=(96, 64), heads=(4, 2), **HALF),
+    "window_rows": Case(144, 2, 70, 0, ((70, 50, 168), (288,)), batch=2, dims=(64, 128), **HALF),
+    "no_window": Case(128, 2, None, dims=(128, 128), **HALF),
+    "sinks": Case(136, 2, 80, 3, dims=(64, 64), **HALF),
+    "wide": Case(136, 2, 100, dims=(192, 128), softcap=3.0, **HALF),
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_a_halo_and_own_keys_in_one_launch(name, monkeypatch):
+    """As the schedule of a ring may ask for them, which launches the halo first."""
+    case = JOINED[name]
+    monkeypatch.setattr(_attention, "_attend_bwd", together)
+    monkeypatch.setattr(_attention.attend, "bwd", together)
+    inputs, dout = repeated_ring.arrays(case)
+    function = with_gradients(repeated_ring.last_chunk(case, "mosaic_gpu"))
+    with simulated():
+        result = Result(*function(*inputs, None, dout))
+        assert launches.count(FUSED) == 1
+    compare(result, repeated_ring.expected(case), case.dtype, case)
+
+
+def together(spec, halo, forward, backward, residuals, dout):
+    """The backward pass of a halo of one hop and own keys, in one launch."""
+    query, key, value, sinks, _, start, kept, out, lse = residuals
+    runs = (_attention._hop_run(halo, 0, kept), KeyRun(key, value, 0))
+    dquery, (dfar, dnear), dsinks, _ = _mosaic.backward(
+        spec, query, runs, sinks, start, out, dout, lse, None,
+        rows=query.shape[1], dquery_dtype=query.dtype, dkey_dtype=key.dtype,
+    )  # fmt: skip
+    return dquery, *_attention._add_last(dnear, halo.give_back(0, *dfar)), dsinks, None, None
+
+
 @pytest.mark.parametrize("dims", [(80, 80), (96, 192), (128, 192), (160, 160), (256, 80)])
 def test_head_sizes_that_are_left_to_other_kernels(dims):
     (q, *_), _ = repeated_ring.arrays(case := Case(8, 1, None, dims=dims, **HALF))
     (_, key, value, _), _ = repeated_ring.arrays(case)
-    spec = _mosaic.Spec(None, 0, 0.1, None, None)
-    assert _mosaic._fused_kernel(spec, q, (_mosaic.KeyRun(key, value, 0),), None) is None
+    spec = Spec(None, 0, 0.1, None, None)
+    assert not _mosaic_fused.takes(spec, q, (KeyRun(key, value, 0),), None)

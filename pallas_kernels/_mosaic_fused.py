@@ -1,0 +1,199 @@
+"""The backward pass of "mosaic_gpu" by its fused kernels: which one, and what is around it.
+
+There is one for short windows of the shard's own keys, without sink tokens and for heads of 32 and
+64; one for heads of up to 128 in steps of 32, and one for heads of 192 and 256, where
+`_tiles.fuses_backward` says so. Sinks that windows do not reach are added by the launch that
+finishes the gradients of queries.
+"""
+
+from functools import partial
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from pallas_kernels import (
+    _device,
+    _mosaic_backward,
+    _mosaic_backward_short,
+    _mosaic_backward_sinks,
+    _mosaic_backward_wide,
+    _mosaic_dquery,
+    _tiles,
+    _xla,
+)
+from pallas_kernels._mosaic_blocks import of_eighths
+from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts
+
+Gradients = tuple[Array, tuple[tuple[Array, Array], ...], SinkRun | None, Array]
+"""Of queries; of keys and values, run by run; of sinks; and delta."""
+
+
+def takes(spec: Spec, query: Array, runs: tuple[KeyRun, ...], sinks: SinkRun | None) -> bool:
+    """Whether a fused kernel can do this and is expected to be faster than two kernels."""
+    return _kernel_for(spec, query, runs, sinks) is not None
+
+
+def backward(
+    spec: Spec,
+    query: Array,
+    runs: tuple[KeyRun, ...],
+    sinks: SinkRun | None,
+    start: Starts,
+    out: Array,
+    dout: Array,
+    lse: Array,
+    dquery: Array | None,
+    *,
+    rows: int,
+    dquery_dtype: jnp.dtype,
+    dkey_dtype: jnp.dtype,
+    ordered: bool,
+) -> Gradients:
+    """As ``pallas_kernels._mosaic.backward``, for what `takes` takes."""
+    kernel, own, dsinks = _kernel_for(spec, query, runs, sinks), runs[-1], None
+    if kernel == "short":
+        dquery, *dkeys, delta = _mosaic_backward_short.backward(
+            spec, query, own, start, out, dout, lse, dquery,
+            dquery_dtype=dquery_dtype, dkey_dtype=dkey_dtype,
+            processors=_device.multiprocessors(),
+        )  # fmt: skip
+        return dquery, _by_runs(runs, dkeys), None, delta
+
+    fused = _mosaic_backward if kernel == "any" else _mosaic_backward_wide
+    delta = _xla.delta_of(out[:, :rows], dout[:, :rows], jnp.float32)
+    run = of_eighths(own) if len(runs) == 1 else _joined(runs, fused.KEYS)
+    launch = partial(
+        _by_parts_of_groups, fused, spec, query, run, start, dout, lse, delta,
+        rows=rows, ordered=ordered,
+    )  # fmt: skip
+    if _far_sinks(spec, own, sinks):
+        total, *gradients = launch(dkey_dtype=jnp.float32)
+        *before, (dkey, dvalue) = _by_runs(runs, gradients)
+        dquery, dkey, dvalue, dsinks = _mosaic_backward_sinks.backward(
+            spec, query, own, sinks, start, dout, lse, delta, total, dquery, dkey, dvalue,
+            dquery_dtype=dquery_dtype,
+        )  # fmt: skip
+        found = tuple(
+            (dkey.astype(dkey_dtype), dvalue.astype(dkey_dtype))
+            for dkey, dvalue in (*before, (dkey, dvalue))
+        )
+        return dquery, found, dsinks, delta
+    if (
+        kernel == "any"
+        and ordered
+        and not own.offset
+        and dquery_dtype == query.dtype
+        and _tiles.rounds_within_backward(spec.window, packed=start.ndim > 0)
+    ):
+        dquery, *gradients = launch(dkey_dtype=dkey_dtype, more=dquery, dquery_dtype=dquery_dtype)
+    else:
+        total, *gradients = launch(dkey_dtype=dkey_dtype)
+        dquery = _mosaic_dquery.finish(
+            total, dquery, scale=spec.scale, rows=rows, dtype=dquery_dtype
+        )
+    return dquery, _by_runs(runs, gradients), dsinks, delta
+
+
+def _kernel_for(
+    spec: Spec, query: Array, runs: tuple[KeyRun, ...], sinks: SinkRun | None
+) -> str | None:
+    """The kernel: "short", "any" or "wide", or None."""
+    window, (*before, own) = spec.window, runs
+    dim, value_dim = query.shape[-1], own.value.shape[-1]
+    far_sinks = _far_sinks(spec, own, sinks)
+    widest = max(dim, value_dim)
+    fits = dim % 32 == 0 if widest <= 128 else _mosaic_backward_wide.takes(dim, value_dim)
+    if not fits or (far_sinks and not _mosaic_backward_sinks.takes(spec)):
+        return None
+    short = window is not None and window <= _mosaic_backward_short.LONGEST_WINDOW
+    alone = not own.offset and not before
+    if short and alone and not far_sinks and widest <= 64 and value_dim % 32 == 0:
+        return "short"
+    if not _tiles.fuses_backward(widest, window) or not _can_join(spec, runs):
+        return None
+    return "any" if widest <= 128 else "wide"
+
+
+def _far_sinks(spec: Spec, run: KeyRun, sinks: SinkRun | None) -> bool:
+    """Whether queries may see sinks that their windows do not reach."""
+    return spec.window is not None and (sinks is not None or spec.sinks_in(run.offset) > 0)
+
+
+def _can_join(spec: Spec, runs: tuple[KeyRun, ...]) -> bool:
+    """Whether several runs can be one: they end with the own keys, and no query sees a filling."""
+    if len(runs) == 1:
+        return True
+    ends = [run.offset + run.key.shape[1] for run in runs]
+    begins = [run.offset for run in runs]
+    if begins[-1] or ends[:-1] != begins[1:]:
+        return False
+    filled = begins[0] % _mosaic_backward.KEYS
+    return not filled or (spec.window is not None and begins[0] + spec.window <= 0)
+
+
+def _joined(runs: tuple[KeyRun, ...], key_tile: int) -> KeyRun:
+    """Runs that `_can_join` as one, filled up so that a tile of keys begins with the own ones."""
+    filling = runs[0].offset % key_tile
+    pad = ((0, 0), (filling, 0), (0, 0), (0, 0))
+    key, value = (
+        jnp.pad(jnp.concatenate(x, axis=1), pad)
+        for x in zip(*((run.key, run.value) for run in runs), strict=True)
+    )
+    return KeyRun(key, value, runs[0].offset - filling)
+
+
+def _by_runs(runs: tuple[KeyRun, ...], gradients) -> tuple[tuple[Array, Array], ...]:
+    """Gradients of keys and values of all runs, run by run, without a filling before them."""
+    # Without it, adding a halo's gradients in place crashes the compiler of jax 0.11.2.
+    gradients = lax.optimization_barrier(tuple(gradients))
+    found, end = [], gradients[0].shape[1]
+    for run in reversed(runs):
+        begin = end - run.key.shape[1]
+        found.append(tuple(x[:, begin:end] for x in gradients))
+        end = begin
+    return tuple(reversed(found))
+
+
+def _by_parts_of_groups(
+    fused,
+    spec: Spec,
+    query: Array,
+    run: KeyRun,
+    start: Starts,
+    *arrays,
+    rows,
+    dkey_dtype,
+    **options,
+):
+    """Runs a fused kernel with groups of query heads cut where there are few programs.
+
+    To each part of a group its keys are those of a head of their own.
+    """
+    kernel = partial(fused.backward, spec, query, rows=rows, **options)
+    batch, keys, num_kv, _ = run.key.shape
+    parts = _tiles.parts_of_group(
+        -(-keys // fused.KEYS) * num_kv * batch,
+        query.shape[2] // num_kv,
+        _device.multiprocessors(),
+        ramp=_ramps(spec, run, start, rows),
+    )
+    if parts == 1:
+        return kernel(run, start, *arrays, dkey_dtype=dkey_dtype)
+    key, value = (jnp.repeat(x, parts, axis=2) for x in (run.key, run.value))
+    run = KeyRun(key, value, run.offset)
+    dquery, *gradients = kernel(run, start, *arrays, dkey_dtype=jnp.float32)
+    dkey, dvalue = (
+        x.reshape(batch, keys, num_kv, parts, -1).sum(3).astype(dkey_dtype) for x in gradients
+    )
+    return dquery, dkey, dvalue
+
+
+def _ramps(spec: Spec, run: KeyRun, start: Starts, rows: int) -> bool:
+    """Whether the first keys of a run are seen by next to all queries, the last by next to none.
+
+    Or the other way round; else all are taken to be seen by as many.
+    """
+    if spec.window is None:
+        return not run.offset and start.ndim == 0
+    in_halo = run.offset + run.key.shape[1] <= 0
+    return in_halo and run.offset + spec.window < rows - 1
