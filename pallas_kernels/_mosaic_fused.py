@@ -144,7 +144,7 @@ def _joined(runs: tuple[KeyRun, ...], key_tile: int) -> KeyRun:
 
 def _by_runs(runs: tuple[KeyRun, ...], gradients) -> tuple[tuple[Array, Array], ...]:
     """Gradients of keys and values of all runs, run by run, without a filling before them."""
-    # Without it, adding a halo's gradients in place crashes the compiler of jax 0.11.2.
+    # Without this barrier, adding a halo's gradients in place crashes the compiler of jax 0.11.2.
     gradients = lax.optimization_barrier(tuple(gradients))
     found, end = [], gradients[0].shape[1]
     for run in reversed(runs):
@@ -160,11 +160,11 @@ def _by_parts_of_groups(
     query: Array,
     run: KeyRun,
     start: Starts,
-    *arrays,
-    rows,
-    dkey_dtype,
+    *arrays: Array,
+    rows: int,
+    dkey_dtype: jnp.dtype,
     **options,
-):
+) -> tuple:
     """Runs a fused kernel with groups of query heads cut where there are few programs.
 
     To each part of a group its keys are those of a head of their own.

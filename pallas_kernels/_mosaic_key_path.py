@@ -42,7 +42,7 @@ class Paths:
         blocks: tiles of queries.
         before_own: tiles of keys of a halo, before those of keys beside the queries.
         packed: whether there are documents.
-        longest_first: whether the first tiles of keys come first, and add first.
+        window: keys before a query that it sees, or None.
     """
 
     num_kv: int
@@ -54,7 +54,17 @@ class Paths:
     blocks: int
     before_own: int
     packed: bool
-    longest_first: bool
+    window: int | None
+
+    @property
+    def longest_first(self) -> bool:
+        """Whether the first tiles of keys come first, and add first.
+
+        Not if a halo comes with own keys: on a ring's first device it is nobody's, so that nobody
+        would add first.
+        """
+        alone = self.before_own in (0, self.key_tiles)
+        return self.window is None and not self.packed and alone
 
     @property
     def beside(self) -> int:
@@ -76,7 +86,7 @@ class Path:
     Args:
         paths: all of them.
         index: the program's number.
-        plan: `pallas_kernels._band.query_plan`, after `with_own_queries` for own keys, as a ref.
+        plan: `pallas_kernels._band.query_plan`, after `with_own_queries`, as a ref.
         start: where the sequence of each query starts, as a ref; None if there is one sequence.
     """
 

@@ -73,7 +73,7 @@ class KeyWalk:
             blocks=-(-rows // QUERIES),
             before_own=-run.offset // key_tile if has_own else -(-keys // key_tile),
             packed=self.packed,
-            longest_first=spec.window is None and not self.packed,
+            window=spec.window,
         )
         plan = query_plan(
             start, spec.window, 0, rows=rows, query_tile=QUERIES,
