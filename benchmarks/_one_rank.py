@@ -1,8 +1,8 @@
 """The yardstick of the ring: its busiest device's work on one GPU, nothing to wait for.
 
-The keys before the chunk are already in this GPU's memory, in arrays of their own, and one launch
-a pass takes them together with the chunk's. So what a ring loses to the exchange, and to cutting
-its launches around it, both count against the ring.
+The keys before the chunk are already in this GPU's memory, in arrays of their own. One launch takes
+them together with the chunk's, backward where the implementation is faster so. So what a ring loses
+to the exchange, and to cutting its forward launches around it, both count against the ring.
 """
 
 from collections.abc import Callable
@@ -45,11 +45,19 @@ def programs(shape: RingShape, devices: int, implementation: str | None):
 
     def both(query, far, near, sinks, start, dout):
         kernels, runs, state = launch(query, far, near, sinks, start)
-        dquery, dkeys, dsinks, _ = kernels.backward(
-            spec, query, runs, sinks, start, state.out, dout, state.lse, None,
-            rows=chunk, dquery_dtype=query.dtype, dkey_dtype=near[0].dtype,
-        )  # fmt: skip
-        return state.out, (dquery, dkeys, dsinks)
+
+        def backward(runs, sinks, dquery, rows, dtype):
+            return kernels.backward(
+                spec, query, runs, sinks, start, state.out, dout, state.lse, dquery,
+                rows=rows, dquery_dtype=dtype, dkey_dtype=near[0].dtype,
+            )  # fmt: skip
+
+        if kernels.joins(spec, query, runs, sinks):
+            dquery, dkeys, dsinks, _ = backward(runs, sinks, None, chunk, query.dtype)
+            return state.out, (dquery, dkeys, dsinks)
+        dquery, dfar, _, _ = backward(runs[:1], None, None, halo, state.lse.dtype)
+        dquery, dnear, dsinks, _ = backward(runs[1:], sinks, dquery, chunk, query.dtype)
+        return state.out, (dquery, (*dfar, *dnear), dsinks)
 
     return forward, both
 

@@ -10,8 +10,10 @@ log-sum-exp, so launches may be cut wherever that hides communication:
   continue from the (out, lse) of the launch before, in the accumulator's precision.
 
 The backward pass takes the halo first, so that its gradients travel home under the shard's own
-backward. A single hop is kept for it; several hops are fetched again, which bounds memory to two
-of them, and their gradients travel and add up in the accumulator's precision.
+backward. A single hop is kept for it; where an implementation says that it is faster, the hop and
+the shard's own keys go together instead, and the hop's gradients travel when that is over. Several
+hops are fetched again, which bounds memory to two of them, and their gradients travel and add up in
+the accumulator's precision.
 """
 
 from functools import partial
@@ -101,23 +103,26 @@ def _attend_bwd(spec, halo, forward, backward, residuals, dout):
     dtype = lse.dtype
     launch = partial(_launch_backward, spec, backward, query, start, out, dout, lse)
 
-    # The farthest hop first: it reaches the fewest rows, so that dquery and home only ever grow.
-    dquery = home = None
-    done: list[Array] = []
-    travel = dtype if len(halo.lengths) > 1 else key.dtype
-    for hop in reversed(range(len(halo.lengths))):
-        far = _fetch(halo, hop, done, key, value) if kept is None else kept
-        run = _hop_run(halo, hop, far)
-        rows = halo.lengths[hop]
-        dquery, (dfar,), _, _ = launch((run,), None, dquery, rows, dtype, travel)
-        home = _add_last(halo.give_back(hop, *dfar), home)
-        done.append(home[0][0, -1, 0, 0])
-
     local = KeyRun(key, value, 0)
-    own = dtype if len(halo.lengths) > 1 else key.dtype
-    dquery, (dlocal,), dsinks, delta = launch(
-        (local,), sinks, dquery, query.shape[1], query.dtype, own
-    )
+    rows = query.shape[1]
+    travel = dtype if len(halo.lengths) > 1 else key.dtype
+    runs = (local,) if kept is None else (_hop_run(halo, 0, kept), local)
+    dquery = home = None
+    if len(runs) > 1 and _implementations.module(backward).joins(spec, query, runs, sinks):
+        dquery, (dfar, dlocal), dsinks, delta = launch(runs, sinks, None, rows, query.dtype, travel)
+        home = halo.give_back(0, *dfar)
+    else:
+        # The farthest hop first: it reaches the fewest rows, so dquery and home only ever grow.
+        done: list[Array] = []
+        for hop in reversed(range(len(halo.lengths))):
+            far = _fetch(halo, hop, done, key, value) if kept is None else kept
+            run = _hop_run(halo, hop, far)
+            dquery, (dfar,), _, _ = launch((run,), None, dquery, halo.lengths[hop], dtype, travel)
+            home = _add_last(halo.give_back(hop, *dfar), home)
+            done.append(home[0][0, -1, 0, 0])
+        dquery, (dlocal,), dsinks, delta = launch(
+            (local,), sinks, dquery, rows, query.dtype, travel
+        )
     dkey, dvalue = _add_last(dlocal, home)
     dsink_logits = None
     if sink_logits is not None:

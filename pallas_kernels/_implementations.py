@@ -40,7 +40,7 @@ def choose(implementation: str | None, spec: Spec, query: Array, value: Array) -
 
 
 def module(name: str) -> ModuleType:
-    """The module with the ``check``, ``forward`` and ``backward`` of an implementation.
+    """The module with the ``check``, ``forward``, ``joins`` and ``backward`` of an implementation.
 
     Imported when first used: Pallas-Triton is deprecated and may be missing.
     """

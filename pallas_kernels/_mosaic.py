@@ -78,6 +78,11 @@ def forward(
     )
 
 
+def joins(spec: Spec, query: Array, runs: tuple[KeyRun, ...], sinks: SinkRun | None) -> bool:
+    """Whether `backward` takes less time for a halo and own keys together than one by one."""
+    return _mosaic_fused.takes(spec, query, runs, sinks)
+
+
 def backward(
     spec: Spec,
     query: Array,

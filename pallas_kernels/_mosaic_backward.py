@@ -24,6 +24,7 @@ from pallas_kernels._mosaic_gradients import (
     write_parts,
     zeros,
 )
+from pallas_kernels._mosaic_handing import hand_over
 from pallas_kernels._mosaic_key_path import QUERIES
 from pallas_kernels._mosaic_key_walk import KeyWalk, fold, slot_of
 from pallas_kernels._spec import KeyRun, Spec, Starts
@@ -45,15 +46,15 @@ def backward(
     *,
     rows: int,
     dkey_dtype: jnp.dtype,
+    processors: int,
     ordered: bool,
-    more: Array | None = None,
     dquery_dtype: jnp.dtype | None = None,
 ) -> tuple[_mosaic_dquery.Total | Array, Array, Array]:
     """Gradients through the first ``rows`` queries and the keys of a run that windows reach.
 
     Unless ``ordered``, the gradients of queries are added up in any order. If so, and if these are
-    all queries and the run has the shard's own keys, they may be finished too: ``more`` is added,
-    and they are rounded to ``dquery_dtype``.
+    all queries and the run has the shard's own keys, they may be finished too, that is, rounded to
+    ``dquery_dtype``.
 
     Returns:
         dquery, to be finished unless its dtype is given; dkey; dvalue.
@@ -63,11 +64,17 @@ def backward(
     rounding = None
     if dquery_dtype is not None:
         rounding = _mosaic_dquery.Rounding(
-            more, scale=spec.scale, shape=query.shape, columns=half, dtype=dquery_dtype
+            scale=spec.scale, shape=query.shape, columns=half, dtype=dquery_dtype
         )
     arrays = spec, query, run, start, dout, lse, delta
     walk = KeyWalk(
-        *arrays, rows=rows, key_tile=KEYS, columns=half, ordered=ordered, rounding=rounding
+        *arrays,
+        rows=rows,
+        key_tile=KEYS,
+        columns=half,
+        processors=processors,
+        ordered=ordered,
+        rounding=rounding,
     )
     packed = walk.packed
 
@@ -86,7 +93,7 @@ def backward(
         mine = pl.ds(me * ROWS, ROWS)
         sums_smem, rounded_smem = dquery_refs(smem)
 
-        def close(rounding, slot, head, block, result):
+        def close(rounding, slot, block, result):
             """Leaves gradients of queries rounded, with those before them added."""
             place = sums_smem.at[slot, me]
             total = lax.cond(
@@ -96,19 +103,20 @@ def backward(
                 result,
             )
             plgpu.commit_smem()  # all warps have read what the result is written over
-            rounded_smem.at[slot, me, 0][...] = rounding.result(refs, row, block, head, me, total)
+            rounded_smem.at[slot, me, 0][...] = rounding.result(total)
 
-        def leave(slot, head, block, result):
+        def leave(slot, block, result):
             """Leaves gradients of queries in shared memory."""
             store = partial(_mosaic_dquery.store, sums_smem.at[slot, me], result)
             if rounding is None:
                 store()
             else:
-                pl.when(path.is_last(block))(partial(close, rounding, slot, head, block, result))
+                pl.when(path.is_last(block))(partial(close, rounding, slot, block, result))
                 pl.when(~path.is_last(block))(store)
             release_smem()
 
         def step(head, block, number, carry):
+            del head
             dkey, dvalue = carry
             clear = path.is_clear(block)
             slot = slot_of(number, SLOTS)
@@ -139,7 +147,7 @@ def backward(
                     result = plgpu.wgmma_accumulator_load(dquery, wait_n=1)
                     plgpu.barrier_arrive(barriers["dlogits_free"])
                     plgpu.barrier_wait(barriers["dquery_free"].at[slot])
-                    leave(slot, head, block, result)
+                    leave(slot, block, result)
                     plgpu.barrier_arrive(barriers["dquery"].at[slot])
 
                 pl.run_scoped(multiply, plgpu.ACC((QUERIES, half), jnp.float32))
@@ -151,14 +159,19 @@ def backward(
 
         plgpu.barrier_wait(barriers["key"])
         dkey, dvalue = fold(path, step, (zeros(dim), zeros(value_dim)))
-        where = (row, pl.ds(tile * KEYS + me * ROWS, ROWS), kv_head)
-        for name, result in (("dvalue", dvalue), ("dkey", dkey * spec.scale)):
 
-            def there(column, width, ref=refs[name]):
-                return ref.at[(*where, pl.ds(column, width))]
+        def write(results):
+            (dkey,), (dvalue,) = results["dkey"], results["dvalue"]
+            where = (row, pl.ds(tile * KEYS + me * ROWS, ROWS), kv_head)
+            for name, result in (("dvalue", dvalue), ("dkey", dkey * spec.scale)):
 
-            write_parts(result, smem["out"].at[me], there)
-        plgpu.wait_smem_to_gmem(0)
+                def there(column, width, ref=refs[name]):
+                    return ref.at[(*where, pl.ds(column, width))]
+
+                write_parts(result, smem["out"].at[me], there)
+            plgpu.wait_smem_to_gmem(0)
+
+        hand_over(path, refs, me, me, {"dkey": (dkey,), "dvalue": (dvalue,)}, write)
 
     smem = {
         "key": swizzled((KEYS, dim), dtype, columns=half),

@@ -24,6 +24,7 @@ from pallas_kernels._mosaic_gradients import (
     write_parts,
     zeros,
 )
+from pallas_kernels._mosaic_handing import WIDEST, hand_over
 from pallas_kernels._mosaic_key_path import QUERIES
 from pallas_kernels._mosaic_key_walk import KeyWalk, fold, slot_of
 from pallas_kernels._spec import KeyRun, Spec, Starts
@@ -32,7 +33,7 @@ KEYS = ROWS
 """Keys of a tile."""
 COLUMNS = 64
 """Columns of a part of the gradients of queries."""
-WIDTH = 128
+WIDTH = WIDEST
 """Columns of a part of the gradients of keys and values at most: a product needs registers."""
 SLOTS = 2
 """Tiles of queries in shared memory; there is one of the gradients of outputs."""
@@ -49,12 +50,20 @@ def backward(
     *,
     rows: int,
     dkey_dtype: jnp.dtype,
+    processors: int,
     ordered: bool,
 ) -> tuple[_mosaic_dquery.Total, Array, Array]:
     """As ``pallas_kernels._mosaic_backward.backward``."""
     dim, value_dim, dtype = query.shape[3], run.value.shape[3], query.dtype
     arrays = spec, query, run, start, dout, lse, delta
-    walk = KeyWalk(*arrays, rows=rows, key_tile=KEYS, columns=COLUMNS, ordered=ordered)
+    walk = KeyWalk(
+        *arrays,
+        rows=rows,
+        key_tile=KEYS,
+        columns=COLUMNS,
+        processors=processors,
+        ordered=ordered,
+    )
     packed, parts = walk.packed, dim // COLUMNS
 
     def compute(refs, smem, barriers, me):
@@ -83,9 +92,9 @@ def backward(
                 accumulator = plgpu.ACC((QUERIES, COLUMNS), jnp.float32)
                 pl.run_scoped(partial(multiply, part), accumulator)
 
-        def write(name, results, scale):
+        def write(name, scale, results):
             row, kv_head, tile = path.row, path.kv_head, path.tile
-            for n, result in enumerate(results):
+            for n, result in enumerate(results[name]):
 
                 def there(column, width, first=n * WIDTH):
                     columns = pl.ds(first + column, width)
@@ -93,6 +102,9 @@ def backward(
 
                 write_parts(result * scale, smem["out"].at[me], there)
             plgpu.wait_smem_to_gmem(0)
+
+        def leave(name, results, scale):
+            hand_over(path, refs, me, 0, {name: results}, partial(write, name, scale))
 
         @pl.when(me == 0)
         def through_values():
@@ -128,7 +140,7 @@ def backward(
                 return tuple(dvalues)
 
             plgpu.barrier_wait(barriers["key"])
-            write("dvalue", fold(path, step, zeros_of(value_dim)), 1.0)
+            leave("dvalue", fold(path, step, zeros_of(value_dim)), 1.0)
 
         @pl.when(me == 1)
         def through_keys():
@@ -164,7 +176,7 @@ def backward(
                 return tuple(dkeys)
 
             plgpu.barrier_wait(barriers["key"])
-            write("dkey", fold(path, step, zeros_of(dim)), spec.scale)
+            leave("dkey", fold(path, step, zeros_of(dim)), spec.scale)
 
     smem = {
         "key": swizzled((ROWS, dim), dtype, columns=COLUMNS),

@@ -102,6 +102,21 @@ def tell_and_wait(told: Any, tells: Any, turn: Any, value: Any, behind: int = 0)
     side_by_side(told, jnp.int32(tells), turn, value)
 
 
+def tell_of_stores(told: Any) -> None:
+    """Adds one to a counter in global memory, behind all that this warpgroup has stored there.
+
+    For what threads store by themselves, as `tell_and_wait` is for TMA.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def behind_stores(_, told):
+        utils.warpgroup_barrier()
+        with utils.when(utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP)):
+            _ptx("red.release.gpu.global.add.u32 [$0], 1;", utils.memref_ptr(told))
+
+    behind_stores(told)
+
+
 def release_smem() -> None:
     """Lets TMA and WGMMA see what a thread has written, once it has arrived at a barrier.
 

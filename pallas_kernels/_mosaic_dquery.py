@@ -98,51 +98,25 @@ def _places(pairs: int):
 
 
 class Rounding:
-    """What becomes of added up gradients of queries: ``scale`` times them, plus ``more``, rounded.
+    """What becomes of added up gradients of queries: ``scale`` times them, rounded.
 
     Args:
-        more: gradients of the first queries, [B, at most rows, N, H] in float32, or None.
         scale: factor of what has been added up.
         shape: (B, rows, N, H) of the result.
         columns: of a part.
         dtype: of the result.
     """
 
-    def __init__(
-        self,
-        more: Array | None,
-        *,
-        scale: float,
-        shape: tuple[int, ...],
-        columns: int,
-        dtype: jnp.dtype,
-    ):
+    def __init__(self, *, scale: float, shape: tuple[int, ...], columns: int, dtype: jnp.dtype):
         self.scale, self.columns, self.dtype = scale, columns, dtype
         self.batch, self.rows, self.heads, self.dim = shape
         self.parts, self.tiles = self.dim // columns, -(-self.rows // ROWS)
-        self.near = 0
-        self.operands: dict[str, Any] = {}
-        if more is not None:
-            self.near = -(-more.shape[1] // ROWS)
-            pad = self.near * ROWS - more.shape[1]
-            self.operands["more"] = jnp.pad(more, ((0, 0), (0, pad), (0, 0), (0, 0)))
         stored = self.rows if self.rows % 8 == 0 else self.tiles * ROWS
         self.out_type = jax.ShapeDtypeStruct((self.batch, stored, self.heads, self.dim), dtype)
 
-    def result(self, refs: dict[str, Any], row, tile, head, part, total: Array) -> Array:
+    def result(self, total: Array) -> Array:
         """A part of a tile, of what has been added up."""
-        result = total * self.scale
-        if self.near:
-            nearest = jnp.minimum(tile, self.near - 1) * ROWS
-            columns = pl.ds(part * self.columns, self.columns)
-            here = refs["more"].at[row, pl.ds(nearest, ROWS), head, columns]
-            result = lax.cond(
-                tile < self.near,
-                lambda x: x + _mosaic_blocks.load(here, MATRIX),
-                lambda x: x,
-                result,
-            )
-        return result.astype(self.dtype)
+        return (total * self.scale).astype(self.dtype)
 
     def whole(self, out: Array) -> Array:
         """The result, of what is stored: TMA counts rows by 8."""
@@ -155,12 +129,12 @@ class Rounding:
 
 
 class Finish(Rounding):
-    """Rounding of a `Total`, in a kernel of its own.
+    """Rounding of a `Total`, in a kernel of its own, with ``more`` added.
 
     Args:
         total: what has been added up.
-        more: as for `Rounding`.
-        scale: likewise.
+        more: gradients of the first queries, [B, at most rows, N, H] in float32, or None.
+        scale: as for `Rounding`.
         rows: how many queries there are.
         dtype: of the result.
     """
@@ -171,9 +145,17 @@ class Finish(Rounding):
         batch, heads, _, parts = total.parts.shape[:4]
         columns = total.part_columns
         shape = batch, rows, heads, parts * columns
-        super().__init__(more, scale=scale, shape=shape, columns=columns, dtype=dtype)
+        super().__init__(scale=scale, shape=shape, columns=columns, dtype=dtype)
         self.rows_of_seen = len(total.seen)
-        self.operands |= {"total": total.parts, "seen": total.seen.astype(jnp.int32)}
+        self.operands: dict[str, Array] = {
+            "total": total.parts,
+            "seen": total.seen.astype(jnp.int32),
+        }
+        self.near = 0
+        if more is not None:
+            self.near = -(-more.shape[1] // ROWS)
+            pad = self.near * ROWS - more.shape[1]
+            self.operands["more"] = jnp.pad(more, ((0, 0), (0, pad), (0, 0), (0, 0)))
         self.smem = swizzled((parts, ROWS, columns), dtype)
 
     def load(self, refs: dict[str, Any], row, tile, head, part: int) -> Array:
@@ -184,7 +166,22 @@ class Finish(Rounding):
 
     def put(self, refs: dict[str, Any], smem, row, tile, head, part: int, total: Array):
         """A part's result into shared memory."""
-        smem.at[fresh(part)][...] = self.result(refs, row, tile, head, part, total)
+        smem.at[fresh(part)][...] = self.with_more(refs, row, tile, head, part, total)
+
+    def with_more(self, refs: dict[str, Any], row, tile, head, part, total: Array) -> Array:
+        """The result of a part of a tile."""
+        result = total * self.scale
+        if self.near:
+            nearest = jnp.minimum(tile, self.near - 1) * ROWS
+            columns = pl.ds(part * self.columns, self.columns)
+            here = refs["more"].at[row, pl.ds(nearest, ROWS), head, columns]
+            result = lax.cond(
+                tile < self.near,
+                lambda x: x + _mosaic_blocks.load(here, MATRIX),
+                lambda x: x,
+                result,
+            )
+        return result.astype(self.dtype)
 
     def send(self, refs: dict[str, Any], smem, row, tile, head):
         """Writes all parts of a tile, after all warps have put them."""

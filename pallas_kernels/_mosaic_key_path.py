@@ -1,6 +1,6 @@
 """Ways of the fused Mosaic GPU backward kernels over tiles of queries: which program is where when.
 
-A program has one tile of keys and takes the tiles of queries that see them, of all heads of the
+A program has one tile of keys and takes the tiles of queries that see them, of heads of the
 group. Gradients of queries are added in a fixed order, as a rule from the last keys to the first,
 so that results repeat their bits. Each tile of keys begins with its own queries and goes on to
 later ones, so that tiles of keys at work side by side are at different queries, reach a tile of
@@ -12,20 +12,43 @@ Without a window and documents the first keys have the most queries. So they com
 heads side by side, which leaves no multiprocessor idle at the end; and all walk down from the last
 queries, at each of them through all heads of the group, so that programs that have started together
 are at the same queries.
+
+A task is a tile of keys with all heads of its group. At the end of a launch, where multiprocessors
+would wait for the last tasks, some of these are cut into programs of fewer heads each.
 """
 
 import dataclasses
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels import _tiles
 from pallas_kernels._mosaic_blocks import ROWS
 
 QUERIES = ROWS
 """Queries of a tile."""
 SIDE = 16
 """Heads side by side without a window: so few that several programs share one's queries."""
+
+
+MANY = 64
+"""Tasks for each multiprocessor of a GPU."""
+
+
+class Share(NamedTuple):
+    """What a program has of a task: ``heads`` of the group's, ``first_head`` and so on.
+
+    It is the last ``part`` of the task or not; ``number`` counts tasks that are cut.
+    """
+
+    task: Array
+    first_head: Array
+    heads: Array | int
+    part: Array
+    is_last: Array
+    number: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +66,8 @@ class Paths:
         before_own: tiles of keys of a halo, before those of keys beside the queries.
         packed: whether there are documents.
         window: keys before a query that it sees, or None.
+        cut: how many of the last tasks are cut into parts.
+        parts: so many, each for as many of the group's heads.
     """
 
     num_kv: int
@@ -55,33 +80,77 @@ class Paths:
     before_own: int
     packed: bool
     window: int | None
+    cut: int = 0
+    parts: int = 1
 
     @property
     def longest_first(self) -> bool:
-        """Whether the first tiles of keys come first, and add first.
+        """Whether the first tiles of keys come first, and add first."""
+        return self.window is None and not self.packed
 
-        Not if a halo comes with own keys: on a ring's first device it is nobody's, so that nobody
-        would add first.
-        """
-        alone = self.before_own in (0, self.key_tiles)
-        return self.window is None and not self.packed and alone
+    @property
+    def side(self) -> int | None:
+        """How many pairs are side by side; None: one comes after the other."""
+        return max(1, SIDE // self.group) if self.longest_first else None
 
     @property
     def beside(self) -> int:
         """Tiles of queries beside one of keys."""
         return self.key_tile // QUERIES
 
-    def place(self, index: Array) -> tuple[Array, Array, Array]:
-        """(row, key/value head, tile of keys) of a program."""
-        side = max(1, SIDE // self.group) if self.longest_first else None
-        pair, tile = task(index, self.key_tiles, self.pairs, side)
-        return lax.div(pair, jnp.int32(self.num_kv)), lax.rem(pair, jnp.int32(self.num_kv)), tile
+    @property
+    def tasks(self) -> int:
+        """Tiles of keys of all pairs."""
+        return self.pairs * self.key_tiles
+
+    @property
+    def programs(self) -> int:
+        """How many there are: the tasks that are cut come last, first all of their first parts."""
+        return self.tasks + self.cut * (self.parts - 1)
+
+    def share(self, index: Array) -> "Share":
+        """What a program has of a task."""
+        if not self.cut:
+            zero = jnp.int32(0)
+            return Share(index, zero, self.group, zero, jnp.bool_(True), zero)
+        whole, size = jnp.int32(self.tasks - self.cut), self.group // self.parts
+        beyond = jnp.maximum(index - whole, 0)
+        part, number = (f(beyond, jnp.int32(self.cut)) for f in (lax.div, lax.rem))
+        is_cut = index >= whole
+        return Share(
+            task=jnp.minimum(index, whole + number),
+            first_head=part * size,
+            heads=jnp.where(is_cut, size, self.group),
+            part=part,
+            is_last=~is_cut | (part == self.parts - 1),
+            number=number,
+        )
+
+    def steps(self, offset: int, *, nobodys_halo: bool = False) -> list[int]:
+        """How many tiles of queries a head of each task sees if there are no documents.
+
+        Tasks are in their order; ``offset`` is the position of the first key.
+        """
+        ends = [min((n + 1) * self.key_tile, self.keys) + offset for n in range(self.key_tiles)]
+        begins = [max(n * self.key_tile + offset, 0) // QUERIES for n in range(self.key_tiles)]
+        found = [
+            0
+            if nobodys_halo and end <= 0
+            else self.blocks - begin
+            if self.window is None
+            else min((end - 1 + self.window) // QUERIES + 1, self.blocks) - begin
+            for begin, end in zip(begins, ends, strict=True)
+        ]
+        if self.side is None:
+            return found[::-1] * self.pairs
+        sides = [self.side] * (self.pairs // self.side) + [self.pairs % self.side]
+        return [steps for side in sides for steps in found for _ in range(side)]
 
 
 class Path:
     """The way of one program.
 
-    A state of it says how many heads of the group, and how many tiles of queries, are behind.
+    A state of it says how many of its heads, and how many tiles of queries, are behind.
 
     Args:
         paths: all of them.
@@ -92,7 +161,9 @@ class Path:
 
     def __init__(self, paths: Paths, index: Array, plan: Any, start: Any):
         self.paths = paths
-        self.row, self.kv_head, self.tile = paths.place(index)
+        self.share = paths.share(index)
+        pair, self.tile = task(self.share.task, paths.key_tiles, paths.pairs, paths.side)
+        self.row, self.kv_head = (f(pair, jnp.int32(paths.num_kv)) for f in (lax.div, lax.rem))
         row = self.row if paths.packed else 0
         self.begin, self.clear_begin, self.clear_end, self.end = (
             plan[row, self.tile, n] for n in range(4)
@@ -100,7 +171,7 @@ class Path:
         # Tiles of keys see consecutive tiles of queries, and begin and end in their own order.
         ended = plan[row, jnp.maximum(self.tile - 1, 0), 3]
         self.last_from = jnp.where(self.tile > 0, ended, 0)
-        self.steps = (self.end - self.begin) * paths.group
+        self.steps = (self.end - self.begin) * self.share.heads
         self.near = None
         if paths.packed and paths.before_own < paths.key_tiles:
             own_tile = self.tile - paths.before_own
@@ -117,13 +188,14 @@ class Path:
     def after(self, member: Array, n: Array) -> tuple[Array, Array]:
         """The next state."""
         if self.paths.longest_first:
-            return following_down(member, n, self.paths.group)
-        return following(member, n, self.paths.group, self.end - self.begin, self.near)
+            return following_down(member, n, self.share.heads)
+        return following(member, n, self.share.heads, self.end - self.begin, self.near)
 
     def at(self, member: Array, n: Array) -> tuple[Array, Array]:
         """(head, tile of queries) of a state."""
         block = self.end - 1 - n if self.paths.longest_first else self.begin + n
-        return self.kv_head * self.paths.group + member, block
+        head = self.kv_head * self.paths.group + self.share.first_head + member
+        return head, block
 
     def is_clear(self, block: Array) -> Array:
         """Whether all queries of a tile see all keys of the program."""
@@ -140,6 +212,21 @@ class Path:
     def is_last(self, block: Array) -> Array:
         """Whether no program adds to a tile of queries after this one; if not longest first."""
         return block >= self.last_from
+
+
+@functools.cache
+def cut_at_the_end(paths: Paths, offset: int, processors: int) -> Paths:
+    """With the last tasks cut where that takes less time; ``offset`` is that of the first key."""
+    if paths.tasks > MANY * processors:  # the last ones are next to nothing of all
+        return paths
+    devices = [paths.steps(offset)]
+    several = 0 < paths.before_own < paths.key_tiles
+    if several:  # a ring's first device has a halo that is nobody's
+        devices.append(paths.steps(offset, nobodys_halo=True))
+    # A halo's tasks wait for those before them, of the same heads: so all of them or none.
+    some = {paths.key_tiles} if several else {processors // 2, processors}
+    cut, parts = _tiles.cut_of_tasks(devices, paths.group, processors, some)
+    return dataclasses.replace(paths, cut=cut, parts=parts)
 
 
 def with_own_queries(plan: Array, paths: Paths) -> Array:
@@ -165,7 +252,7 @@ def task(index, key_tiles: int, pairs: int, side: int | None):
     return before + lax.rem(index, width), lax.div(index, width)
 
 
-def following(member, n, group: int, count, beside=None):
+def following(member, n, group, count, beside=None):
     """The next step of a walk over ``count`` tiles of queries of a group's heads, head by head.
 
     But if so many tiles ``beside`` the tile of keys are given, they come first, for all heads. That
@@ -182,7 +269,7 @@ def following(member, n, group: int, count, beside=None):
     return next_member, jnp.where(next_head, jnp.where(near, n, beside), n + 1)
 
 
-def following_down(member, n, group: int):
+def following_down(member, n, group):
     """The next step of a walk over tiles of queries, at each of them through a group's heads."""
     last = member == group - 1
     return jnp.where(last, 0, member + 1), jnp.where(last, n + 1, n)

@@ -14,11 +14,17 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import _mosaic_dquery
+from pallas_kernels import _mosaic_dquery, _mosaic_handing
 from pallas_kernels._band import query_plan, seen_tiles, sees
 from pallas_kernels._mosaic_blocks import MATRIX, ROW, ROWS, fori, fresh, load
 from pallas_kernels._mosaic_gradients import across, of_queries
-from pallas_kernels._mosaic_key_path import QUERIES, Path, Paths, with_own_queries
+from pallas_kernels._mosaic_key_path import (
+    QUERIES,
+    Path,
+    Paths,
+    cut_at_the_end,
+    with_own_queries,
+)
 from pallas_kernels._spec import KeyRun, Spec, Starts, vary_as
 
 
@@ -36,6 +42,7 @@ class KeyWalk:
         rows: number of queries.
         key_tile: keys of a program.
         columns: of the parts in which gradients of queries are added.
+        processors: multiprocessors of the GPU.
         ordered: whether they are added in a fixed order.
         rounding: what the program that adds last makes of them; if None, they are to be finished.
     """
@@ -53,6 +60,7 @@ class KeyWalk:
         rows: int,
         key_tile: int,
         columns: int,
+        processors: int,
         ordered: bool,
         rounding: _mosaic_dquery.Rounding | None = None,
     ):
@@ -63,7 +71,7 @@ class KeyWalk:
         self.packed = start.ndim > 0
         has_own = run.offset + keys > 0
         assert not has_own or run.offset % key_tile == 0
-        self.paths = Paths(
+        paths = Paths(
             num_kv=num_kv,
             group=self.heads // num_kv,
             pairs=num_kv * self.batch,
@@ -75,6 +83,7 @@ class KeyWalk:
             packed=self.packed,
             window=spec.window,
         )
+        self.paths = cut_at_the_end(paths, run.offset, processors)
         plan = query_plan(
             start, spec.window, 0, rows=rows, query_tile=QUERIES,
             offset=run.offset, length=keys, key_tile=key_tile, reach=0,
@@ -95,7 +104,6 @@ class KeyWalk:
             self.operands["start"] = jnp.pad(start, pad, mode="edge")
         if rounding is not None:
             assert ordered and has_own and not self.paths.longest_first
-            self.operands |= rounding.operands
         self.dquery_tile = (self.dim // columns, *_mosaic_dquery.tile_shape(columns))
 
     def path(self, refs: dict[str, Any]) -> Path:
@@ -160,10 +168,15 @@ class KeyWalk:
         }
         if self.rounding is not None:
             outputs["out"] = self.rounding.out_type
-        operands = self.operands | {"counter": jax.new_ref(jnp.zeros(queries, jnp.int32))}
+        dims = {"dkey": self.dim, "dvalue": self.run.value.shape[3]}
+        sums = _mosaic_handing.sums(self.paths, dims)
+        counters = {"counter": queries} | _mosaic_handing.counters(self.paths)
+        operands = self.operands | {
+            name: jax.new_ref(jnp.zeros(shape, jnp.int32)) for name, shape in counters.items()
+        }
 
         def ring_swa_backward_fused(*refs):
-            inputs = dict(zip((*operands, *outputs), refs, strict=True))
+            inputs = dict(zip((*operands, *outputs, *sums), refs, strict=True))
 
             def body(smem, barriers):
                 me = lax.axis_index("warpgroup")
@@ -187,8 +200,8 @@ class KeyWalk:
 
         results = plgpu.kernel(
             ring_swa_backward_fused,
-            out_type=tuple(outputs.values()),
-            grid=(self.paths.key_tiles * self.paths.pairs,),
+            out_type=(*outputs.values(), *sums.values()),
+            grid=(self.paths.programs,),
             grid_names=("program",),
             num_threads=4,
             thread_name="warpgroup",
@@ -197,10 +210,9 @@ class KeyWalk:
             ),
         )(*operands.values())
         # Kernels of Mosaic GPU know nothing of manual mesh axes.
-        sums, dkey, dvalue, *rounded = (vary_as(self.query, x) for x in results)
-        if self.rounding is None:
-            return sums, dkey, dvalue
-        return self.rounding.whole(*rounded), dkey, dvalue
+        found = dict(zip((*outputs, *sums), (vary_as(self.query, x) for x in results), strict=True))
+        dquery = found["dquery"] if self.rounding is None else self.rounding.whole(found["out"])
+        return dquery, found["dkey"], found["dvalue"]
 
 
 def fold(path: Path, step: Callable[..., Any], carry: Any) -> Any:

@@ -71,6 +71,11 @@ def forward(
     )
 
 
+def joins(spec: Spec, query: Array, runs: tuple[KeyRun, ...], sinks: SinkRun | None) -> bool:
+    """Whether a halo and own keys go together: no, the halo's gradients travel under the others."""
+    return False
+
+
 def backward(
     spec: Spec,
     query: Array,

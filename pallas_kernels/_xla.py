@@ -132,6 +132,11 @@ def delta_of(out: Array, dout: Array, dtype) -> Array:
     return jnp.moveaxis((out.astype(dtype) * dout.astype(dtype)).sum(-1), 1, 2)
 
 
+def joins(spec: Spec, query: Array, runs: tuple[KeyRun, ...], sinks: SinkRun | None) -> bool:
+    """Whether a halo and own keys go together: no, the halo's gradients travel under the others."""
+    return False
+
+
 def backward(
     spec: Spec,
     query: Float[Array, "B T N H"],

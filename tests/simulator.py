@@ -261,6 +261,9 @@ def inline_mgpu(*, arg_types, return_type=None):
             told.array += 1
         assert turn.array >= value, "waits for a program that has not begun"
 
+    def tell(told):
+        told.array += 1
+
     def put(ref, x):
         ref.array[...] = np.asarray(x).reshape(ref.shape)
 
@@ -269,6 +272,7 @@ def inline_mgpu(*, arg_types, return_type=None):
         "fence": lambda: None,
         "vote": lambda x: jnp.int32((x != 1).any()),
         "side_by_side": tell_and_wait,
+        "behind_stores": tell,
         "put": put,
         "take": lambda ref: jnp.asarray(np.array(ref.array)).reshape(return_type.shape),
     }

@@ -4,6 +4,8 @@ A tile of keys waits until as many have added to a tile of queries as `Path.befo
 must be those of programs that have started before.
 """
 
+import collections
+import dataclasses
 import functools
 import heapq
 import random
@@ -19,12 +21,13 @@ from pallas_kernels._mosaic_key_path import (
     QUERIES,
     Path,
     Paths,
+    cut_at_the_end,
     following,
     following_down,
     task,
     with_own_queries,
 )
-from pallas_kernels._tiles import parts_of_group
+from pallas_kernels._tiles import cut_of_tasks
 
 
 def shard(rng: random.Random):
@@ -46,15 +49,26 @@ def shard(rng: random.Random):
     start = jnp.asarray(np.maximum.accumulate(starts)[None])
     if not packed:
         start = jnp.int32(rng.choice([0, -halo]))  # on a ring's first device nobody sees the halo
-    if halo and rng.random() < 0.5:
+    if halo and rng.random() < 0.5 and (packed or window is not None):
         filled = -(-halo // KEYS) * KEYS
         return start, window, length, -filled, filled + length
     return start, window, min(length, halo or length), -halo, halo or length
 
 
-FIRST_DEVICE = [(jnp.int32(0), window, 300, -2 * KEYS, 2 * KEYS + 300) for window in (None, 256)]
+FIRST_DEVICE = [(jnp.int32(0), 256, 300, -2 * KEYS, 2 * KEYS + 300)]
 """A halo and own keys of the first device of a ring: nobody sees the halo."""
 SHARDS = [shard(random.Random(seed)) for seed in range(14)] + FIRST_DEVICE
+
+
+def paths_of(shard, key_tile, num_kv=1, batch=1, group=1):
+    """The `Paths` of a shard."""
+    start, window, rows, offset, length = shard
+    return Paths(
+        num_kv=num_kv, group=group, pairs=num_kv * batch, key_tile=key_tile, keys=length,
+        key_tiles=-(-length // key_tile), blocks=-(-rows // QUERIES),
+        before_own=-offset // key_tile if offset + length > 0 else -(-length // key_tile),
+        packed=start.ndim > 0, window=window,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("key_tile", [KEYS, QUERIES])
@@ -65,14 +79,8 @@ def test_a_program_knows_how_many_add_before_it_and_whether_it_is_the_last(numbe
         start, window, 0, rows=rows, query_tile=QUERIES,
         offset=offset, length=length, key_tile=key_tile, reach=0,
     )  # fmt: skip
-    packed = start.ndim > 0
-    plan = plan if packed else plan[None]
-    paths = Paths(
-        num_kv=1, group=1, pairs=1, key_tile=key_tile, keys=length,
-        key_tiles=-(-length // key_tile), blocks=-(-rows // QUERIES),
-        before_own=-offset // key_tile if offset + length > 0 else -(-length // key_tile),
-        packed=packed, window=window,
-    )  # fmt: skip
+    plan = plan if start.ndim > 0 else plan[None]
+    paths = paths_of(SHARDS[number], key_tile)
     needed = np.asarray(plan)[0]
     plan = with_own_queries(plan, paths)
     widened = np.asarray(plan)[0]
@@ -151,26 +159,110 @@ def test_tiles_of_one_document_do_not_wait_for_another_document(seed):
         assert now <= (end - begin + beside) * group
 
 
-def time_of(work, processors):
+@pytest.mark.parametrize("number", range(len(SHARDS)))
+def test_tasks_take_as_many_steps_as_the_plan_says(number):
+    """Without documents; the halo of a ring's first device is nobody's."""
+    start, window, rows, offset, length = SHARDS[number]
+    if start.ndim:
+        start = jnp.int32(-length)
+    first_device = bool(offset) and int(start) == 0
+    plan = np.asarray(query_plan(
+        start, window, 0, rows=rows, query_tile=QUERIES,
+        offset=offset, length=length, key_tile=KEYS, reach=0,
+    ))  # fmt: skip
+    paths = paths_of((start, window, rows, offset, length), KEYS, num_kv=5, group=4)
+    index = jnp.arange(paths.tasks, dtype=jnp.int32)
+    tiles = np.asarray(task(index, paths.key_tiles, paths.pairs, paths.side)[1])
+    expected = (plan[tiles, 3] - plan[tiles, 0]).tolist()
+    assert paths.steps(offset, nobodys_halo=first_device) == expected
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("cut", [1, 5, 12])
+@pytest.mark.parametrize("window", [None, 300])
+def test_parts_have_each_head_of_each_task_once(window, cut, parts):
+    shard = jnp.int32(0), window, 256, 0, 256
+    paths = dataclasses.replace(paths_of(shard, QUERIES, num_kv=3, group=4), cut=cut, parts=parts)
+    plan = jnp.zeros((1, 4, 4), jnp.int32).at[..., 3].set(1)
+    ways = [Path(paths, jnp.int32(n), plan, None) for n in range(paths.programs)]
+    seen, before = set(), {}
+    for index, way in enumerate(ways):
+        assert int(way.share.heads) == (4 if index < paths.tasks - cut else 4 // parts)
+        key = int(way.kv_head), int(way.tile)
+        for member in range(int(way.share.heads)):
+            seen.add((*key, int(way.at(jnp.int32(member), jnp.int32(0))[0])))
+        # Parts come in their order, and know the last one.
+        assert int(way.share.part) == before.get(key, 0)
+        before[key] = before.get(key, 0) + 1
+        whole = int(way.share.heads) == 4
+        assert bool(way.share.is_last) == (whole or before[key] == parts)
+    assert len(seen) == 3 * 4 * 4
+    cut_tasks = {int(way.share.number) for way in ways if int(way.share.heads) < 4}
+    assert cut_tasks == set(range(cut))
+
+
+@pytest.mark.parametrize("cut_parts", [(0, 1), (3, 2), ("all", 4), ("pair", 2)])
+@pytest.mark.parametrize("key_tile", [KEYS, QUERIES])
+@pytest.mark.parametrize("number", range(0, len(SHARDS), 2))
+def test_parts_wait_for_earlier_programs_only(number, key_tile, cut_parts):
+    """One program after the other, in their order, nobody would wait."""
+    start, window, rows, offset, length = SHARDS[number]
+    plan = query_plan(
+        start, window, 0, rows=rows, query_tile=QUERIES,
+        offset=offset, length=length, key_tile=key_tile, reach=0,
+    )  # fmt: skip
+    paths = paths_of(SHARDS[number], key_tile, num_kv=2, group=4)
+    cut, parts = cut_parts
+    cut = {"all": paths.tasks, "pair": paths.key_tiles}.get(cut, cut)
+    paths = dataclasses.replace(paths, cut=min(cut, paths.tasks), parts=parts)
+    plan = with_own_queries(plan if start.ndim > 0 else plan[None], paths)
+    added, handed = collections.Counter(), collections.Counter()
+    for index in range(paths.programs):
+        way = Path(paths, jnp.int32(index), plan, start)
+        blocks = range(int(way.begin), int(way.end))
+        before = [int(way.before(jnp.int32(block))) for block in blocks]
+        first = int(way.kv_head) * 4 + int(way.share.first_head)
+        for head in range(first, first + int(way.share.heads)):
+            for block, expected in zip(blocks, before, strict=True):
+                assert added[head, block] == expected
+                added[head, block] += 1
+        if int(way.share.heads) < 4:
+            assert handed[int(way.share.number)] == int(way.share.part)
+            handed[int(way.share.number)] += 1
+    assert set(handed.values()) <= {parts}
+
+
+def time_of(tiles, group, processors, cut=0, parts=1):
     """When the last program ends, if a processor takes the next one as soon as it has none."""
-    free = [0.0] * processors
-    for one in work:
-        heapq.heapreplace(free, free[0] + one)
+    free = [0] * processors
+    whole, last = tiles[: len(tiles) - cut], tiles[len(tiles) - cut :]
+    for work in [n * group + 3 for n in whole] + parts * [n * group // parts + 5 for n in last]:
+        heapq.heapreplace(free, free[0] + work)
     return max(free)
 
 
-@pytest.mark.parametrize("ramp", [False, True])
-@pytest.mark.parametrize("programs", [1, 8, 32, 100, 128, 132, 140, 256, 352, 1024])
-def test_groups_are_cut_where_programs_are_few(programs, ramp):
-    group, processors = 8, 132
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 8, 12])
+@pytest.mark.parametrize("count", [1, 32, 132, 140, 500, 1024])
+def test_tasks_are_cut_where_that_takes_less_time(count, group):
+    tiles, processors = [*range(1, 33), *[33] * count][:count], 132
+    cut, parts = cut_of_tasks([tiles], group, processors, {66})
     times = {
-        parts: time_of(
-            [(programs - n) / programs / parts if ramp else 1 / parts
-             for n in range(programs) for _ in range(parts)],
-            processors,
-        )
-        for parts in (1, 2, 4, 8)
-    }  # fmt: skip
-    found = parts_of_group(programs, group, processors, ramp=ramp)
-    assert times[found] <= 1.15 * min(times.values())
-    assert found == 1 or times[found] <= 0.95 * times[1], "cut in vain"
+        (cut, parts): time_of(tiles, group, processors, cut, parts)
+        for cut in {count, min(66, count)}
+        for parts in range(2, 9)
+        if group % parts == 0
+    }
+    uncut = time_of(tiles, group, processors)
+    if cut:
+        assert times[cut, parts] == min(times.values()) < 0.99 * uncut
+    else:
+        assert parts == 1 and min(times.values(), default=uncut) >= 0.99 * uncut
+    if count == 32 and group == 8:
+        assert times[cut, parts] < 0.4 * uncut, "nearly every processor has something to do"
+
+
+def test_no_tasks_are_cut_where_there_are_very_many():
+    shard = jnp.int32(0), 300, 4096, 0, 4096
+    few, many = (paths_of(shard, QUERIES, num_kv=8, batch=n, group=8) for n in (1, 64))
+    assert cut_at_the_end(few, 0, 500).cut > 0
+    assert cut_at_the_end(many, 0, 132).cut == 0

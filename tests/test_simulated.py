@@ -3,9 +3,11 @@
 `tests.test_gpu` runs many more cases, on a GPU.
 """
 
+import dataclasses
+
 import pytest
 
-from pallas_kernels import Spec, _attention, _device, _mosaic, _mosaic_fused, _tiles
+from pallas_kernels import Spec, _attention, _device, _mosaic_fused, _mosaic_key_path, _tiles
 from pallas_kernels._spec import KeyRun
 from tests import repeated_ring
 from tests.cases import Case
@@ -33,18 +35,18 @@ CASES = {
         Case(336, 1, 40, 0, ((30, -250, 56), (336,)), batch=2, dims=(96, 64), **HALF),
     ),
     "no_window_rows": (OWN, Case(264, 1, None, 0, ((100, 164),), dims=(32, 64), **HALF)),
-    "halo": (ANY, Case(144, 2, 70, dims=(128, 32), dtype="bfloat16", scale=-0.1)),
+    "halo": (OWN, Case(144, 2, 70, dims=(128, 32), dtype="bfloat16", scale=-0.1)),
     "hops_rows": (
         ANY,
         Case(72, 3, 140, 0, ((30, 100, 86), (216,)), batch=2, dims=(32, 96), **HALF),
     ),
     "sinks": (SOME, Case(200, 1, 80, 5, heads=(3, 1), dims=(64, 64), **HALF)),
     "sinks_in_halo": (
-        SOME | {FINISH},
+        SOME,
         Case(136, 2, 64, 3, ((70, 202),), packed=True, dims=(64, 128), **HALF),
     ),
     "sinks_rows": (
-        SOME | {FINISH},
+        SOME,
         Case(136, 2, 63, 64, ((3, 180, 89), (272,)), batch=2, dims=(64, 96), **HALF),
     ),
     "wide": (ANY, Case(200, 1, 100, dims=(256, 256), softcap=3.0, **HALF)),
@@ -55,7 +57,7 @@ CASES = {
     ),
     "wide_hops": (ANY, Case(72, 3, 100, dims=(192, 128), heads=(1, 1), **HALF)),
     "wide_sinks": (
-        SOME | {FINISH},
+        SOME,
         Case(136, 2, 64, 3, ((70, 202), (272,)), batch=2, dims=(256, 192), **HALF),
     ),
     "short": (
@@ -63,7 +65,7 @@ CASES = {
         Case(264, 1, 128, heads=(4, 2), dims=(64, 64), learned=True, **HALF),
     ),
     "short_rows": (
-        {FORWARD, SHORT, FUSED, FINISH},
+        OWN,
         Case(136, 2, 40, 0, ((80, 84, 108), (272,)), batch=2, dims=(64, 32), softcap=3.0, **HALF),
     ),
 }
@@ -106,38 +108,62 @@ def test_sinks_where_nothing_is_fetched():
     compare(result, case.expected, case.dtype, case)
 
 
-JOINED = {
-    "window": Case(136, 2, 90, dims=(96, 64), heads=(4, 2), **HALF),
-    "window_rows": Case(144, 2, 70, 0, ((70, 50, 168), (288,)), batch=2, dims=(64, 128), **HALF),
-    "no_window": Case(128, 2, None, dims=(128, 128), **HALF),
-    "sinks": Case(136, 2, 80, 3, dims=(64, 64), **HALF),
-    "wide": Case(136, 2, 100, dims=(192, 128), softcap=3.0, **HALF),
+APART = {
+    "halo": ANY,
+    "sinks_in_halo": SOME | {FINISH},
+    "wide_sinks": SOME | {FINISH},
+    "short_rows": {FORWARD, SHORT, FUSED, FINISH},
 }
 
 
-@pytest.mark.parametrize("name", JOINED)
-def test_a_halo_and_own_keys_in_one_launch(name, monkeypatch):
-    """As the schedule of a ring may ask for them, which launches the halo first."""
-    case = JOINED[name]
-    monkeypatch.setattr(_attention, "_attend_bwd", together)
-    monkeypatch.setattr(_attention.attend, "bwd", together)
+@pytest.mark.parametrize("name", APART)
+def test_a_halo_in_a_launch_of_its_own(name, monkeypatch):
+    """As where a kernel for both is not the fastest one."""
+    _, case = CASES[name]
+    monkeypatch.setattr(_mosaic_fused, "_can_join", lambda spec, runs: len(runs) == 1)
     inputs, dout = repeated_ring.arrays(case)
     function = with_gradients(repeated_ring.last_chunk(case, "mosaic_gpu"))
     with simulated():
         result = Result(*function(*inputs, None, dout))
-        assert launches.count(FUSED) == 1
+        assert set(launches) == APART[name]
+        assert sum(launches.count(kernel) for kernel in (FUSED, SHORT)) == 2
     compare(result, repeated_ring.expected(case), case.dtype, case)
 
 
-def together(spec, halo, forward, backward, residuals, dout):
-    """The backward pass of a halo of one hop and own keys, in one launch."""
-    query, key, value, sinks, _, start, kept, out, lse = residuals
-    runs = (_attention._hop_run(halo, 0, kept), KeyRun(key, value, 0))
-    dquery, (dfar, dnear), dsinks, _ = _mosaic.backward(
-        spec, query, runs, sinks, start, out, dout, lse, None,
-        rows=query.shape[1], dquery_dtype=query.dtype, dkey_dtype=key.dtype,
-    )  # fmt: skip
-    return dquery, *_attention._add_last(dnear, halo.give_back(0, *dfar)), dsinks, None, None
+SHARED = {
+    "window_rows": dict(heads=(8, 2)),
+    "no_window": dict(heads=(8, 2)),
+    "no_window_rows": dict(heads=(6, 1)),
+    "hops_rows": dict(heads=(4, 1)),
+    "halo": dict(heads=(4, 1)),
+    "sinks": dict(heads=(4, 1)),
+    "wide": dict(heads=(4, 1)),
+    "wide_halo": dict(heads=(4, 1)),
+}
+
+
+@pytest.mark.parametrize(("parts", "all_tasks"), [(2, True), (2, False), (None, True)])
+@pytest.mark.parametrize("name", SHARED)
+def test_programs_that_share_a_tile_of_keys(name, parts, all_tasks, monkeypatch):
+    """In parts of several heads, or of one head each."""
+    kernels, case = CASES[name]
+    case = dataclasses.replace(case, **SHARED[name])
+    groups = []
+
+    def cut(devices, group, processors, some):
+        groups.append(group)
+        return len(devices[0]) if all_tasks else min(3, len(devices[0])), parts or group
+
+    monkeypatch.setattr(_tiles, "cut_of_tasks", cut)
+    _mosaic_key_path.cut_at_the_end.cache_clear()
+    inputs, dout = repeated_ring.arrays(case)
+    function = with_gradients(repeated_ring.last_chunk(case, "mosaic_gpu"))
+    with simulated():
+        result = Result(*function(*inputs, None, dout))
+        assert set(launches) == kernels
+    _mosaic_key_path.cut_at_the_end.cache_clear()
+    assert set(groups) == {case.heads[0] // case.heads[1]}
+    compare(result, repeated_ring.expected(case), case.dtype, case)
 
 
 @pytest.mark.parametrize("dims", [(80, 80), (96, 192), (128, 192), (160, 160), (256, 80)])
