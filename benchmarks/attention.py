@@ -14,6 +14,7 @@ import random
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +31,8 @@ from benchmarks._shapes import ALL, Shape
 from benchmarks._timing import calls_within, median_seconds
 
 TORCH = "torch-flex"
+IMPORTS = threading.Lock()
+"""Peers are imported when built: two threads at once fell into a deadlock among their modules."""
 
 
 def specs(shape: Shape) -> tuple[Any, ...]:
@@ -65,7 +68,8 @@ def reason_of(error: Exception) -> str:
 def build(shape: Shape, contender: Contender):
     """(forward, forward and backward) as compiled programs, or the reason why there is none."""
     try:
-        attend = contender.build(shape)
+        with IMPORTS:
+            attend = contender.build(shape)
 
         def both(query, key, value, ends, dout):
             def from_arrays(query, key, value):
