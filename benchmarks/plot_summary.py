@@ -1,7 +1,7 @@
 """Draws the README's picture from the results: ``python -m benchmarks.plot_summary``.
 
-One H100 beside the peers above, a sequence over two H200 below; forward left, forward and
-backward right. A bar is a time over that of our "triton"; the milliseconds stand at its end.
+One H100 beside the peers above, a sequence over two below; forward left, forward and backward
+right. A bar is a time over that of our "mosaic_gpu"; the milliseconds stand at its end.
 """
 
 import argparse
@@ -21,10 +21,8 @@ from benchmarks._shapes import SHAPES, Shape
 
 RESULTS = Path(__file__).parent / "results"
 OUTPUT = Path(__file__).parent.parent / "docs" / "summary.png"
-ATTENTION = "attention-nvidia-h100-80gb-hbm3-mosaic-gpu"
-LATER = "parts/attention-nvidia-h100-80gb-hbm3-wide-and-sinks"
-"""A run of some of the shapes, with kernels that came after the other one."""
-RING, RING_MOSAIC = "ring-2x-nvidia-h200", "ring-2x-nvidia-h200-mosaic-gpu"
+ATTENTION, RING = "attention-nvidia-h100-80gb-hbm3", "ring-2x-nvidia-h100-80gb-hbm3"
+RING_ROWS = ("sliding-1000", "sliding-4000", "streaming-1000", "mistral", "gptoss")
 KINDS = {"forward_ms": "forward", "both_ms": "forward + backward"}
 LONGEST = 3.2
 """Bars end here; their number goes on."""
@@ -33,51 +31,41 @@ Times = dict[str, dict[str, dict[str, float | None]]]
 """{shape: {bar: {kind: milliseconds}}}."""
 
 PEERS = {
-    "triton": ("ours, triton", "#4477aa"),
-    "mosaic_gpu": ("ours, mosaic_gpu", "#66ccee"),
+    "mosaic_gpu": ("ours, mosaic_gpu", "#4477aa"),
+    "triton": ("ours, triton", "#66ccee"),
     "fa3": ("FlashAttention-3", "#228833"),
     "cudnn": ("cuDNN", "#ccbb44"),
     "tokamax": ("tokamax", "#ee6677"),
 }
 RINGS = {
-    "ring": ("our ring, triton", "#4477aa"),
-    "ring, mosaic_gpu": ("our ring, mosaic_gpu (another run)", "#66ccee"),
+    "ring": ("our ring", "#4477aa"),
+    "all-gather + ours": ("all-gather + ours", "#66ccee"),
     "all-gather + cuDNN": ("all-gather + cuDNN", "#ccbb44"),
     "all-to-all + cuDNN": ("all-to-all + cuDNN", "#ee8866"),
-    "original (copied)": ("PyTorch original (figures copied)", "#777777"),
+    "original (copied)": ("PyTorch original (copied, two H200)", "#777777"),
 }
 
 
 def one_gpu() -> tuple[dict[str, Any], Times]:
-    """The machine and the times of the plain shapes; of some of them those of the later run."""
+    """The machine and the times of the plain shapes."""
+    document = json.loads((RESULTS / f"{ATTENTION}.json").read_text())
     times: Times = {shape: {} for shape in SHAPES}
-    for name in (ATTENTION, LATER):
-        document = json.loads((RESULTS / f"{name}.json").read_text())
-        times |= {row["shape"]: {} for row in document["rows"] if row["shape"] in times}
-        for row in document["rows"]:
-            if row["shape"] in times:
-                found = {kind: row.get(kind) for kind in KINDS}
-                times[row["shape"]][row["name"]] = found
+    for row in document["rows"]:
+        if row["shape"] in times:
+            times[row["shape"]][row["name"]] = {kind: row.get(kind) for kind in KINDS}
     return document["machine"], times
 
 
 def two_gpus() -> tuple[dict[str, Any], Times]:
-    """The machine and the times of the shapes that both runs of the ring have."""
-    machine, times = _ring_times(RING)
-    _, mosaic = _ring_times(RING_MOSAIC)
-    for shape, rows in mosaic.items():
-        times[shape]["ring, mosaic_gpu"] = rows["ring"]
-    return machine, {shape: times[shape] for shape in times if shape in mosaic}
-
-
-def _ring_times(name: str) -> tuple[dict[str, Any], Times]:
-    document = json.loads((RESULTS / f"{name}.json").read_text())
-    return document["machine"], {
+    """The machine and the times of some shapes."""
+    document = json.loads((RESULTS / f"{RING}.json").read_text())
+    times = {
         entry["shape"]["name"]: {
             row["name"]: {kind: row[kind] for kind in KINDS} for row in entry["rows"]
         }
         for entry in document["shapes"]
     }
+    return document["machine"], {shape: times[shape] for shape in RING_ROWS}
 
 
 def label(shape: Shape) -> str:
@@ -120,7 +108,7 @@ def draw(
     axes.set_xticks([0, 1, 2, 3])
     axes.tick_params(labelsize=7, length=0)
     axes.set_title(f"{KINDS[kind]}, ms", fontsize=8)
-    axes.set_xlabel("time over that of ours with triton", fontsize=7)
+    axes.set_xlabel("time over that of ours", fontsize=7)
     axes.spines[["top", "right"]].set_visible(False)
     return handles
 
@@ -139,7 +127,7 @@ def main() -> None:
     figure = plt.figure(figsize=(8, 8.4), layout="constrained")
     halves = figure.subfigures(2, 1, squeeze=False)[:, 0]
     for panel, machine, times, bars, base, title, shapes in (
-        (halves[0], alone, alone_times, peers, "triton", f"one {alone['device']}", SHAPES),
+        (halves[0], alone, alone_times, peers, "mosaic_gpu", f"one {alone['device']}", SHAPES),
         (halves[1], ring, ring_times, RINGS, "ring",
          f"one sequence over {ring['devices']} {ring['device']}", RING_SHAPES),
     ):  # fmt: skip

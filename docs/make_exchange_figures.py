@@ -62,9 +62,9 @@ def draw_schedule(axes: Axes, title: str, launches: list, travels: list) -> None
 
 
 def draw_schedules() -> None:
-    """Forward and backward, for one hop and for three."""
+    """Forward and backward, for one hop (backward in two ways) and for three."""
     layout = ConstrainedLayoutEngine(hspace=0.12)
-    figure, axes = pyplot.subplots(4, 1, figsize=(9, 6.6), layout=layout)
+    figure, axes = pyplot.subplots(5, 1, figsize=(9, 8.2), layout=layout)
     draw_schedule(
         axes[0],
         "Forward, a window of at most half a chunk",
@@ -73,19 +73,25 @@ def draw_schedules() -> None:
     )
     draw_schedule(
         axes[1],
-        "Backward, a window of at most a chunk",
+        "Backward, a window of at most a chunk: the fused kernel for Hopper",
+        [(0, 10.4, "halo and own keys: dq, dk, dv"), (11.4, 12, "+")],
+        [(10.4, 11.4, "home")],
+    )
+    draw_schedule(
+        axes[2],
+        "Backward, a window of at most a chunk: other kernels, and no window on two devices",
         [(0, 3.6, "halo: dk, dv, some dq"), (3.6, 11.4, "own keys: dq, dk, dv"), (11.4, 12, "+")],
         [(3.6, 6.8, "dk and dv go home")],
     )
     draw_schedule(
-        axes[2],
+        axes[3],
         "Forward, a longer window, here of three hops",
         [(0, 4.2, "all rows, own keys"), (4.2, 7.2, "keys of hop 1"), (7.2, 10.2, "of hop 2"),
          (10.2, 12, "of hop 3")],
         [(0, 1.9, "hop 1"), (1.9, 3.8, "hop 2"), (7.2, 9.1, "hop 3")],
     )  # fmt: skip
     draw_schedule(
-        axes[3],
+        axes[4],
         "Backward, three hops",
         [(1.2, 2.7, "hop 3"), (2.7, 5.2, "hop 2"), (5.2, 7.7, "hop 1"), (7.7, 11.4, "own keys"),
          (11.4, 12, "+")],
