@@ -27,7 +27,7 @@ from pallas_kernels._mosaic_key_path import (
     task,
     with_own_queries,
 )
-from pallas_kernels._tiles import cut_of_tasks
+from pallas_kernels._tiles import AROUND, HANDING, PARTS, cut_of_tasks
 
 
 def shard(rng: random.Random):
@@ -236,7 +236,8 @@ def time_of(tiles, group, processors, cut=0, parts=1):
     """When the last program ends, if a processor takes the next one as soon as it has none."""
     free = [0] * processors
     whole, last = tiles[: len(tiles) - cut], tiles[len(tiles) - cut :]
-    for work in [n * group + 3 for n in whole] + parts * [n * group // parts + 5 for n in last]:
+    shared = [n * group // parts + AROUND + HANDING for n in last]
+    for work in [n * group + AROUND for n in whole] + parts * shared:
         heapq.heapreplace(free, free[0] + work)
     return max(free)
 
@@ -249,7 +250,7 @@ def test_tasks_are_cut_where_that_takes_less_time(count, group):
     times = {
         (cut, parts): time_of(tiles, group, processors, cut, parts)
         for cut in {count, min(66, count)}
-        for parts in range(2, 9)
+        for parts in range(2, PARTS + 1)
         if group % parts == 0
     }
     uncut = time_of(tiles, group, processors)
