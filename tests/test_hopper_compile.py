@@ -70,9 +70,9 @@ class Variant:
         window = self.model.window is not None or self.segments
         return ordered and window and max(self.model.dims) <= 128
 
-    def compile(self):
-        """hopper.Program of the output and all gradients."""
-        mesh, model = hopper.mesh(self.devices), self.model
+    def arguments(self, mesh):
+        """Shapes of the arguments of `program`, cut over the mesh."""
+        model = self.model
 
         def shape(*dims, dtype=self.dtype, axes=(None, "seq")):
             return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, P(*axes)))
@@ -85,19 +85,25 @@ class Variant:
         )
         sink = shape(heads, dtype=jnp.float32, axes=()) if model.learned else None
         ids = shape(1, length, dtype=jnp.int32) if self.segments else None
+        return q, k, v, sink, ids, dout
 
-        def program(q, k, v, sink, ids, dout):
-            def attend(q, k, v, sink):
-                return rsj.ring_attention(
-                    q, k, v, window_size=model.window, num_sink_tokens=self.sinks,
-                    segment_ids=ids, sink_logits=sink, logits_soft_cap=model.softcap,
-                    implementation=self.implementation,
-                )  # fmt: skip
+    def program(self, q, k, v, sink, ids, dout):
+        """The output and all gradients."""
 
-            out, pull = jax.vjp(attend, q, k, v, sink)
-            return out, pull(dout)
+        def attend(q, k, v, sink):
+            return rsj.ring_attention(
+                q, k, v, window_size=self.model.window, num_sink_tokens=self.sinks,
+                segment_ids=ids, sink_logits=sink, logits_soft_cap=self.model.softcap,
+                implementation=self.implementation,
+            )  # fmt: skip
 
-        return hopper.compile_program(program, (q, k, v, sink, ids, dout), self.devices)
+        out, pull = jax.vjp(attend, q, k, v, sink)
+        return out, pull(dout)
+
+    def compile(self):
+        """hopper.Program of the output and all gradients."""
+        arguments = self.arguments(hopper.mesh(self.devices))
+        return hopper.compile_program(self.program, arguments, self.devices)
 
 
 # Every kernel of the model table; the models left out differ in numbers of heads alone.
