@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from benchmarks._shapes import SHAPES, Shape
 from benchmarks._timing import median_seconds
 from pallas_kernels._spec import KeyRun, Spec
-from pallas_kernels._tiles import TritonTiles
-from pallas_kernels._triton_backward_keys import QueryArrays, backward_keys
-from pallas_kernels._triton_backward_query import backward_query
-from pallas_kernels._triton_forward import forward
+from pallas_kernels._triton.backward_dkv import QueryArrays, backward_keys
+from pallas_kernels._triton.backward_dq import backward_query
+from pallas_kernels._triton.forward import forward
+from pallas_kernels._triton.tiles import TritonTiles
 
 
 def candidates(kernel: str, shape: Shape) -> list[TritonTiles]:

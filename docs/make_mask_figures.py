@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from pallas_kernels._band import in_window, key_plan, query_plan, sees
+from pallas_kernels._masks import in_window, sees
+from pallas_kernels._tile_ranges import key_plan, query_plan
 from ring_swa_jax._segments import segment_starts
 
 from _drawing import COLORS, cell, save

@@ -26,15 +26,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from pallas_kernels import _implementations
-from pallas_kernels._spec import (
-    KeyRun,
-    SinkRun,
-    Spec,
-    Starts,
-    State,
-    accumulator_dtype,
-    vary_as,
-)
+from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State, accumulator_dtype
+from pallas_kernels._varying import vary_as
 from pallas_kernels._vmap import folds_vmap
 
 

@@ -5,16 +5,20 @@ from types import ModuleType
 
 from jax import Array
 
-from pallas_kernels import _device
+from pallas_kernels import _device, _support
 from pallas_kernels._spec import Spec
 
 NAMES = ("xla", "triton", "mosaic_gpu", "mosaic_gpu_nondeterministic")
+
+
 _MODULES = {
     "xla": "pallas_kernels._xla",
-    "triton": "pallas_kernels._triton",
-    "mosaic_gpu": "pallas_kernels._mosaic",
-    "mosaic_gpu_nondeterministic": "pallas_kernels._mosaic_nondeterministic",
+    "triton": "pallas_kernels._triton.kernels",
+    "mosaic_gpu": "pallas_kernels._mosaic_gpu.kernels",
+    "mosaic_gpu_nondeterministic": "pallas_kernels._mosaic_gpu.nondeterministic",
 }
+
+
 _BEST_FIRST = {"gpu": ("mosaic_gpu", "triton", "xla")}
 
 
@@ -45,7 +49,7 @@ def module(name: str) -> ModuleType:
     Imported when first used: Pallas-Triton is deprecated and may be missing.
     """
     if name == "triton":
-        _device.check_triton()
+        _support.check_triton()
     if name.startswith("mosaic_gpu"):
-        _device.check_mosaic_gpu()
+        _support.check_mosaic_gpu()
     return importlib.import_module(_MODULES[name])

@@ -5,7 +5,15 @@ from jax import Array
 
 from pallas_kernels._spec import Spec
 
+
+def delta_of(out: Array, dout: Array, dtype) -> Array:
+    """``sum(out * dout)`` over the values' columns, [B, N, T]."""
+    return jnp.moveaxis((out.astype(dtype) * dout.astype(dtype)).sum(-1), 1, 2)
+
+
 LOG2_E = 1.4426950408889634
+
+
 LOWEST = -1e30
 """Stands for -inf where a difference of two must be a number."""
 

@@ -3,9 +3,8 @@
 import dataclasses
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jaxtyping import Float, Int
 
 
@@ -71,22 +70,3 @@ Starts = Int[Array, ""] | Int[Array, "B T"]
 def accumulator_dtype(dtype) -> jnp.dtype:
     """float32 for half precision and float32, float64 for float64."""
     return jnp.promote_types(dtype, jnp.float32)
-
-
-def full_like_varying(like: Array, shape: tuple[int, ...], fill: float, dtype) -> Array:
-    """A constant array that varies over the same manual mesh axes as ``like``."""
-    axes = tuple(jax.typeof(like).manual_axis_type.varying)
-    full = jnp.full(shape, fill, dtype)
-    return lax.pcast(full, axes, to="varying") if axes else full
-
-
-def vary_as(like: Array, x: Array) -> Array:
-    """``x`` as an array that varies over the same manual mesh axes as ``like``."""
-    axes = jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
-    return lax.pcast(x, tuple(axes), to="varying") if axes else x
-
-
-def shape_like_varying(like: Array, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
-    """The type of an array that varies over the same manual mesh axes as ``like``."""
-    kind = jax.typeof(like).manual_axis_type
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)

@@ -15,17 +15,19 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from pallas_kernels._band import key_plan, sees, sees_fetched_sink
-from pallas_kernels._spec import (
-    KeyRun,
-    SinkRun,
-    Spec,
-    Starts,
-    State,
-    accumulator_dtype,
-    full_like_varying,
-)
-from pallas_kernels._tiles import xla_tiles
+from pallas_kernels._logits import delta_of
+from pallas_kernels._masks import sees, sees_fetched_sink
+from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State, accumulator_dtype
+from pallas_kernels._tile_ranges import key_plan
+from pallas_kernels._tiles import Tiles
+from pallas_kernels._varying import full_like_varying
+
+
+def xla_tiles(window: int | None) -> Tiles:
+    """About as long as the window, so that the two edges of a range are not most of it."""
+    reach = 256 if window is None else window + 1
+    size = min(256, max(64, 1 << (reach - 1).bit_length()))
+    return Tiles(size, size)
 
 
 def check(spec: Spec, query: Array, value: Array) -> None:
@@ -125,11 +127,6 @@ def forward(
     bounds = (start, _plans(spec, runs, start, rows))
     keys = tuple((run.key, run.value) for run in runs)
     return _each_row(one_row, bounds)(query, keys, sinks, sink_logits, *state)
-
-
-def delta_of(out: Array, dout: Array, dtype) -> Array:
-    """``sum(out * dout)`` over the values' columns, [B, N, T]."""
-    return jnp.moveaxis((out.astype(dtype) * dout.astype(dtype)).sum(-1), 1, 2)
 
 
 def joins(spec: Spec, query: Array, runs: tuple[KeyRun, ...], sinks: SinkRun | None) -> bool:

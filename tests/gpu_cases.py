@@ -3,7 +3,7 @@
 import dataclasses
 import random
 
-from pallas_kernels._mosaic_backward_sinks import MOST_SINKS, SHORTEST_WINDOW
+from pallas_kernels._mosaic_gpu.backward.sinks import MOST_SINKS, SHORTEST_WINDOW
 from tests.cases import HEADS, Case, random_runs
 from tests.odd_cases import ODD
 

@@ -12,18 +12,14 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from tests.test_hopper_compile import VARIANTS
 
-HOPPER = AbstractDevice(
-    device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="cuda"
-)
+HOPPER = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="cuda")
 # Where a function stands, what it is called and where an object lies in memory.
 PLACES = re.compile(r" at \S+:\d+|0x[0-9a-f]+|(?<=name=)\S+")
 
 
 def abstract_mesh(devices):
     """Mesh of so many Hopper GPUs, none of them here, with the axis "seq"."""
-    return AbstractMesh(
-        (devices,), ("seq",), axis_types=(AxisType.Auto,), abstract_device=HOPPER
-    )
+    return AbstractMesh((devices,), ("seq",), axis_types=(AxisType.Auto,), abstract_device=HOPPER)
 
 
 def hash_of(variant):

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels._band import sees_beyond_window
-from pallas_kernels._mosaic_backward_sinks import (
+from pallas_kernels._masks import sees_beyond_window
+from pallas_kernels._mosaic_gpu.backward.sinks import (
     SHORTEST_WINDOW,
     add_to_own,
     chunk_length,

@@ -15,19 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels._band import query_plan, seen_tiles
-from pallas_kernels._mosaic_backward import KEYS
-from pallas_kernels._mosaic_key_path import (
+from pallas_kernels._mosaic_gpu.backward.fused import KEYS
+from pallas_kernels._mosaic_gpu.backward.scheduler import (
+    AROUND,
+    HANDING,
+    PARTS,
     QUERIES,
     Path,
     Paths,
     cut_at_the_end,
+    cut_of_tasks,
     following,
     following_down,
     task,
     with_own_queries,
 )
-from pallas_kernels._tiles import AROUND, HANDING, PARTS, cut_of_tasks
+from pallas_kernels._tile_ranges import query_plan, seen_tiles
 
 
 def shard(rng: random.Random):

@@ -16,7 +16,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import _tiles
+from pallas_kernels._mosaic_gpu.backward import choice
 from tests import repeated_ring
 from tests.cases import Case
 from tests.gpu_cases import CHUNKS, LONG, edge_case, for_fused, odd_cases, of_eighths
@@ -122,7 +122,7 @@ def programs(request):
     The fused Mosaic backward kernel computes all that it can, not only what it is fastest at.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_tiles, "fuses_backward", lambda *_, **__: True)
+        patch.setattr(choice, "fuses_backward", lambda *_, **__: True)
         with poisoned_outputs(), prepared(request, threads=16) as futures:
             yield futures
 

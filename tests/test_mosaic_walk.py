@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import _band, _mosaic_walk
-from pallas_kernels._mosaic_blocks import ROWS
+from pallas_kernels import _masks
+from pallas_kernels._mosaic_gpu.forward import scheduler
+from pallas_kernels._mosaic_gpu.primitives import ROWS
+from pallas_kernels._mosaic_gpu.tiles import SHARED_MEMORY, MosaicTiles, mosaic_tiles
 from pallas_kernels._spec import KeyRun, SinkRun, Spec
-from pallas_kernels._tiles import SHARED_MEMORY, MosaicTiles, mosaic_tiles
 from tests.models import MODELS
 
 
@@ -75,7 +76,7 @@ def walk_of(shard):
     query = jnp.zeros((*local.shape[:2], 8, 16), jnp.bfloat16)
     spec = Spec(shard.window, shard.sinks, 1.0, None, None)
     rows = shard.rows or (0, shard.length)
-    walk = _mosaic_walk.Walk(spec, query, tuple(runs), sinks, start, rows, shard.tiles, 4)
+    walk = scheduler.Walk(spec, query, tuple(runs), sinks, start, rows, shard.tiles, 4)
     return walk, walk.arrays
 
 
@@ -97,7 +98,7 @@ def visited(shard, walk, tile, consumer, i, start):
         first, stop = map(int, tile.place(n))
 
         def seen(i, j, stop=stop):
-            mask = _band.sees(i, j, start, shard.window, walk.num_sinks, packed=walk.packed)
+            mask = _masks.sees(i, j, start, shard.window, walk.num_sinks, packed=walk.packed)
             return np.asarray(mask & (j < stop if walk.has_halo else True))
 
         mask = add(first, shard.tiles.key, seen)
@@ -108,8 +109,8 @@ def visited(shard, walk, tile, consumer, i, start):
 
         def sink_seen(i, j, stop=stop, fetched=fetched):
             if not fetched:
-                return np.asarray(_band.sees_sink_before(i, j, start, shard.sinks, stop))
-            far = _band.sees_fetched_sink(i, j, start, shard.window, shard.sinks)
+                return np.asarray(_masks.sees_sink_before(i, j, start, shard.sinks, stop))
+            far = _masks.sees_fetched_sink(i, j, start, shard.window, shard.sinks)
             return np.asarray(far) & (j < stop)
 
         add(first, walk.sink_rows, sink_seen)
@@ -123,7 +124,7 @@ def test_every_pair_once(name):
     begin, end = walk.rows
     done = np.zeros((len(shard.starts()), end - begin, 8 // shard.tiles.heads), int)
     for index in range(walk.num_tiles):
-        tile = _mosaic_walk.Tile(walk, arrays, jnp.int32(index))
+        tile = scheduler.Tile(walk, arrays, jnp.int32(index))
         row, head = int(tile.row), int(tile.head_block)
         assert int(tile.first_head) == head * shard.tiles.heads
         for consumer in range(shard.tiles.warpgroups):
@@ -138,9 +139,9 @@ def test_every_pair_once(name):
             done[row, i - begin, head] += 1
             if head == 0:
                 j = np.arange(-shard.halo - 70, shard.length)
-                window = np.asarray(_band.in_window(i[:, None], j, start, shard.window))
+                window = np.asarray(_masks.in_window(i[:, None], j, start, shard.window))
                 window = window & (j >= -shard.halo) & (shard.local | (j < 0))
-                sink = np.asarray(_band.is_sink(i[:, None], j, start, shard.sinks))
+                sink = np.asarray(_masks.is_sink(i[:, None], j, start, shard.sinks))
                 sink = sink & ((j >= 0) | shard.fetched)
                 expected = (window | sink).astype(int)
                 np.testing.assert_array_equal(

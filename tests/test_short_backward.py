@@ -5,7 +5,7 @@ import itertools
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels._mosaic_backward_short import (
+from pallas_kernels._mosaic_gpu.backward.short_windows import (
     KEY_SLOTS,
     LONGEST_WINDOW,
     OWNERS,

@@ -7,7 +7,8 @@ import dataclasses
 
 import pytest
 
-from pallas_kernels import Spec, _attention, _device, _mosaic_fused, _mosaic_key_path, _tiles
+from pallas_kernels import Spec, _attention, _device, _support
+from pallas_kernels._mosaic_gpu.backward import choice, scheduler
 from pallas_kernels._spec import KeyRun
 from tests import repeated_ring
 from tests.cases import Case
@@ -74,9 +75,9 @@ CASES = {
 @pytest.fixture(autouse=True)
 def on_hopper(monkeypatch):
     """The fused kernels compute all that they can, for a GPU of four multiprocessors."""
-    monkeypatch.setattr(_tiles, "fuses_backward", lambda *_: True)
+    monkeypatch.setattr(choice, "fuses_backward", lambda *_: True)
     monkeypatch.setattr(_device, "multiprocessors", lambda: 4)
-    monkeypatch.setattr(_device, "check_mosaic_gpu", lambda: None)
+    monkeypatch.setattr(_support, "check_mosaic_gpu", lambda: None)
     # It would trace what the simulator computes with numbers.
     monkeypatch.setattr(_attention, "folds_vmap", lambda launch: launch)
 
@@ -120,7 +121,7 @@ APART = {
 def test_a_halo_in_a_launch_of_its_own(name, monkeypatch):
     """As where a kernel for both is not the fastest one."""
     _, case = CASES[name]
-    monkeypatch.setattr(_mosaic_fused, "_can_join", lambda spec, runs: len(runs) == 1)
+    monkeypatch.setattr(choice, "_can_join", lambda spec, runs: len(runs) == 1)
     inputs, dout = repeated_ring.arrays(case)
     function = with_gradients(repeated_ring.last_chunk(case, "mosaic_gpu"))
     with simulated():
@@ -154,14 +155,14 @@ def test_programs_that_share_a_tile_of_keys(name, parts, all_tasks, monkeypatch)
         groups.append(group)
         return len(devices[0]) if all_tasks else min(3, len(devices[0])), parts or group
 
-    monkeypatch.setattr(_tiles, "cut_of_tasks", cut)
-    _mosaic_key_path.cut_at_the_end.cache_clear()
+    monkeypatch.setattr(scheduler, "cut_of_tasks", cut)
+    scheduler.cut_at_the_end.cache_clear()
     inputs, dout = repeated_ring.arrays(case)
     function = with_gradients(repeated_ring.last_chunk(case, "mosaic_gpu"))
     with simulated():
         result = Result(*function(*inputs, None, dout))
         assert set(launches) == kernels
-    _mosaic_key_path.cut_at_the_end.cache_clear()
+    scheduler.cut_at_the_end.cache_clear()
     assert set(groups) == {case.heads[0] // case.heads[1]}
     compare(result, repeated_ring.expected(case), case.dtype, case)
 
@@ -171,4 +172,4 @@ def test_head_sizes_that_are_left_to_other_kernels(dims):
     (q, *_), _ = repeated_ring.arrays(case := Case(8, 1, None, dims=dims, **HALF))
     (_, key, value, _), _ = repeated_ring.arrays(case)
     spec = Spec(None, 0, 0.1, None, None)
-    assert not _mosaic_fused.takes(spec, q, (KeyRun(key, value, 0),), None)
+    assert not choice.takes(spec, q, (KeyRun(key, value, 0),), None)

@@ -6,8 +6,8 @@ import random
 import jax
 import pytest
 
-from pallas_kernels import _triton, _triton_backward_sinks
-from pallas_kernels._tiles import TritonPlan, TritonTiles
+from pallas_kernels._triton import backward_sinks, kernels
+from pallas_kernels._triton.tiles import TritonPlan, TritonTiles
 from tests import repeated_ring
 from tests.cases import Case, random_case
 from tests.oracle import Result
@@ -45,8 +45,8 @@ def small_tiles(request, monkeypatch):
         dvalue = rows if head_dim == 48 else None
         return TritonPlan(rows, rows, rows, dvalue).of_group(group)
 
-    monkeypatch.setattr(_triton, "triton_plan", plan)
-    monkeypatch.setattr(_triton_backward_sinks, "SINK_CHUNK", 32)
+    monkeypatch.setattr(kernels, "triton_plan", plan)
+    monkeypatch.setattr(backward_sinks, "SINK_CHUNK", 32)
     return request.param
 
 

@@ -45,7 +45,7 @@ def template(node):
 def templates():
     """`Error: message` of every raise in the library."""
     for package in ("ring_swa_jax", "pallas_kernels"):
-        for path in sorted((ROOT / package).glob("*.py")):
+        for path in sorted((ROOT / package).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 match node:
                     case ast.Raise(exc=ast.Call(func=ast.Name(id=error), args=[message])):

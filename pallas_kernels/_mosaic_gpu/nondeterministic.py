@@ -5,9 +5,10 @@ Its gradients of queries differ in their last bits from run to run; all else is 
 
 from functools import partial
 
-from pallas_kernels import _mosaic
-from pallas_kernels._mosaic import check, forward, joins, query_tile_rows
+from pallas_kernels._mosaic_gpu import kernels
+from pallas_kernels._mosaic_gpu.kernels import check, forward, joins, query_tile_rows
 
 __all__ = ["backward", "check", "forward", "joins", "query_tile_rows"]
 
-backward = partial(_mosaic.backward, ordered=False)
+
+backward = partial(kernels.backward, ordered=False)

@@ -8,14 +8,14 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import _device
-from pallas_kernels._head_dims import check_head_dims
+from pallas_kernels import _support
 from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State
-from pallas_kernels._tiles import TritonPlan, sink_tile, triton_plan
-from pallas_kernels._triton_backward_keys import QueryArrays, backward_keys
-from pallas_kernels._triton_backward_query import backward_query
-from pallas_kernels._triton_backward_sinks import backward_fetched_sinks, backward_own_sinks
-from pallas_kernels._triton_forward import forward as _forward
+from pallas_kernels._support import check_head_dims
+from pallas_kernels._triton.backward_dkv import QueryArrays, backward_keys
+from pallas_kernels._triton.backward_dq import backward_query
+from pallas_kernels._triton.backward_sinks import backward_fetched_sinks, backward_own_sinks
+from pallas_kernels._triton.forward import forward as _forward
+from pallas_kernels._triton.tiles import TritonPlan, sink_tile, triton_plan
 
 
 def check(spec: Spec, query: Array, value: Array) -> None:
@@ -24,7 +24,7 @@ def check(spec: Spec, query: Array, value: Array) -> None:
     Raises:
         NotImplementedError: they cannot; names the argument.
     """
-    _device.check_triton()
+    _support.check_triton()
     check_head_dims("triton", query, value)
     if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise NotImplementedError(
@@ -67,7 +67,7 @@ def forward(
         resume=resume,
         out_dtype=out_dtype,
         tiles=_plan(spec, query, runs[0]).forward,
-        interpret=_device.interprets("triton"),
+        interpret=_support.interprets("triton"),
     )
 
 
@@ -93,7 +93,7 @@ def backward(
 ) -> tuple[Array, tuple[tuple[Array, Array], ...], SinkRun | None, Array]:
     """As ``pallas_kernels._xla.backward``."""
     plan = _plan(spec, query, runs[0])
-    interpret = _device.interprets("triton")
+    interpret = _support.interprets("triton")
     dquery, delta = backward_query(
         spec,
         query,

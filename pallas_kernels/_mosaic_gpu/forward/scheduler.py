@@ -5,10 +5,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels._band import fetched_sink_count, key_span
-from pallas_kernels._mosaic_blocks import ROWS
+from pallas_kernels._mosaic_gpu.primitives import ROWS
+from pallas_kernels._mosaic_gpu.tiles import MOSAIC_SINKS, MosaicTiles
 from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts
-from pallas_kernels._tiles import MOSAIC_SINKS, MosaicTiles
+from pallas_kernels._tile_ranges import fetched_sink_count, key_span
 
 
 class Walk:

@@ -21,40 +21,53 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels._band import sees
 from pallas_kernels._logits import LOWEST
-from pallas_kernels._mosaic_blocks import (
-    MATRIX,
-    ROW,
-    ROWS,
-    fori,
-    fresh,
-    load,
-    release_smem,
-    swizzled,
-)
-from pallas_kernels._mosaic_gradients import (
-    across,
+from pallas_kernels._masks import sees
+from pallas_kernels._mosaic_gpu.backward.softmax import (
     part_width,
     shift_of,
     sums_of_logits,
     weigh,
     write_parts,
+)
+from pallas_kernels._mosaic_gpu.primitives import (
+    MATRIX,
+    ROW,
+    ROWS,
+    across,
+    fori,
+    fresh,
+    load,
+    release_smem,
+    swizzled,
     zeros,
 )
-from pallas_kernels._spec import KeyRun, Spec, Starts, vary_as
+from pallas_kernels._spec import KeyRun, Spec, Starts
+from pallas_kernels._varying import vary_as
 
 TILE = ROWS
 """Queries of a tile, and keys."""
+
+
 PART = 32
 """Queries of a tile whose logits a warpgroup has in registers at a time."""
+
+
 REACH = 2
 """Tiles of keys before a tile of queries that its windows reach."""
+
+
 LONGEST_WINDOW = REACH * TILE
+
+
 SLOTS = 3
 """Tiles of queries in shared memory."""
+
+
 KEY_SLOTS = REACH + 2
 """Tiles of keys in shared memory: those of a tile of queries, and the next."""
+
+
 OWNERS = REACH + 1
 """Warpgroups that compute."""
 

@@ -12,11 +12,11 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels._band import query_plan, sees_near, sink_chunk_plan
 from pallas_kernels._logits import cap_logits
-from pallas_kernels._spec import KeyRun, Spec, Starts, shape_like_varying
-from pallas_kernels._tiles import TritonTiles
-from pallas_kernels._triton_blocks import (
+from pallas_kernels._masks import sees_near
+from pallas_kernels._spec import KeyRun, Spec, Starts
+from pallas_kernels._tile_ranges import query_plan, sink_chunk_plan
+from pallas_kernels._triton.blocks import (
     batch_block,
     dot,
     exp2_scaled,
@@ -27,6 +27,8 @@ from pallas_kernels._triton_blocks import (
     log2_sums,
     store_rows,
 )
+from pallas_kernels._triton.tiles import TritonTiles
+from pallas_kernels._varying import shape_like_varying
 
 
 class QueryArrays(NamedTuple):

@@ -11,13 +11,30 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, nvvm, vector
 
+from pallas_kernels._mosaic_gpu.tiles import FOLD
 from pallas_kernels._spec import KeyRun
-from pallas_kernels._tiles import FOLD
+
+
+def across(x: Array) -> Array:
+    """A row as a matrix of equal rows."""
+    return lax.broadcast_in_dim(x, (ROWS, x.shape[0]), [1])
+
+
+def zeros(width: int) -> Array:
+    """A matrix of zeros, to add products to."""
+    return plgpu.layout_cast(lax.broadcast(jnp.float32(0), (ROWS, width)), MATRIX)
+
 
 ROWS = 64
 """Rows of a warpgroup's matrices: what a WGMMA instruction has."""
+
+
 MATRIX = plgpu.Layout.WGMMA
+
+
 COLUMN = plgpu.Layout.WGMMA.reduce(1)
+
+
 ROW = plgpu.Layout.WGMMA.reduce(0)
 
 

@@ -7,16 +7,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels._band import (
-    fetched_sink_key_plan,
-    key_plan,
-    sees,
-    sees_fetched_sink,
-    sees_sink_before,
-)
+from pallas_kernels._masks import sees, sees_fetched_sink, sees_sink_before
 from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts
-from pallas_kernels._tiles import TritonTiles, sink_tile
-from pallas_kernels._triton_blocks import Rows, batch_block, column, load_rows, load_vector
+from pallas_kernels._tile_ranges import fetched_sink_key_plan, key_plan
+from pallas_kernels._triton.blocks import Rows, batch_block, column, load_rows, load_vector
+from pallas_kernels._triton.tiles import TritonTiles, sink_tile
 
 
 class QueryTile(NamedTuple):

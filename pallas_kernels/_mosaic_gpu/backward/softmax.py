@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._logits import LOG2_E, LOWEST, cap_logits
-from pallas_kernels._mosaic_blocks import MATRIX, ROWS
+from pallas_kernels._mosaic_gpu.primitives import ROWS, zeros
 from pallas_kernels._spec import Spec
 
 
@@ -79,16 +79,6 @@ def write_parts(result: Array, buffer: Any, there: Any, rows: int = ROWS) -> Non
         buffer[...] = result[:, column : column + width].astype(buffer.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(buffer.at[pl.ds(0, rows)], there(column, width))
-
-
-def across(x: Array) -> Array:
-    """A row as a matrix of equal rows."""
-    return lax.broadcast_in_dim(x, (ROWS, x.shape[0]), [1])
-
-
-def zeros(width: int) -> Array:
-    """A matrix of zeros, to add products to."""
-    return plgpu.layout_cast(lax.broadcast(jnp.float32(0), (ROWS, width)), MATRIX)
 
 
 def _first(spec: Spec) -> bool:

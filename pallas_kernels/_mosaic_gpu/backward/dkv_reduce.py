@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import _mosaic_dquery
-from pallas_kernels._mosaic_blocks import ROWS, tell_and_wait, tell_of_stores
-from pallas_kernels._mosaic_key_path import Path, Paths
+from pallas_kernels._mosaic_gpu import register_tiles
+from pallas_kernels._mosaic_gpu.backward.scheduler import Path, Paths
+from pallas_kernels._mosaic_gpu.primitives import ROWS, tell_and_wait, tell_of_stores
 
 WIDEST = 128
 """Columns of a matrix at most."""
@@ -29,7 +29,7 @@ def sums(paths: Paths, dims: dict[str, int]) -> dict[str, jax.ShapeDtypeStruct]:
     rows = paths.key_tile // ROWS
     return {
         f"{name}_sums": jax.ShapeDtypeStruct(
-            (paths.cut, rows, -(-dim // WIDEST), *_mosaic_dquery.tile_shape(min(dim, WIDEST))),
+            (paths.cut, rows, -(-dim // WIDEST), *register_tiles.tile_shape(min(dim, WIDEST))),
             jnp.float32,
         )
         for name, dim in dims.items()
@@ -67,14 +67,14 @@ def hand_over(
     tell_and_wait(handed, 0, handed, share.part)
 
     def place(name: str, n: int, columns: int) -> Any:
-        there = pl.ds(0, _mosaic_dquery.tile_shape(columns)[0])
+        there = pl.ds(0, register_tiles.tile_shape(columns)[0])
         return refs[f"{name}_sums"].at[share.number, rows, n, there]
 
     def with_others(name: str, n: int, x: Array) -> Array:
         columns = x.shape[1]
         there = place(name, n, columns)
         return lax.cond(
-            share.part > 0, lambda x: x + _mosaic_dquery.load(there, columns), lambda x: x, x
+            share.part > 0, lambda x: x + register_tiles.load(there, columns), lambda x: x, x
         )
 
     totals = {
@@ -87,5 +87,5 @@ def hand_over(
     def leave():
         for name, matrices in totals.items():
             for n, x in enumerate(matrices):
-                _mosaic_dquery.store(place(name, n, x.shape[1]), x)
+                register_tiles.store(place(name, n, x.shape[1]), x)
         tell_of_stores(handed)

@@ -19,14 +19,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels._band import (
-    sees,
-    sees_behind_halo,
-    sees_fetched_sink,
-    sees_sink_before,
-)
 from pallas_kernels._logits import LOG2_E, LOWEST, cap_logits
-from pallas_kernels._mosaic_blocks import (
+from pallas_kernels._masks import sees, sees_behind_halo, sees_fetched_sink, sees_sink_before
+from pallas_kernels._mosaic_gpu.forward.scheduler import Walk
+from pallas_kernels._mosaic_gpu.primitives import (
     COLUMN,
     MATRIX,
     ROWS,
@@ -37,9 +33,8 @@ from pallas_kernels._mosaic_blocks import (
     spread,
     swizzled,
 )
-from pallas_kernels._mosaic_walk import Walk
+from pallas_kernels._mosaic_gpu.tiles import FOLD, MosaicTiles
 from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State
-from pallas_kernels._tiles import FOLD, MosaicTiles
 
 SLACK = 8.0
 """Powers of two that weights may grow by: they fit float16, and their sums float32."""

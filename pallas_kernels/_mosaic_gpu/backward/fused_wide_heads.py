@@ -14,27 +14,36 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import _mosaic_dquery
-from pallas_kernels._mosaic_adding import add_parts
-from pallas_kernels._mosaic_blocks import ROW, ROWS, load, release_smem, swizzled
-from pallas_kernels._mosaic_gradients import (
+from pallas_kernels._mosaic_gpu import register_tiles
+from pallas_kernels._mosaic_gpu.backward import dq_postprocess
+from pallas_kernels._mosaic_gpu.backward.dkv_reduce import WIDEST, hand_over
+from pallas_kernels._mosaic_gpu.backward.dq_accumulate import add_parts
+from pallas_kernels._mosaic_gpu.backward.pipeline import KeyWalk
+from pallas_kernels._mosaic_gpu.backward.scheduler import QUERIES, fold, slot_of
+from pallas_kernels._mosaic_gpu.backward.softmax import sums_of_logits, weights_of, write_parts
+from pallas_kernels._mosaic_gpu.primitives import (
+    ROW,
+    ROWS,
     across,
-    sums_of_logits,
-    weights_of,
-    write_parts,
+    load,
+    release_smem,
+    swizzled,
     zeros,
 )
-from pallas_kernels._mosaic_handing import WIDEST, hand_over
-from pallas_kernels._mosaic_key_path import QUERIES
-from pallas_kernels._mosaic_key_walk import KeyWalk, fold, slot_of
 from pallas_kernels._spec import KeyRun, Spec, Starts
 
 KEYS = ROWS
 """Keys of a tile."""
+
+
 COLUMNS = 64
 """Columns of a part of the gradients of queries."""
+
+
 WIDTH = WIDEST
 """Columns of a part of the gradients of keys and values at most: a product needs registers."""
+
+
 SLOTS = 2
 """Tiles of queries in shared memory; there is one of the gradients of outputs."""
 
@@ -52,7 +61,7 @@ def backward(
     dkey_dtype: jnp.dtype,
     processors: int,
     ordered: bool,
-) -> tuple[_mosaic_dquery.Total, Array, Array]:
+) -> tuple[dq_postprocess.Total, Array, Array]:
     """As ``pallas_kernels._mosaic_backward.backward``."""
     dim, value_dim, dtype = query.shape[3], run.value.shape[3], query.dtype
     arrays = spec, query, run, start, dout, lse, delta
@@ -84,7 +93,7 @@ def backward(
                 if part + 2 >= parts:
                     plgpu.barrier_arrive(barriers["dlogits_free"])
                 plgpu.barrier_wait(barriers["dquery_free"].at[mine])
-                _mosaic_dquery.store(smem["dquery"].at[mine, 0], result)
+                register_tiles.store(smem["dquery"].at[mine, 0], result)
                 release_smem()
                 plgpu.barrier_arrive(barriers["dquery"].at[mine])
 
@@ -126,7 +135,7 @@ def backward(
                     weights, factors = weights_of(spec, products, shift, clear, masked)
                     plgpu.barrier_arrive(barriers["query_free"].at[slot])
                     plgpu.barrier_wait(barriers["factors_free"])
-                    _mosaic_dquery.store(smem["factors"], factors)
+                    register_tiles.store(smem["factors"], factors)
                     plgpu.barrier_arrive(barriers["factors"])
                     plgpu.barrier_wait(barriers["dout"].at[0])
                     multiply_add(dvalues, weights.astype(dtype), smem["dout"].at[0])
@@ -158,7 +167,7 @@ def backward(
                     products = plgpu.wgmma_accumulator_load(dweights)
                     plgpu.barrier_arrive(barriers["dout_free"].at[0])
                     plgpu.barrier_wait(barriers["factors"])
-                    factors = _mosaic_dquery.load(smem["factors"], QUERIES)
+                    factors = register_tiles.load(smem["factors"], QUERIES)
                     dlogits = (factors * products).astype(dtype)
                     plgpu.barrier_arrive(barriers["factors_free"])
                     plgpu.barrier_wait(barriers["dlogits_free"])
@@ -185,7 +194,7 @@ def backward(
         "dout": swizzled((1, QUERIES, value_dim), dtype),
         "shift": plgpu.SMEM((SLOTS, QUERIES), jnp.float32),
         "delta": plgpu.SMEM((1, QUERIES), jnp.float32),
-        "factors": plgpu.SMEM(_mosaic_dquery.tile_shape(QUERIES), jnp.float32),
+        "factors": plgpu.SMEM(register_tiles.tile_shape(QUERIES), jnp.float32),
         "dlogits": swizzled((ROWS, QUERIES), dtype, columns=COLUMNS),
         "dquery": plgpu.SMEM((2, 1, *walk.dquery_tile[1:]), jnp.float32),
         "out": swizzled((2, ROWS, 32 // jnp.dtype(dkey_dtype).itemsize), dkey_dtype),
@@ -221,7 +230,7 @@ def backward(
         barriers,
         dkey_dtype,
     )
-    return _mosaic_dquery.Total(sums, walk.seen), dkey, dvalue
+    return dq_postprocess.Total(sums, walk.seen), dkey, dvalue
 
 
 def takes(dim: int, value_dim: int) -> bool:

@@ -13,24 +13,34 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import _mosaic_dquery
-from pallas_kernels._mosaic_adding import PLACES, add_tiles
-from pallas_kernels._mosaic_blocks import ROW, ROWS, fresh, load, release_smem, swizzled
-from pallas_kernels._mosaic_gradients import (
-    across,
+from pallas_kernels._mosaic_gpu import register_tiles
+from pallas_kernels._mosaic_gpu.backward import dq_postprocess
+from pallas_kernels._mosaic_gpu.backward.dkv_reduce import hand_over
+from pallas_kernels._mosaic_gpu.backward.dq_accumulate import PLACES, add_tiles
+from pallas_kernels._mosaic_gpu.backward.pipeline import KeyWalk
+from pallas_kernels._mosaic_gpu.backward.scheduler import QUERIES, fold, slot_of
+from pallas_kernels._mosaic_gpu.backward.softmax import (
     part_width,
     sums_of_logits,
     weigh,
     write_parts,
+)
+from pallas_kernels._mosaic_gpu.primitives import (
+    ROW,
+    ROWS,
+    across,
+    fresh,
+    load,
+    release_smem,
+    swizzled,
     zeros,
 )
-from pallas_kernels._mosaic_handing import hand_over
-from pallas_kernels._mosaic_key_path import QUERIES
-from pallas_kernels._mosaic_key_walk import KeyWalk, fold, slot_of
 from pallas_kernels._spec import KeyRun, Spec, Starts
 
 KEYS = 2 * ROWS
 """Keys of a tile: what two warpgroups have rows."""
+
+
 SLOTS = PLACES
 """Tiles of queries in shared memory, and of their gradients."""
 
@@ -49,7 +59,7 @@ def backward(
     processors: int,
     ordered: bool,
     dquery_dtype: jnp.dtype | None = None,
-) -> tuple[_mosaic_dquery.Total | Array, Array, Array]:
+) -> tuple[dq_postprocess.Total | Array, Array, Array]:
     """Gradients through the first ``rows`` queries and the keys of a run that windows reach.
 
     Unless ``ordered``, the gradients of queries are added up in any order. If so, and if these are
@@ -63,7 +73,7 @@ def backward(
     half = dim // 2
     rounding = None
     if dquery_dtype is not None:
-        rounding = _mosaic_dquery.Rounding(
+        rounding = dq_postprocess.Rounding(
             scale=spec.scale, shape=query.shape, columns=half, dtype=dquery_dtype
         )
     arrays = spec, query, run, start, dout, lse, delta
@@ -98,7 +108,7 @@ def backward(
             place = sums_smem.at[slot, me]
             total = lax.cond(
                 path.before(block) > 0,
-                lambda x: x + _mosaic_dquery.load(place, half),
+                lambda x: x + register_tiles.load(place, half),
                 lambda x: x,
                 result,
             )
@@ -107,7 +117,7 @@ def backward(
 
         def leave(slot, block, result):
             """Leaves gradients of queries in shared memory."""
-            store = partial(_mosaic_dquery.store, sums_smem.at[slot, me], result)
+            store = partial(register_tiles.store, sums_smem.at[slot, me], result)
             if rounding is None:
                 store()
             else:
@@ -216,5 +226,5 @@ def backward(
         dkey_dtype,
     )
     if rounding is None:
-        return _mosaic_dquery.Total(dquery, walk.seen), dkey, dvalue
+        return dq_postprocess.Total(dquery, walk.seen), dkey, dvalue
     return dquery, dkey, dvalue

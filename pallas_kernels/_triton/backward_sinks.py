@@ -9,15 +9,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels._band import (
-    sees_far_sink,
-    sees_fetched_sink,
-    sink_query_plan,
-    sink_reach,
-)
-from pallas_kernels._spec import KeyRun, Spec, shape_like_varying
-from pallas_kernels._tiles import TritonTiles
-from pallas_kernels._triton_backward_keys import (
+from pallas_kernels._masks import sees_far_sink, sees_fetched_sink, sink_reach
+from pallas_kernels._spec import KeyRun, Spec
+from pallas_kernels._tile_ranges import sink_query_plan
+from pallas_kernels._triton.backward_dkv import (
     FarSinks,
     QueryArrays,
     add_gradients,
@@ -27,10 +22,13 @@ from pallas_kernels._triton_backward_keys import (
     query_operands,
     zero_gradients,
 )
-from pallas_kernels._triton_blocks import batch_block, load_rows, store_rows
+from pallas_kernels._triton.blocks import batch_block, load_rows, store_rows
+from pallas_kernels._triton.tiles import TritonTiles
+from pallas_kernels._varying import shape_like_varying
 
 SINK_CHUNK = 512
 """Queries of a program: enough programs for a GPU, and few partial results."""
+
 
 BOTH = (True, True)
 

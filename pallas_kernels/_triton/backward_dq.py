@@ -10,9 +10,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels._logits import cap_logits
-from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, shape_like_varying
-from pallas_kernels._tiles import TritonTiles
-from pallas_kernels._triton_blocks import (
+from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts
+from pallas_kernels._triton.blocks import (
     dot,
     exp2_scaled,
     head_parts,
@@ -22,7 +21,9 @@ from pallas_kernels._triton_blocks import (
     log2_sums,
     store_rows,
 )
-from pallas_kernels._triton_keys import KeyWalk
+from pallas_kernels._triton.key_loop import KeyWalk
+from pallas_kernels._triton.tiles import TritonTiles
+from pallas_kernels._varying import shape_like_varying
 
 
 def backward_query(

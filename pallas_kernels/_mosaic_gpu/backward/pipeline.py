@@ -14,18 +14,23 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import _mosaic_dquery, _mosaic_handing
-from pallas_kernels._band import query_plan, seen_tiles, sees
-from pallas_kernels._mosaic_blocks import MATRIX, ROW, ROWS, fori, fresh, load
-from pallas_kernels._mosaic_gradients import across, of_queries
-from pallas_kernels._mosaic_key_path import (
+from pallas_kernels._masks import sees
+from pallas_kernels._mosaic_gpu import register_tiles
+from pallas_kernels._mosaic_gpu.backward import dkv_reduce, dq_postprocess
+from pallas_kernels._mosaic_gpu.backward.scheduler import (
     QUERIES,
     Path,
     Paths,
     cut_at_the_end,
+    fold,
+    slot_of,
     with_own_queries,
 )
-from pallas_kernels._spec import KeyRun, Spec, Starts, vary_as
+from pallas_kernels._mosaic_gpu.backward.softmax import of_queries
+from pallas_kernels._mosaic_gpu.primitives import MATRIX, ROW, ROWS, across, fresh, load
+from pallas_kernels._spec import KeyRun, Spec, Starts
+from pallas_kernels._tile_ranges import query_plan, seen_tiles
+from pallas_kernels._varying import vary_as
 
 
 class KeyWalk:
@@ -62,7 +67,7 @@ class KeyWalk:
         columns: int,
         processors: int,
         ordered: bool,
-        rounding: _mosaic_dquery.Rounding | None = None,
+        rounding: dq_postprocess.Rounding | None = None,
     ):
         self.spec, self.run, self.query = spec, run, query
         self.ordered, self.rounding = ordered, rounding
@@ -104,7 +109,7 @@ class KeyWalk:
             self.operands["start"] = jnp.pad(start, pad, mode="edge")
         if rounding is not None:
             assert ordered and has_own and not self.paths.longest_first
-        self.dquery_tile = (self.dim // columns, *_mosaic_dquery.tile_shape(columns))
+        self.dquery_tile = (self.dim // columns, *register_tiles.tile_shape(columns))
 
     def path(self, refs: dict[str, Any]) -> Path:
         """A program's way."""
@@ -158,7 +163,7 @@ class KeyWalk:
         """Runs ``compute(refs, smem, barriers, warpgroup)`` and so on side by side.
 
         Returns:
-            The sums of a `_mosaic_dquery.Total`, or with `rounding` dquery; dkey; dvalue.
+            The sums of a `dq_postprocess.Total`, or with `rounding` dquery; dkey; dvalue.
         """
         queries = self.batch, self.heads, self.paths.blocks
         outputs = {
@@ -169,8 +174,8 @@ class KeyWalk:
         if self.rounding is not None:
             outputs["out"] = self.rounding.out_type
         dims = {"dkey": self.dim, "dvalue": self.run.value.shape[3]}
-        sums = _mosaic_handing.sums(self.paths, dims)
-        counters = {"counter": queries} | _mosaic_handing.counters(self.paths)
+        sums = dkv_reduce.sums(self.paths, dims)
+        counters = {"counter": queries} | dkv_reduce.counters(self.paths)
         operands = self.operands | {
             name: jax.new_ref(jnp.zeros(shape, jnp.int32)) for name, shape in counters.items()
         }
@@ -213,19 +218,3 @@ class KeyWalk:
         found = dict(zip((*outputs, *sums), (vary_as(self.query, x) for x in results), strict=True))
         dquery = found["dquery"] if self.rounding is None else self.rounding.whole(found["out"])
         return dquery, found["dkey"], found["dvalue"]
-
-
-def fold(path: Path, step: Callable[..., Any], carry: Any) -> Any:
-    """Folds ``step(head, block, number, carry)`` over a program's tiles of queries."""
-
-    def visit(number, state):
-        *here, carry = state
-        carry = step(*path.at(*here), number, carry)
-        return *path.after(*here), carry
-
-    return fori(0, path.steps, visit, (*path.first, carry))[2]
-
-
-def slot_of(number: Array, slots: int) -> Array:
-    """Where the arrays of a step are, of so many places."""
-    return lax.rem(number, jnp.int32(slots))

@@ -1,6 +1,6 @@
 """Implementation "mosaic_gpu": Mosaic GPU kernels for Hopper.
 
-Where no fused backward kernel is for what is asked (`pallas_kernels._mosaic_fused`), the backward
+Where no fused backward kernel is for what is asked (`backward/choice.py`), the backward
 pass is Triton's, or where this JAX has no Triton that of "xla".
 """
 
@@ -10,15 +10,17 @@ from types import ModuleType
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import _device, _mosaic_fused, _tiles, _xla
-from pallas_kernels._head_dims import check_head_dims
-from pallas_kernels._mosaic_blocks import of_eighths
-from pallas_kernels._mosaic_forward import forward as _forward
+from pallas_kernels import _device, _support, _xla
+from pallas_kernels._mosaic_gpu.backward import choice
+from pallas_kernels._mosaic_gpu.forward.kernel import forward as _forward
+from pallas_kernels._mosaic_gpu.primitives import of_eighths
+from pallas_kernels._mosaic_gpu.tiles import MosaicTiles, mosaic_tiles
 from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State
+from pallas_kernels._support import check_head_dims
 
 _other: ModuleType = _xla
-if _device.has_triton():
-    from pallas_kernels import _triton
+if _support.has_triton():
+    from pallas_kernels._triton import kernels as _triton
 
     _other = _triton
 
@@ -29,7 +31,7 @@ def check(spec: Spec, query: Array, value: Array) -> None:
     Raises:
         NotImplementedError: they cannot; names the argument.
     """
-    _device.check_mosaic_gpu()
+    _support.check_mosaic_gpu()
     _other.check(spec, query, value)
     check_head_dims("mosaic_gpu", query, value)
     if query.dtype not in (jnp.bfloat16, jnp.float16):
@@ -80,7 +82,7 @@ def forward(
 
 def joins(spec: Spec, query: Array, runs: tuple[KeyRun, ...], sinks: SinkRun | None) -> bool:
     """Whether `backward` takes less time for a halo and own keys together than one by one."""
-    return _mosaic_fused.takes(spec, query, runs, sinks)
+    return choice.takes(spec, query, runs, sinks)
 
 
 def backward(
@@ -104,8 +106,8 @@ def backward(
     Unless ``ordered``, the gradients of queries are added up in any order.
     """
     function = _other.backward
-    if _mosaic_fused.takes(spec, query, runs, sinks):
-        function = partial(_mosaic_fused.backward, ordered=ordered)
+    if choice.takes(spec, query, runs, sinks):
+        function = partial(choice.backward, ordered=ordered)
     return function(
         spec, query, runs, sinks, start, out, dout, lse, dquery,
         rows=rows, dquery_dtype=dquery_dtype, dkey_dtype=dkey_dtype,
@@ -121,9 +123,9 @@ def _programs(spec: Spec) -> int:
     return _device.multiprocessors() if spec.window is not None else 2**31 - 1
 
 
-def _tiles_for(spec: Spec, query: Array, run: KeyRun, *, whole: bool) -> _tiles.MosaicTiles:
+def _tiles_for(spec: Spec, query: Array, run: KeyRun, *, whole: bool) -> MosaicTiles:
     heads, dim = query.shape[2:]
     group = heads // run.key.shape[2]
-    return _tiles.mosaic_tiles(
+    return mosaic_tiles(
         dim, run.value.shape[-1], spec.window, group, whole=whole, sinks=spec.num_sinks > 0
     )

@@ -20,10 +20,10 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels._mosaic_blocks import fori, tell_and_wait
-from pallas_kernels._mosaic_dquery import Rounding
-from pallas_kernels._mosaic_key_path import Path
-from pallas_kernels._mosaic_key_walk import KeyWalk, fold, slot_of
+from pallas_kernels._mosaic_gpu.backward.dq_postprocess import Rounding
+from pallas_kernels._mosaic_gpu.backward.pipeline import KeyWalk
+from pallas_kernels._mosaic_gpu.backward.scheduler import Path, fold, slot_of
+from pallas_kernels._mosaic_gpu.primitives import fori, tell_and_wait
 
 PLACES = 2
 """Of `add_tiles`."""

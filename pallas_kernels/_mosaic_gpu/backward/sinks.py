@@ -16,26 +16,41 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels._band import sees_beyond_window
-from pallas_kernels._mosaic_blocks import MATRIX, ROW, ROWS, fori, fresh, load, swizzled
-from pallas_kernels._mosaic_dquery import Finish, Total
-from pallas_kernels._mosaic_gradients import (
-    across,
+from pallas_kernels._masks import sees_beyond_window
+from pallas_kernels._mosaic_gpu.backward.dq_postprocess import Finish, Total
+from pallas_kernels._mosaic_gpu.backward.softmax import (
     of_queries,
     part_width,
     sums_of_logits,
     weigh,
     write_parts,
+)
+from pallas_kernels._mosaic_gpu.primitives import (
+    MATRIX,
+    ROW,
+    ROWS,
+    across,
+    fori,
+    fresh,
+    load,
+    swizzled,
     zeros,
 )
-from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, vary_as
+from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts
+from pallas_kernels._varying import vary_as
 
 CHUNK = 512
 """Queries of a program at most: enough programs for a GPU, and few partial results."""
+
+
 MOST_COLUMNS = 256
 """Of gradients of keys and values together, for the registers of a warpgroup; else one by one."""
+
+
 MOST_SINKS = ROWS
 """Sinks of a sequence at most: what a warpgroup has rows."""
+
+
 SHORTEST_WINDOW = ROWS - 1
 """A chunk has at least a tile of queries."""
 

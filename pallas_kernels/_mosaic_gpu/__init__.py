@@ -1,0 +1,1 @@
+"""Kernels in Mosaic GPU, for Hopper GPUs."""

@@ -1,0 +1,1 @@
+"""The backward kernels, and which of them is launched."""
