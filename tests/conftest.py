@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """What ptxas said of the kernels that `test_hopper_compile.py` compiled, also under xdist."""
+    """What ptxas said of the kernels that `test_compile.py` compiled, also under xdist."""
     reports = [r for key in ("passed", "failed") for r in terminalreporter.getreports(key)]
     found = (value for r in reports for key, value in r.user_properties if key == "kernels")
     kernels = sorted(tuple(kernel) for some in found for kernel in some)

@@ -1,0 +1,117 @@
+"""Compiles programs for Hopper GPUs on a machine without one, and reads what the compiler says.
+
+Needs the plug-in of this very jax, without its drivers: `pip install --no-deps
+jax-cuda13-pjrt==V jax-cuda13-plugin==V nvidia-cuda-nvcc nvidia-nvvm`, V the installed jax.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+# Read by the plug-in when jax first looks for devices, which is after this import.
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+TARGET = Path(__file__).with_name("hopper_target.textproto")
+PTXAS_REPORT = re.compile(
+    r"Compiling entry function '(?P<name>\w+)'.*?(?P<store>\d+) bytes spill stores, "
+    r"(?P<load>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+STEP = re.compile(
+    r"= \S.*? (?:collective-permute-(start|done)\(|custom-call\(.*?/(ring_swa_[a-z_]+)/)"
+)
+LAUNCH = re.compile(r'custom-call\(.*op_name="[^"]*/(ring_swa_\w+)/')
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """What ptxas says of one compiled kernel; spills in bytes, the larger of stores and loads."""
+
+    name: str
+    registers: int
+    spills: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program: its HLO, the names of its launches of ours, and their kernels."""
+
+    hlo: str
+    launches: tuple[str, ...]
+    kernels: tuple[Kernel, ...]
+
+    def steps(self):
+        """Permutes ("start", "done") and launches of the entry computation, as they will run."""
+        assert "is_scheduled=true" in self.hlo.splitlines()[0]
+        lines = self.hlo[self.hlo.index("\nENTRY ") :].splitlines()
+        return [match[1] or match[2] for line in lines if (match := STEP.search(line))]
+
+
+def mesh(devices):
+    """Mesh of any number of Hopper GPUs with the axis "seq"."""
+    chips = _topology(max(4, devices)).devices[:devices]
+    return Mesh(np.array(chips), ("seq",), axis_types=(AxisType.Auto,))
+
+
+def compile_program(function, arguments, devices):
+    """Compiles function(*arguments), shapes with shardings over `mesh(devices)` -> Program."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = {
+            "xla_gpu_autotune_level": 0,
+            "xla_dump_to": folder,
+            "xla_dump_emitter_re": "ptx",  # ".*" would dump every pass, ten times the time
+        }
+        # Mosaic GPU compiles on its own.
+        with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh(devices)):
+            patch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+            patch.setenv("MOSAIC_GPU_DUMP_TO", folder)
+            compiled = jax.jit(function).lower(*arguments).compile(compiler_options=options)
+        hlo = compiled.as_text()
+        kernels = [k for path in sorted(Path(folder).glob("*.ptx")) for k in _kernels(path)]
+    return Program(hlo, tuple(LAUNCH.findall(hlo)), tuple(kernels))
+
+
+@functools.cache
+def _topology(devices):
+    for name in ("jax_plugins.xla_cuda13", "nvidia"):
+        try:
+            found = importlib.util.find_spec(name)
+        except ModuleNotFoundError:
+            found = None
+        if found is None:
+            pytest.fail(
+                f"there is no {name}: install the packages that tests/helpers/hopper.py names"
+            )
+    return topologies.get_topology_desc(
+        platform="cuda", target_config=TARGET.read_text(), topology=f"1x1x{devices}"
+    )
+
+
+@functools.cache
+def _ptxas():
+    folders = importlib.util.find_spec("nvidia").submodule_search_locations
+    found = [path for folder in folders for path in sorted(Path(folder).rglob("bin/ptxas"))]
+    assert found, f"nvidia-cuda-nvcc brings no ptxas to {list(folders)}"
+    return found[0]
+
+
+def _kernels(path):
+    if "ring_swa_" not in path.read_text():
+        return []
+    command = [_ptxas(), "-v", "--gpu-name", "sm_90a", path, "-o", os.devnull]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    reports = PTXAS_REPORT.finditer(done.stderr)
+    found = [Kernel(r["name"], int(r["registers"]), max(int(r["store"]), int(r["load"])))
+             for r in reports]  # fmt: skip
+    return [kernel for kernel in found if kernel.name.startswith("ring_swa_")]

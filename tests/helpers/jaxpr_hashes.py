@@ -1,0 +1,41 @@
+"""Prints a hash of the jaxpr, forward and backward, of every variant of the compile gate.
+
+A change that only moves or renames code leaves all of them as they are: print them before and
+after, `python -m tests.helpers.jaxpr_hashes > before`, and compare. Needs no GPU and no plug-in.
+"""
+
+import hashlib
+import re
+
+import jax
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from tests.helpers.kernel_variants import VARIANTS
+
+HOPPER = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="cuda")
+# Where a function stands, what it is called and where an object lies in memory.
+PLACES = re.compile(r" at \S+:\d+|0x[0-9a-f]+|(?<=name=)\S+")
+
+
+def abstract_mesh(devices):
+    """Mesh of so many Hopper GPUs, none of them here, with the axis "seq"."""
+    return AbstractMesh((devices,), ("seq",), axis_types=(AxisType.Auto,), abstract_device=HOPPER)
+
+
+def hash_of(variant):
+    """Hash of the variant's jaxpr, without names and places in files."""
+    mesh = abstract_mesh(variant.devices)
+    with jax.sharding.use_abstract_mesh(mesh):
+        jaxpr = jax.make_jaxpr(variant.program)(*variant.arguments(mesh))
+    text = PLACES.sub("", jaxpr.pretty_print(use_color=False))
+    return hashlib.sha256(text.encode()).hexdigest()[:16], len(text)
+
+
+def main():
+    """One line a variant: its name, the hash, and the jaxpr's length."""
+    for name, variant in VARIANTS.items():
+        print(name, *hash_of(variant), flush=True)
+
+
+if __name__ == "__main__":
+    main()

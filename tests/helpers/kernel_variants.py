@@ -1,0 +1,135 @@
+"""Every kernel variant of the model table, as programs with forward and backward pass."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import ring_swa_jax as rsj
+from tests.helpers import hopper
+from tests.helpers.models import MODELS, Model
+
+FORWARD, QUERY, KEYS = "ring_swa_forward", "ring_swa_backward_query", "ring_swa_backward_keys"
+SINKS, FUSED = "ring_swa_backward_sinks", "ring_swa_backward_fused"
+FINISH, SHORT = "ring_swa_backward_finish", "ring_swa_backward_short"
+KERNELS = {FORWARD, QUERY, KEYS, SINKS, FUSED, FINISH, SHORT}
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """Forward and backward of a model's layer, `chunk` tokens on each of the devices."""
+
+    model: Model
+    devices: int = 1
+    chunk: int = 8192
+    dtype: str = "bfloat16"
+    sinks: int = 0
+    segments: bool = False
+    implementation: str | None = "triton"
+
+    def kernels(self):
+        """The names of those that compute it."""
+        if self.implementation != "triton" and self.is_short():
+            return {FORWARD, SHORT, QUERY, KEYS} if self.devices > 1 else {FORWARD, SHORT}
+        if self.implementation != "triton":
+            # Who finishes the gradients of queries of a chunk; those of hops are float32.
+            own = {SINKS} if self.sinks else set() if self.rounds_within() else {FINISH}
+            return {FORWARD, FUSED} | own | ({FINISH} if self.hops() > 1 else set())
+        return {FORWARD, QUERY, KEYS, SINKS} if self.sinks else {FORWARD, QUERY, KEYS}
+
+    def hops(self):
+        """Of the halo."""
+        return -(-self.model.window // self.chunk) if self.devices > 1 else 0
+
+    def launched_once(self):
+        """Those kernels of a ring that take a halo and a chunk in one launch, or are for a chunk.
+
+        The others have one for each.
+        """
+        kernels = self.kernels()
+        if SHORT in kernels:
+            return kernels - {FORWARD}
+        return kernels - {FORWARD} if FUSED in kernels and self.hops() == 1 else set()
+
+    def is_short(self):
+        """Whether the window is one of the fused kernel for short ones, which takes no halo."""
+        window = self.model.window
+        return window is not None and window <= 128 and max(self.model.dims) <= 64
+
+    def rounds_within(self):
+        """Whether the fused kernel rounds the gradients of queries."""
+        ordered = self.implementation != "mosaic_gpu_nondeterministic"
+        window = self.model.window is not None or self.segments
+        return ordered and window and max(self.model.dims) <= 128
+
+    def arguments(self, mesh):
+        """Shapes of the arguments of `program`, cut over the mesh."""
+        model = self.model
+
+        def shape(*dims, dtype=self.dtype, axes=(None, "seq")):
+            return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, P(*axes)))
+
+        length = self.chunk * self.devices
+        (heads, kv_heads), (dim, value_dim) = model.heads, model.dims
+        q, k, v, dout = (
+            shape(1, length, *dims)
+            for dims in ((heads, dim), (kv_heads, dim), (kv_heads, value_dim), (heads, value_dim))
+        )
+        sink = shape(heads, dtype=jnp.float32, axes=()) if model.learned else None
+        ids = shape(1, length, dtype=jnp.int32) if self.segments else None
+        return q, k, v, sink, ids, dout
+
+    def program(self, q, k, v, sink, ids, dout):
+        """The output and all gradients."""
+
+        def attend(q, k, v, sink):
+            return rsj.ring_attention(
+                q, k, v, window_size=self.model.window, num_sink_tokens=self.sinks,
+                segment_ids=ids, sink_logits=sink, logits_soft_cap=self.model.softcap,
+                implementation=self.implementation,
+            )  # fmt: skip
+
+        out, pull = jax.vjp(attend, q, k, v, sink)
+        return out, pull(dout)
+
+    def compile(self):
+        """hopper.Program of the output and all gradients."""
+        arguments = self.arguments(hopper.mesh(self.devices))
+        return hopper.compile_program(self.program, arguments, self.devices)
+
+
+# Every kernel of the model table; the models left out differ in numbers of heads alone.
+DISTINCT = ("mistral_7b", "phi3_mini", "gemma2_9b", "gemma3_4b", "gpt_oss", "mimo_v2_flash")
+MISTRAL = MODELS["mistral_7b"]
+SMALL = dataclasses.replace(MISTRAL, window=1000)
+
+VARIANTS = {
+    **{name: Variant(MODELS[name]) for name in (*DISTINCT, "mistral_7b_global")},
+    **{f"{name}_ring": Variant(MODELS[name], devices=4) for name in DISTINCT},
+    "mistral_7b_hops": Variant(MISTRAL, devices=4, chunk=2048),
+    "sinks_segments": Variant(SMALL, sinks=4, segments=True),
+    "sinks_segments_ring": Variant(SMALL, devices=4, sinks=4, segments=True),
+    "float16": Variant(SMALL, dtype="float16"),
+    "float32": Variant(SMALL, dtype="float32"),
+}
+# Forward a ring launches what one device does, and a halo's launch.
+BOTH = ("mistral_7b_ring", "phi3_mini", "mistral_7b_hops", "float16", "gpt_oss_ring")
+BOTH += ("mimo_v2_flash_ring", "sinks_segments_ring")
+MOSAIC = {name: VARIANTS[name] for name in BOTH} | {
+    "segments": Variant(SMALL, segments=True),
+    "gpt_oss_segments": Variant(MODELS["gpt_oss"], segments=True),
+    # Heads of 256 that go on from partial results take the most shared memory.
+    "gemma2_9b_hops": Variant(MODELS["gemma2_9b"], devices=4, chunk=2048),
+    "gemma3_4b_sinks_segments": Variant(MODELS["gemma3_4b"], sinks=4, segments=True),
+}
+VARIANTS |= {
+    f"{name}_mosaic": dataclasses.replace(variant, implementation="mosaic_gpu")
+    for name, variant in MOSAIC.items()
+}
+# In a process that has compiled a kernel it leaves no second dump: none above has these lengths.
+VARIANTS["nondeterministic"] = dataclasses.replace(
+    VARIANTS["mistral_7b_global"], implementation="mosaic_gpu_nondeterministic", chunk=4096
+)
+VARIANTS["default"] = Variant(MISTRAL, implementation=None, chunk=16384)

@@ -1,0 +1,1 @@
+"""Tests of pallas_kernels, room by room."""

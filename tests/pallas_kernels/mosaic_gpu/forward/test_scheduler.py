@@ -1,0 +1,170 @@
+"""The walk of the Mosaic GPU kernel, which no interpreter runs: every pair once, and no other.
+
+It reads arrays as it reads refs, so it runs here tile by tile.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import _masks
+from pallas_kernels._mosaic_gpu.forward import scheduler
+from pallas_kernels._mosaic_gpu.primitives import ROWS
+from pallas_kernels._mosaic_gpu.tiles import SHARED_MEMORY, MosaicTiles, mosaic_tiles
+from pallas_kernels._spec import KeyRun, SinkRun, Spec
+from tests.helpers.models import MODELS
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Queries of a shard, and what it has of keys; ``documents`` start there, one row each."""
+
+    length: int
+    window: int | None
+    tiles: MosaicTiles
+    sinks: int = 0
+    halo: int = 0
+    fetched: bool = False
+    documents: tuple[tuple[int, ...], ...] | None = None
+    rows: tuple[int, int] | None = None
+    local: bool = True
+
+    def starts(self):
+        """[B, T]."""
+        far = -self.halo - 70 if self.halo or self.fetched else 0
+        starts = np.full((len(self.documents or [()]), self.length), far, np.int32)
+        for row, begins in zip(starts, self.documents or [()], strict=True):
+            for begin in begins:
+                row[begin:] = begin
+        return starts
+
+
+SMALL, PACKED = MosaicTiles(32, 2), MosaicTiles(48, 2, heads=8, warpgroups=3)
+ROWS_OF_TWO = ((9, 64, 65, 150), (130,))
+SHARDS = {
+    "window": Shard(264, 134, SMALL),
+    "window_0": Shard(136, 0, PACKED),
+    "full": Shard(200, None, SMALL),
+    "group": Shard(200, 126, PACKED),
+    "halo": Shard(256, 104, SMALL, halo=104),
+    "halo_rows": Shard(384, 104, SMALL, halo=104, rows=(0, 128)),
+    "halo_alone": Shard(256, 300, SMALL, halo=256, local=False),
+    "sinks": Shard(200, 40, SMALL, sinks=5),
+    "sinks_group": Shard(200, 100, PACKED, sinks=33),
+    "documents": Shard(200, 134, SMALL, documents=ROWS_OF_TWO),
+    "documents_sinks": Shard(200, 40, PACKED, sinks=5, documents=ROWS_OF_TWO),
+    "fetched": Shard(256, 40, SMALL, sinks=20, halo=40, fetched=True),
+    "fetched_documents": Shard(
+        200, 40, PACKED, sinks=20, halo=40, fetched=True, documents=ROWS_OF_TWO
+    ),
+}
+
+
+def walk_of(shard):
+    """(Walk, its arrays)."""
+
+    def keys(length):
+        return jnp.zeros((len(shard.starts()), length, 1, 16), jnp.bfloat16)
+
+    local, halo = keys(shard.length), keys(shard.halo)
+    runs = [KeyRun(halo, halo, -shard.halo)] if shard.halo else []
+    runs += [KeyRun(local, local, 0)] if shard.local else []
+    sinks = SinkRun(*[keys(shard.sinks).astype(jnp.float32)] * 2) if shard.fetched else None
+    start = jnp.asarray(shard.starts() if shard.documents else shard.starts()[0, 0])
+    query = jnp.zeros((*local.shape[:2], 8, 16), jnp.bfloat16)
+    spec = Spec(shard.window, shard.sinks, 1.0, None, None)
+    rows = shard.rows or (0, shard.length)
+    walk = scheduler.Walk(spec, query, tuple(runs), sinks, start, rows, shard.tiles, 4)
+    return walk, walk.arrays
+
+
+def visited(shard, walk, tile, consumer, i, start):
+    """How often each key from -halo - 70 on is seen by each of the positions i."""
+    far = shard.halo + 70
+    count = np.zeros((i.size, far + shard.length), int)
+
+    def add(first, size, seen):
+        j = int(first) + np.arange(size)
+        mask = np.broadcast_to(seen(i[:, None], j), (i.size, size))
+        exists = (j >= -far) & (j < shard.length)
+        assert not mask[:, ~exists].any()
+        count[:, j[exists] + far] += mask[:, exists]
+        return mask
+
+    low = tile.clear_from(consumer)
+    for n in range(int(tile.count)):
+        first, stop = map(int, tile.place(n))
+
+        def seen(i, j, stop=stop):
+            mask = _masks.sees(i, j, start, shard.window, walk.num_sinks, packed=walk.packed)
+            return np.asarray(mask & (j < stop if walk.has_halo else True))
+
+        mask = add(first, shard.tiles.key, seen)
+        if tile.is_clear(int(tile.begin(consumer)), low, n):
+            assert mask.all()
+    for n in range(int(tile.sink_count) if walk.sink_rows else 0):
+        first, stop, fetched = (x.item() for x in tile.place_of_sinks(n))
+
+        def sink_seen(i, j, stop=stop, fetched=fetched):
+            if not fetched:
+                return np.asarray(_masks.sees_sink_before(i, j, start, shard.sinks, stop))
+            far = _masks.sees_fetched_sink(i, j, start, shard.window, shard.sinks)
+            return np.asarray(far) & (j < stop)
+
+        add(first, walk.sink_rows, sink_seen)
+    return count
+
+
+@pytest.mark.parametrize("name", SHARDS)
+def test_every_pair_once(name):
+    shard = SHARDS[name]
+    walk, arrays = walk_of(shard)
+    begin, end = walk.rows
+    done = np.zeros((len(shard.starts()), end - begin, 8 // shard.tiles.heads), int)
+    for index in range(walk.num_tiles):
+        tile = scheduler.Tile(walk, arrays, jnp.int32(index))
+        row, head = int(tile.row), int(tile.head_block)
+        assert int(tile.first_head) == head * shard.tiles.heads
+        for consumer in range(shard.tiles.warpgroups):
+            i = int(tile.begin(consumer)) + np.arange(walk.half)
+            i = i[i < end]
+            if not i.size:
+                continue
+            start = shard.starts()[row, i][:, None]
+            if walk.packed:
+                loaded = arrays["start"][row, int(tile.group(consumer))].reshape(-1, walk.half)
+                assert loaded.size == ROWS and (loaded[:, : i.size] == start[:, 0]).all()
+            done[row, i - begin, head] += 1
+            if head == 0:
+                j = np.arange(-shard.halo - 70, shard.length)
+                window = np.asarray(_masks.in_window(i[:, None], j, start, shard.window))
+                window = window & (j >= -shard.halo) & (shard.local | (j < 0))
+                sink = np.asarray(_masks.is_sink(i[:, None], j, start, shard.sinks))
+                sink = sink & ((j >= 0) | shard.fetched)
+                expected = (window | sink).astype(int)
+                np.testing.assert_array_equal(
+                    visited(shard, walk, tile, consumer, i, start), expected
+                )
+    assert (done == 1).all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_tiles_fit_into_shared_memory(name, sinks, whole):
+    model = MODELS[name]
+    (dim, value_dim), (heads, kv_heads) = model.dims, model.heads
+    group = heads // kv_heads
+    tiles = mosaic_tiles(dim, value_dim, model.window, group, whole=whole, sinks=sinks)
+    used = tiles.shared_memory(dim, value_dim, whole=whole, sinks=sinks)
+    assert 32 * 1024 < used <= SHARED_MEMORY
+    assert group % tiles.heads == 0
+
+
+def test_tiles_that_no_kernel_has():
+    with pytest.raises(ValueError, match="multiple of 16"):
+        MosaicTiles(40, 2)
+    with pytest.raises(ValueError, match="no such launch"):
+        MosaicTiles(64, 2, heads=3)

@@ -1,0 +1,175 @@
+"""The Mosaic GPU kernels on a CPU, one operation after the other, beside the oracle.
+
+`tests.pallas_kernels.test_gpu` runs many more cases, on a GPU.
+"""
+
+import dataclasses
+
+import pytest
+
+from pallas_kernels import Spec, _attention, _device, _support
+from pallas_kernels._mosaic_gpu.backward import choice, scheduler
+from pallas_kernels._spec import KeyRun
+from tests.helpers import repeated_ring
+from tests.helpers.cases import Case
+from tests.helpers.oracle import Result
+from tests.helpers.routes import ROUTES, compare, with_gradients
+from tests.helpers.simulator import launches, simulated
+
+FORWARD, FINISH = "ring_swa_forward", "ring_swa_backward_finish"
+FUSED, SHORT = "ring_swa_backward_fused", "ring_swa_backward_short"
+SINKS = "ring_swa_backward_sinks"
+OWN, ANY, SOME = {FORWARD, FUSED}, {FORWARD, FUSED, FINISH}, {FORWARD, FUSED, SINKS}
+ROWS = ((20, 110, -10, 60), (200,))
+HALF = dict(dtype="bfloat16", scale=0.1)
+
+# The kernels that are launched, and the last chunk of a ring that they compute.
+CASES = {
+    "no_window": (ANY, Case(136, 1, None, heads=(4, 2), dims=(96, 48), **HALF)),
+    "window": (OWN, Case(200, 1, 150, dims=(128, 128), learned=True, **HALF)),
+    "window_rows": (
+        OWN,
+        Case(200, 1, 70, 0, ROWS, batch=2, dims=(96, 64), softcap=3.0, dtype="float16"),
+    ),
+    "padding_tiles": (
+        OWN,
+        Case(336, 1, 40, 0, ((30, -250, 56), (336,)), batch=2, dims=(96, 64), **HALF),
+    ),
+    "no_window_rows": (OWN, Case(264, 1, None, 0, ((100, 164),), dims=(32, 64), **HALF)),
+    "halo": (OWN, Case(144, 2, 70, dims=(128, 32), dtype="bfloat16", scale=-0.1)),
+    "hops_rows": (
+        ANY,
+        Case(72, 3, 140, 0, ((30, 100, 86), (216,)), batch=2, dims=(32, 96), **HALF),
+    ),
+    "sinks": (SOME, Case(200, 1, 80, 5, heads=(3, 1), dims=(64, 64), **HALF)),
+    "sinks_in_halo": (
+        SOME,
+        Case(136, 2, 64, 3, ((70, 202),), packed=True, dims=(64, 128), **HALF),
+    ),
+    "sinks_rows": (
+        SOME,
+        Case(136, 2, 63, 64, ((3, 180, 89), (272,)), batch=2, dims=(64, 96), **HALF),
+    ),
+    "wide": (ANY, Case(200, 1, 100, dims=(256, 256), softcap=3.0, **HALF)),
+    "wide_values": (ANY, Case(136, 1, None, dims=(192, 64), **HALF)),
+    "wide_halo": (
+        ANY,
+        Case(136, 2, 90, 0, ((30, 170, 72), (272,)), batch=2, dims=(192, 128), **HALF),
+    ),
+    "wide_hops": (ANY, Case(72, 3, 100, dims=(192, 128), heads=(1, 1), **HALF)),
+    "wide_sinks": (
+        SOME,
+        Case(136, 2, 64, 3, ((70, 202), (272,)), batch=2, dims=(256, 192), **HALF),
+    ),
+    "short": (
+        {FORWARD, SHORT},
+        Case(264, 1, 128, heads=(4, 2), dims=(64, 64), learned=True, **HALF),
+    ),
+    "short_rows": (
+        OWN,
+        Case(136, 2, 40, 0, ((80, 84, 108), (272,)), batch=2, dims=(64, 32), softcap=3.0, **HALF),
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def on_hopper(monkeypatch):
+    """The fused kernels compute all that they can, for a GPU of four multiprocessors."""
+    monkeypatch.setattr(choice, "fuses_backward", lambda *_: True)
+    monkeypatch.setattr(_device, "multiprocessors", lambda: 4)
+    monkeypatch.setattr(_support, "check_mosaic_gpu", lambda: None)
+    # It would trace what the simulator computes with numbers.
+    monkeypatch.setattr(_attention, "folds_vmap", lambda launch: launch)
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [(name, "mosaic_gpu") for name in CASES]
+    + [(name, "mosaic_gpu_nondeterministic") for name in ("window_rows", "wide")],
+)
+def test_kernels_compute_what_the_oracle_does(name, implementation):
+    kernels, case = CASES[name]
+    if implementation != "mosaic_gpu":  # nobody is the last to add to gradients of queries
+        kernels = kernels | {FINISH}
+    inputs, dout = repeated_ring.arrays(case)
+    function = with_gradients(repeated_ring.last_chunk(case, implementation))
+    with simulated():
+        result = Result(*function(*inputs, None, dout))
+        assert set(launches) == kernels
+    compare(result, repeated_ring.expected(case), case.dtype, case)
+
+
+def test_sinks_where_nothing_is_fetched():
+    _, case = CASES["sinks"]
+    inputs, dout = case.arrays()
+    function, _ = ROUTES["one_device"](case, "mosaic_gpu")
+    with simulated():
+        result = Result(*with_gradients(function)(*inputs, None, dout))
+        assert set(launches) == SOME
+    compare(result, case.expected, case.dtype, case)
+
+
+APART = {
+    "halo": ANY,
+    "sinks_in_halo": SOME | {FINISH},
+    "wide_sinks": SOME | {FINISH},
+    "short_rows": {FORWARD, SHORT, FUSED, FINISH},
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_a_halo_in_a_launch_of_its_own(name, monkeypatch):
+    """As where a kernel for both is not the fastest one."""
+    _, case = CASES[name]
+    monkeypatch.setattr(choice, "_can_join", lambda spec, runs: len(runs) == 1)
+    inputs, dout = repeated_ring.arrays(case)
+    function = with_gradients(repeated_ring.last_chunk(case, "mosaic_gpu"))
+    with simulated():
+        result = Result(*function(*inputs, None, dout))
+        assert set(launches) == APART[name]
+        assert sum(launches.count(kernel) for kernel in (FUSED, SHORT)) == 2
+    compare(result, repeated_ring.expected(case), case.dtype, case)
+
+
+SHARED = {
+    "window_rows": dict(heads=(8, 2)),
+    "no_window": dict(heads=(8, 2)),
+    "no_window_rows": dict(heads=(6, 1)),
+    "hops_rows": dict(heads=(4, 1)),
+    "halo": dict(heads=(4, 1)),
+    "sinks": dict(heads=(4, 1)),
+    "wide": dict(heads=(4, 1)),
+    "wide_halo": dict(heads=(4, 1)),
+}
+
+
+@pytest.mark.parametrize(("parts", "all_tasks"), [(2, True), (2, False), (None, True)])
+@pytest.mark.parametrize("name", SHARED)
+def test_programs_that_share_a_tile_of_keys(name, parts, all_tasks, monkeypatch):
+    """In parts of several heads, or of one head each."""
+    kernels, case = CASES[name]
+    case = dataclasses.replace(case, **SHARED[name])
+    groups = []
+
+    def cut(devices, group, processors, some):
+        groups.append(group)
+        return len(devices[0]) if all_tasks else min(3, len(devices[0])), parts or group
+
+    monkeypatch.setattr(scheduler, "cut_of_tasks", cut)
+    scheduler.cut_at_the_end.cache_clear()
+    inputs, dout = repeated_ring.arrays(case)
+    function = with_gradients(repeated_ring.last_chunk(case, "mosaic_gpu"))
+    with simulated():
+        result = Result(*function(*inputs, None, dout))
+        assert set(launches) == kernels
+    scheduler.cut_at_the_end.cache_clear()
+    assert set(groups) == {case.heads[0] // case.heads[1]}
+    compare(result, repeated_ring.expected(case), case.dtype, case)
+
+
+@pytest.mark.parametrize("dims", [(80, 80), (96, 192), (128, 192), (160, 160), (256, 80)])
+def test_head_sizes_that_are_left_to_other_kernels(dims):
+    (q, *_), _ = repeated_ring.arrays(case := Case(8, 1, None, dims=dims, **HALF))
+    (_, key, value, _), _ = repeated_ring.arrays(case)
+    spec = Spec(None, 0, 0.1, None, None)
+    assert not choice.takes(spec, q, (KeyRun(key, value, 0),), None)

@@ -1,0 +1,1 @@
+"""Tests of what is around the packages: docs, notebooks, examples, benchmarks."""

@@ -1,0 +1,38 @@
+"""The ring's benchmarks run on CPU devices, as trials, and write what they found."""
+
+import json
+
+import pytest
+
+from tests.helpers.processes import CPU, start, succeed
+
+pytestmark = pytest.mark.slow
+
+
+def written(tmp_path, module, *flags):
+    """The JSON of a trial."""
+    output = tmp_path / "found.json"
+    flags = ("--quick", "--devices=2", f"--output={output}", *flags)
+    succeed([start("-m", f"benchmarks.{module}", *flags, **CPU)])
+    assert output.with_suffix(".png").exists()
+    return json.loads(output.read_text())
+
+
+def test_ring(tmp_path):
+    names = ["sliding-1000", "streaming-varlen-1000"]
+    flags = ("--shapes", *names, "--only", "one rank", "all-gather + ours")
+    shapes = written(tmp_path, "ring", *flags)["shapes"]
+    assert [entry["shape"]["name"] for entry in shapes] == names
+    for entry in shapes:
+        assert len(entry["rows"]) == 3
+        assert all(row["reason"] is None and row["both_ms"] > 0 for row in entry["rows"])
+
+
+def test_scaling(tmp_path):
+    points = written(tmp_path, "scaling")["points"]
+    assert {(x["kind"], x["devices"]) for x in points} == {
+        ("weak", 2),
+        ("strong", 1),
+        ("strong", 2),
+    }
+    assert all(x["reason"] is None and x["efficiency"] > 0 for x in points)

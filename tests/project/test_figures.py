@@ -1,0 +1,77 @@
+"""The figures of docs/performance.md are those of benchmarks/results/."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+ONE_GPU, RING, RING_MOSAIC, SCALING = re.findall(r"(?:^\|.*\n)+", PAGE, flags=re.MULTILINE)
+
+NAMES = (
+    "triton",
+    "mosaic_gpu",
+    "mosaic_gpu_nondeterministic",
+    "cudnn",
+    "fa3",
+    "fa3-deterministic",
+    "tokamax",
+    "torch-flex",
+)
+OTHERS = ("all-gather + ours", "all-gather + cuDNN", "all-to-all + cuDNN", "original (copied)")
+
+
+def cells(table: str) -> list[list[str]]:
+    """Right of the first column and below the header, without bold."""
+    rows = [line.strip("|").split("|")[1:] for line in table.replace("*", "").splitlines()[2:]]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+def shown(row: dict | None) -> str | None:
+    """Both times; None where there are not both."""
+    times = [row and row.get(kind) for kind in ("forward_ms", "both_ms")]
+    return None if None in times else " / ".join(f"{time:.3f}" for time in times)
+
+
+def same(row: list[str], expected: list[str | None]) -> None:
+    for cell, value in zip(row, expected, strict=True):
+        assert cell == value or (value is None and "/" not in cell), (row, cell, value)
+
+
+def ring(table: str, file: str) -> None:
+    found = {
+        entry["shape"]["name"]: {row["name"]: row for row in entry["rows"]}
+        for entry in json.loads((RESULTS / file).read_text())["shapes"]
+    }
+    for row, times in zip(cells(table), found.values(), strict=True):
+        efficiency = times["one rank"]["both_ms"] / times["ring"]["both_ms"]
+        one = f"{shown(times['one rank'])}; {100 * efficiency:.1f}%"
+        same(row, [shown(times["ring"]), one, *(shown(times.get(name)) for name in OTHERS)])
+
+
+def test_one_gpu():
+    found: dict[str, dict] = {}
+    for row in json.loads((RESULTS / "attention-nvidia-h100-80gb-hbm3.json").read_text())["rows"]:
+        found.setdefault(row["shape"], {})[row["name"]] = row
+    for row, times in zip(cells(ONE_GPU), found.values(), strict=True):
+        same(row, [shown(times.get(name)) for name in NAMES])
+
+
+@pytest.mark.parametrize(("table", "device"), [(RING, "h200"), (RING_MOSAIC, "h100-80gb-hbm3")])
+def test_two_gpus(table, device):
+    ring(table, f"ring-2x-nvidia-{device}.json")
+
+
+def test_scaling():
+    document = json.loads((RESULTS / "scaling-2x-nvidia-h100-80gb-hbm3.json").read_text())
+    alone = {
+        (x["kind"], x["window"]): x["ring"] for x in document["points"] if x["devices"] == 1
+    } | {("weak", x["window"]): x["one_rank"] for x in document["points"] if x["kind"] == "weak"}
+    points = [x for x in document["points"] if x["devices"] == 2]
+    for row, point in zip(cells(SCALING), points, strict=True):
+        one = alone[point["kind"], point["window"]]
+        two = f"{point['ring']:.3f}; {100 * point['efficiency']:.1f}%"
+        assert row == [point["window"], f"{one:.3f}", two]

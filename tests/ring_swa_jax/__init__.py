@@ -1,0 +1,1 @@
+"""Tests of ring_swa_jax."""
