@@ -93,7 +93,7 @@ def all_gather_ours(shape: RingShape, devices: int, implementation: str | None) 
         sinks = fetch_sinks(axis, key, value, bounds, spec.num_sinks) if spec.num_sinks else None
         name = pallas_kernels.choose(implementation, spec, query, value)
         arrays = (query, key, value, sinks, None, bounds.start)
-        return pallas_kernels.attend(spec, halo, name, name, *arrays)
+        return pallas_kernels.attend(spec, halo, name, *arrays)
 
     return attend
 

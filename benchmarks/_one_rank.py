@@ -15,7 +15,8 @@ from jax import Array
 import pallas_kernels
 from benchmarks._ring_shapes import RingShape
 from pallas_kernels import SinkRun, Spec
-from pallas_kernels._implementations import module
+from pallas_kernels._implementations import kernels_of
+from pallas_kernels._kernels import BackwardInputs, ForwardInputs
 from pallas_kernels._spec import KeyRun
 
 
@@ -32,10 +33,10 @@ def programs(shape: RingShape, devices: int, implementation: str | None):
     spec, halo, chunk = spec_of(shape), shape.halo(devices), shape.chunk(devices)
 
     def launch(query, far, near, sinks, start):
-        kernels = module(pallas_kernels.choose(implementation, spec, query, near[1]))
+        kernels = kernels_of(pallas_kernels.choose(implementation, spec, query, near[1]))
         runs = (KeyRun(far[0], far[1], -halo), KeyRun(near[0], near[1], 0))
         state = kernels.forward(
-            spec, query, runs, sinks, None, start, None,
+            spec, ForwardInputs(query, runs, sinks, None, start), None,
             rows=(0, chunk), resume=False, out_dtype=query.dtype,
         )  # fmt: skip
         return kernels, runs, state
@@ -46,18 +47,20 @@ def programs(shape: RingShape, devices: int, implementation: str | None):
     def both(query, far, near, sinks, start, dout):
         kernels, runs, state = launch(query, far, near, sinks, start)
 
-        def backward(runs, sinks, dquery, rows, dtype):
+        def backward(inputs, dquery, rows, dtype):
             return kernels.backward(
-                spec, query, runs, sinks, start, state.out, dout, state.lse, dquery,
-                rows=rows, dquery_dtype=dtype, dkey_dtype=near[0].dtype,
-            )  # fmt: skip
+                spec, inputs, dquery, rows=rows, dquery_dtype=dtype, dkey_dtype=near[0].dtype
+            )
 
-        if kernels.joins(spec, query, runs, sinks):
-            dquery, dkeys, dsinks, _ = backward(runs, sinks, None, chunk, query.dtype)
-            return state.out, (dquery, dkeys, dsinks)
-        dquery, dfar, _, _ = backward(runs[:1], None, None, halo, state.lse.dtype)
-        dquery, dnear, dsinks, _ = backward(runs[1:], sinks, dquery, chunk, query.dtype)
-        return state.out, (dquery, (*dfar, *dnear), dsinks)
+        inputs = BackwardInputs(query, runs, sinks, start, state.out, dout, state.lse)
+        if kernels.prefers_fused_halo_backward(spec, inputs):
+            joined = backward(inputs, None, chunk, query.dtype)
+            return state.out, (joined.dquery, joined.dkeys, joined.dsinks)
+        far_inputs = inputs._replace(runs=runs[:1], sinks=None)
+        of_far = backward(far_inputs, None, halo, state.lse.dtype)
+        of_near = backward(inputs._replace(runs=runs[1:]), of_far.dquery, chunk, query.dtype)
+        dkeys = (*of_far.dkeys, *of_near.dkeys)
+        return state.out, (of_near.dquery, dkeys, of_near.dsinks)
 
     return forward, both
 

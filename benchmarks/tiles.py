@@ -1,7 +1,7 @@
 """Times candidates for the Triton kernels' tiles: ``python -m benchmarks.tiles [SHAPE ...]``.
 
 Each kernel is timed alone, on one sequence, and printed from fast to slow as useful TFLOP/s;
-`pallas_kernels._tiles` holds what won.
+`pallas_kernels._triton.tiles` holds what won.
 """
 
 import argparse
@@ -13,9 +13,10 @@ import jax.numpy as jnp
 
 from benchmarks._shapes import SHAPES, Shape
 from benchmarks._timing import median_seconds
+from pallas_kernels._kernels import BackwardInputs, ForwardInputs, Queries
 from pallas_kernels._spec import KeyRun, Spec
-from pallas_kernels._triton.backward_dkv import QueryArrays, backward_keys
-from pallas_kernels._triton.backward_dq import backward_query
+from pallas_kernels._triton.backward_dkv import backward_dkv
+from pallas_kernels._triton.backward_dq import backward_dq
 from pallas_kernels._triton.forward import forward
 from pallas_kernels._triton.tiles import TritonTiles
 
@@ -61,20 +62,21 @@ def launches(shape: Shape, kernel: str):
 
     def run_forward(tiles, query, key, value):
         return forward(
-            spec, query, (KeyRun(key, value, 0),), None, None, start, None,
+            spec, ForwardInputs(query, (KeyRun(key, value, 0),), None, None, start), None,
             rows=(0, rows), resume=False, out_dtype=query.dtype, tiles=tiles, interpret=False,
         )  # fmt: skip
 
     def run_query(tiles, query, key, value, dout, out, lse, delta):
-        return backward_query(
-            spec, query, (KeyRun(key, value, 0),), None, start, out, dout, lse, None,
+        return backward_dq(
+            spec,
+            BackwardInputs(query, (KeyRun(key, value, 0),), None, start, out, dout, lse), None,
             rows=rows, out_dtype=query.dtype, tiles=tiles, interpret=False,
         )  # fmt: skip
 
     def run_keys(wanted):
         def run(tiles, query, key, value, dout, out, lse, delta):
-            return backward_keys(
-                spec, QueryArrays(query, dout, lse, delta, start), KeyRun(key, value, 0), None,
+            return backward_dkv(
+                spec, Queries(query, dout, lse, delta, start), KeyRun(key, value, 0), None,
                 rows=rows, out_dtype=query.dtype, tiles=tiles, wanted=wanted, interpret=False,
             )  # fmt: skip
 

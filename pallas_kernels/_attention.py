@@ -26,6 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from pallas_kernels import _implementations
+from pallas_kernels._kernels import BackwardInputs, ForwardInputs, Gradients, Kernels
 from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State, accumulator_dtype
 from pallas_kernels._varying import vary_as
 from pallas_kernels._vmap import folds_vmap
@@ -51,12 +52,11 @@ class Halo(Protocol):
         ...
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def attend(
     spec: Spec,
     halo: Halo,
-    forward: str,
-    backward: str,
+    implementation: str,
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K Hv"],
@@ -69,8 +69,7 @@ def attend(
     Args:
         spec: static settings.
         halo: how keys before the shard arrive.
-        forward: implementation of the forward pass.
-        backward: implementation of the backward pass.
+        implementation: one of ``IMPLEMENTATIONS``, as `choose` returns it.
         query: queries of the shard.
         key: its keys; N is a multiple of K.
         value: its values.
@@ -79,55 +78,51 @@ def attend(
         start: where each query's sequence starts, relative to the shard.
     """
     arrays = (query, key, value, sinks, sink_logits, start)
-    return _forward(spec, halo, forward, *arrays)[0].out
+    return _forward(spec, halo, implementation, *arrays)[0].out
 
 
-def _attend_fwd(spec, halo, forward, backward, query, key, value, sinks, sink_logits, start):
+def _attend_fwd(spec, halo, implementation, query, key, value, sinks, sink_logits, start):
     arrays = (query, key, value, sinks, sink_logits, start)
-    state, kept = _forward(spec, halo, forward, *arrays)
+    state, kept = _forward(spec, halo, implementation, *arrays)
     out = checkpoint_name(state.out, "context")
     lse = checkpoint_name(state.lse, "context")
     return out, (*arrays, kept, out, lse)
 
 
-def _attend_bwd(spec, halo, forward, backward, residuals, dout):
-    del forward
+def _attend_bwd(spec, halo, implementation, residuals, dout):
     query, key, value, sinks, sink_logits, start, kept, out, lse = residuals
-    dtype = lse.dtype
-    launch = partial(_launch_backward, spec, backward, query, start, out, dout, lse)
-
+    kernels = _implementations.kernels_of(implementation)
+    dtype, rows = lse.dtype, query.shape[1]
     local = KeyRun(key, value, 0)
-    rows = query.shape[1]
     travel = dtype if len(halo.lengths) > 1 else key.dtype
-    runs = (local,) if kept is None else (_hop_run(halo, 0, kept), local)
-    dquery = home = None
-    if len(runs) > 1 and _implementations.module(backward).joins(spec, query, runs, sinks):
-        dquery, (dfar, dlocal), dsinks, delta = launch(runs, sinks, None, rows, query.dtype, travel)
-        home = halo.give_back(0, *dfar)
+    launch = partial(_launch_backward, spec, kernels, dkey_dtype=travel)
+    inputs = BackwardInputs(query, (local,), sinks, start, out, dout, lse)
+    joined = inputs
+    if kept is not None:
+        joined = inputs._replace(runs=(_hop_run(halo, 0, kept), local))
+
+    if kept is not None and kernels.prefers_fused_halo_backward(spec, joined):
+        gradients = launch(joined, None, rows=rows, dquery_dtype=query.dtype)
+        home = halo.give_back(0, *gradients.dkeys[0])
     else:
+        dquery = home = None
         # The farthest hop first: it reaches the fewest rows, so dquery and home only ever grow.
         done: list[Array] = []
         for hop in reversed(range(len(halo.lengths))):
             far = _fetch(halo, hop, done, key, value) if kept is None else kept
-            run = _hop_run(halo, hop, far)
-            dquery, (dfar,), _, _ = launch((run,), None, dquery, halo.lengths[hop], dtype, travel)
-            home = _add_last(halo.give_back(hop, *dfar), home)
+            of_hop = inputs._replace(runs=(_hop_run(halo, hop, far),), sinks=None)
+            found = launch(of_hop, dquery, rows=halo.lengths[hop], dquery_dtype=dtype)
+            dquery = found.dquery
+            home = _add_last(halo.give_back(hop, *found.dkeys[0]), home)
             done.append(home[0][0, -1, 0, 0])
-        dquery, (dlocal,), dsinks, delta = launch(
-            (local,), sinks, dquery, rows, query.dtype, travel
-        )
-    dkey, dvalue = _add_last(dlocal, home)
-    dsink_logits = None
-    if sink_logits is not None:
-        alive = lse > -jnp.inf
-        share = jnp.where(alive, jnp.exp(sink_logits[:, None] - jnp.where(alive, lse, 0)), 0)
-        dsink_logits = -(share * delta).sum((0, 2)).astype(sink_logits.dtype)
+        gradients = launch(inputs, dquery, rows=rows, dquery_dtype=query.dtype)
+    dkey, dvalue = _add_last(gradients.dkeys[-1], home)
     return (
-        dquery,
+        gradients.dquery,
         dkey.astype(key.dtype),
         dvalue.astype(value.dtype),
-        dsinks,
-        dsink_logits,
+        gradients.dsinks,
+        _sink_logits_gradient(sink_logits, lse, gradients.delta),
         None,
     )
 
@@ -135,43 +130,61 @@ def _attend_bwd(spec, halo, forward, backward, residuals, dout):
 attend.defvjp(_attend_fwd, _attend_bwd)
 
 
+def _sink_logits_gradient(
+    sink_logits: Float[Array, "N"] | None,
+    lse: Float[Array, "B N T"],
+    delta: Float[Array, "B N T"],
+) -> Float[Array, "N"] | None:
+    """A learned sink is a key with the value zero: its logit's gradient is ``-p * delta``."""
+    if sink_logits is None:
+        return None
+    has_keys = lse > -jnp.inf
+    weights = jnp.exp(sink_logits[:, None] - jnp.where(has_keys, lse, 0))
+    weights = jnp.where(has_keys, weights, 0)
+    return -(weights * delta).sum((0, 2)).astype(sink_logits.dtype)
+
+
 def _forward(spec, halo, implementation, query, key, value, sinks, sink_logits, start):
     """The state of all rows, and the halo that the backward pass is to find, if kept."""
+    kernels = _implementations.kernels_of(implementation)
     arrays = (query, key, value, sinks, sink_logits, start)
-    state, kept = _launch_all_forward(spec, halo, implementation, *arrays)
+    state, kept = _launch_all_forward(spec, halo, kernels, *arrays)
     # Mosaic GPU's kernels know nothing of manual mesh axes.
     return State(*(vary_as(query, x) for x in state)), kept
 
 
-def _launch_all_forward(spec, halo, implementation, query, key, value, sinks, sink_logits, start):
+def _launch_all_forward(
+    spec: Spec, halo: Halo, kernels: Kernels, query, key, value, sinks, sink_logits, start
+) -> tuple[State, tuple[Array, Array] | None]:
     batch, rows, heads, _ = query.shape
     dtype = accumulator_dtype(query.dtype)
     lengths = halo.lengths
     local = KeyRun(key, value, 0)
-    launch = partial(_launch_forward, spec, implementation, query, start)
+    launch = partial(_launch_forward, spec, kernels)
     if sink_logits is not None:
         sink_logits = jnp.broadcast_to(sink_logits, (batch, heads)).astype(dtype)
+    inputs = ForwardInputs(query, (local,), sinks, sink_logits, start)
     if not lengths:
-        return launch((local,), sinks, sink_logits, None, (0, rows), query.dtype), None
+        return launch(inputs, None, rows=(0, rows), out_dtype=query.dtype), None
 
-    tile = _implementations.module(implementation).query_tile_rows(spec, query, local)
+    tile = kernels.query_tile_rows(spec, query, local)
     near = -(-lengths[0] // tile) * tile
     if len(lengths) == 1 and 2 * near <= rows:
         fetched = halo.fetch(0, key, value, after=None)
-        state = launch((local,), sinks, sink_logits, None, (near, rows), query.dtype)
+        state = launch(inputs, None, rows=(near, rows), out_dtype=query.dtype)
         # What needs the halo waits for the launch, so that the halo travels under it.
         done = state.lse[0, 0, -1] <= jnp.inf  # True, but no compiler may assume it
         far, far_value = (jnp.where(done, x, jnp.nan) for x in fetched)
-        runs = (_hop_run(halo, 0, (far, far_value)), local)
-        state = launch(runs, sinks, sink_logits, state, (0, near), query.dtype)
+        joined = inputs._replace(runs=(_hop_run(halo, 0, (far, far_value)), local))
+        state = launch(joined, state, rows=(0, near), out_dtype=query.dtype)
         return state, fetched
 
-    state = launch((local,), sinks, sink_logits, None, (0, rows), dtype)
+    state = launch(inputs, None, rows=(0, rows), out_dtype=dtype)
     ended: list[Array] = []
     for hop, length in enumerate(lengths):
         fetched = _fetch(halo, hop, ended, key, value)
-        run = _hop_run(halo, hop, fetched)
-        state = launch((run,), None, None, state, (0, length), dtype, resume=True)
+        of_hop = ForwardInputs(query, (_hop_run(halo, hop, fetched),), None, None, start)
+        state = launch(of_hop, state, rows=(0, length), out_dtype=dtype, resume=True)
         ended.append(state.lse[0, 0, 0])
     kept = fetched if len(lengths) == 1 else None
     return State(state.out.astype(query.dtype), state.lse), kept
@@ -198,74 +211,34 @@ def _fetch(halo: Halo, hop: int, done: list[Array], key: Array, value: Array):
 
 
 def _launch_forward(
-    spec,
-    implementation,
-    query,
-    start,
-    runs,
-    sinks,
-    sink_logits,
-    state,
-    rows,
-    out_dtype,
+    spec: Spec,
+    kernels: Kernels,
+    inputs: ForwardInputs,
+    state: State | None,
     *,
-    resume=False,
-):
-    def launch(query, keys, sinks, sink_logits, start, state):
-        return _implementations.module(implementation).forward(
-            spec,
-            query,
-            _with_offsets(keys, runs),
-            sinks,
-            sink_logits,
-            start,
-            state,
-            rows=rows,
-            resume=resume,
-            out_dtype=out_dtype,
-        )
+    rows: tuple[int, int],
+    out_dtype: jnp.dtype,
+    resume: bool = False,
+) -> State:
+    def launch(inputs, state):
+        return kernels.forward(spec, inputs, state, rows=rows, resume=resume, out_dtype=out_dtype)
 
-    return folds_vmap(launch)(query, _without_offsets(runs), sinks, sink_logits, start, state)
+    return folds_vmap(launch)(inputs, state)
 
 
 def _launch_backward(
-    spec,
-    implementation,
-    query,
-    start,
-    out,
-    dout,
-    lse,
-    runs,
-    sinks,
-    dquery,
-    rows,
-    dquery_dtype,
-    dkey_dtype,
-):
-    def launch(query, keys, sinks, start, out, dout, lse, dquery):
-        return _implementations.module(implementation).backward(
-            spec,
-            query,
-            _with_offsets(keys, runs),
-            sinks,
-            start,
-            out,
-            dout,
-            lse,
-            dquery,
-            rows=rows,
-            dquery_dtype=dquery_dtype,
-            dkey_dtype=dkey_dtype,
+    spec: Spec,
+    kernels: Kernels,
+    inputs: BackwardInputs,
+    dquery: Array | None,
+    *,
+    rows: int,
+    dquery_dtype: jnp.dtype,
+    dkey_dtype: jnp.dtype,
+) -> Gradients:
+    def launch(inputs, dquery):
+        return kernels.backward(
+            spec, inputs, dquery, rows=rows, dquery_dtype=dquery_dtype, dkey_dtype=dkey_dtype
         )
 
-    keys = _without_offsets(runs)
-    return folds_vmap(launch)(query, keys, sinks, start, out, dout, lse, dquery)
-
-
-def _without_offsets(runs: tuple[KeyRun, ...]) -> tuple[tuple[Array, Array], ...]:
-    return tuple((run.key, run.value) for run in runs)
-
-
-def _with_offsets(keys, runs: tuple[KeyRun, ...]) -> tuple[KeyRun, ...]:
-    return tuple(KeyRun(k, v, run.offset) for (k, v), run in zip(keys, runs, strict=True))
+    return folds_vmap(launch)(inputs, dquery)

@@ -1,28 +1,36 @@
-"""Which implementation computes a call, forward and backward chosen apart."""
+"""Which backend computes a call: the one that is asked for, or the best one for the device."""
 
+import functools
 import importlib
-from types import ModuleType
+import warnings
 
+import jax
 from jax import Array
+from jaxtyping import Float
 
 from pallas_kernels import _device, _support
+from pallas_kernels._kernels import Kernels
 from pallas_kernels._spec import Spec
 
 NAMES = ("xla", "triton", "mosaic_gpu", "mosaic_gpu_nondeterministic")
-
-
-_MODULES = {
-    "xla": "pallas_kernels._xla",
-    "triton": "pallas_kernels._triton.kernels",
-    "mosaic_gpu": "pallas_kernels._mosaic_gpu.kernels",
-    "mosaic_gpu_nondeterministic": "pallas_kernels._mosaic_gpu.nondeterministic",
+_OBJECTS = {
+    "xla": ("pallas_kernels._xla", "KERNELS"),
+    "triton": ("pallas_kernels._triton.kernels", "KERNELS"),
+    "mosaic_gpu": ("pallas_kernels._mosaic_gpu.kernels", "KERNELS"),
+    "mosaic_gpu_nondeterministic": (
+        "pallas_kernels._mosaic_gpu.kernels",
+        "KERNELS_NONDETERMINISTIC",
+    ),
 }
-
-
 _BEST_FIRST = {"gpu": ("mosaic_gpu", "triton", "xla")}
 
 
-def choose(implementation: str | None, spec: Spec, query: Array, value: Array) -> str:
+def choose(
+    implementation: str | None,
+    spec: Spec,
+    query: Float[Array, "B T N H"],
+    value: Float[Array, "B T K Hv"],
+) -> str:
     """The name of the implementation to use for these inputs on the device compiled for.
 
     Raises:
@@ -32,24 +40,57 @@ def choose(implementation: str | None, spec: Spec, query: Array, value: Array) -
     if implementation is not None:
         if implementation not in NAMES:
             raise ValueError(f"implementation={implementation!r} is none of {NAMES} or None")
-        module(implementation).check(spec, query, value)
+        kernels_of(implementation).check(spec, query, value)
         return implementation
     for name in _BEST_FIRST.get(_device.compiled_platform(), ("xla",)):
         try:
-            module(name).check(spec, query, value)
+            kernels_of(name).check(spec, query, value)
         except NotImplementedError:
             continue
         return name
     raise AssertionError("xla computes everything")
 
 
-def module(name: str) -> ModuleType:
-    """The module with the ``check``, ``forward``, ``joins`` and ``backward`` of an implementation.
+def kernels_of(name: str) -> Kernels:
+    """The backend of this name, imported when first used: a JAX may lack what another one needs.
 
-    Imported when first used: Pallas-Triton is deprecated and may be missing.
+    Raises:
+        NotImplementedError: this JAX or the device compiled for does not have what it needs.
     """
     if name == "triton":
-        _support.check_triton()
+        _support.check_triton(name)
     if name.startswith("mosaic_gpu"):
-        _support.check_mosaic_gpu()
-    return importlib.import_module(_MODULES[name])
+        _support.check_mosaic_gpu(name)
+    kernels = _imported(name)
+    if isinstance(kernels, NotImplementedError):
+        raise kernels
+    return kernels
+
+
+@functools.cache
+def _imported(name: str) -> Kernels | NotImplementedError:
+    """The backend, or why this JAX cannot import it, which is warned of once.
+
+    Pallas is experimental: a new JAX may have moved a name that a backend imports. Only that
+    counts as unavailable; any other error is a fault of ours and is raised.
+    """
+    module, attribute = _OBJECTS[name]
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        if not is_about_jax(error):
+            raise
+        reason = f"implementation={name!r} is not available with jax {jax.__version__}: {error}"
+        warnings.warn(reason, RuntimeWarning, stacklevel=2)
+        return NotImplementedError(reason)
+
+
+def is_about_jax(error: ImportError | AttributeError) -> bool:
+    """Whether what is missing is a module of jax or jaxlib, or a name in one of their modules."""
+    if isinstance(error, ImportError):
+        owner = error.name
+    else:
+        owner = getattr(error.obj, "__name__", None)
+        if isinstance(error.obj, type):
+            owner = error.obj.__module__
+    return owner is not None and owner.partition(".")[0] in ("jax", "jaxlib")

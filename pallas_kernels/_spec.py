@@ -3,6 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
@@ -34,12 +35,14 @@ class Spec:
         return self.num_sinks if offset == 0 else 0
 
 
-class KeyRun(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeyRun:
     """Keys and values at the consecutive positions ``offset, offset + 1, ...`` of a shard."""
 
     key: Float[Array, "B S K H"]
     value: Float[Array, "B S K Hv"]
-    offset: int
+    offset: int = dataclasses.field(metadata={"static": True})
 
 
 class SinkRun(NamedTuple):

@@ -1,10 +1,14 @@
-"""What a device, and a version of JAX, can run, and which inputs the kernels take."""
+"""What a version of JAX and a device can run, and which inputs the GPU kernels take.
+
+Each check raises NotImplementedError that names the implementation that was asked for.
+"""
 
 import functools
 import importlib.util
 
 import jax
 from jax import Array
+from jaxtyping import Float
 
 from pallas_kernels._device import compiled_platform, compute_capability
 
@@ -20,7 +24,7 @@ def has_triton() -> bool:
     return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 
 
-def check_triton() -> None:
+def check_triton(implementation: str) -> None:
     """Checks for Pallas-Triton and a device for it.
 
     Raises:
@@ -28,19 +32,22 @@ def check_triton() -> None:
     """
     if not has_triton():
         raise NotImplementedError(
-            f"implementation='triton' needs Pallas-Triton, which jax {jax.__version__} has not"
+            f"implementation={implementation!r} needs Pallas-Triton, which jax {jax.__version__} "
+            "does not have"
         )
     platform = compiled_platform()
     if platform not in ("cpu", "gpu"):
-        raise NotImplementedError(f"implementation='triton' runs on GPUs, not on {platform!r}")
+        raise NotImplementedError(
+            f"implementation={implementation!r} runs on GPUs, not on {platform!r}"
+        )
     if platform == "gpu" and compute_capability() < 8:
         raise NotImplementedError(
-            "implementation='triton' needs an NVIDIA GPU from Ampere on (compute capability 8.0), "
-            f"this one has {compute_capability()}"
+            f"implementation={implementation!r} needs an NVIDIA GPU from Ampere on (compute "
+            f"capability 8.0), this one has {compute_capability()}"
         )
 
 
-def check_mosaic_gpu() -> None:
+def check_mosaic_gpu(implementation: str) -> None:
     """Checks for a Mosaic GPU backend of Pallas that the kernels know, and for a Hopper GPU.
 
     Raises:
@@ -48,22 +55,39 @@ def check_mosaic_gpu() -> None:
     """
     if jax.__version_info__ < (0, 11):
         raise NotImplementedError(
-            "implementation='mosaic_gpu' needs the Mosaic GPU of jax 0.11 or newer, "
+            f"implementation={implementation!r} needs the Mosaic GPU of jax 0.11 or newer, "
             f"this is jax {jax.__version__}"
         )
     platform = compiled_platform()
     if platform != "gpu":
         raise NotImplementedError(
-            f"implementation='mosaic_gpu' runs on Hopper GPUs, not on {platform!r}"
+            f"implementation={implementation!r} runs on Hopper GPUs, not on {platform!r}"
         )
     if compute_capability() != 9.0:
         raise NotImplementedError(
-            "implementation='mosaic_gpu' needs a Hopper GPU (compute capability 9.0), "
+            f"implementation={implementation!r} needs a Hopper GPU (compute capability 9.0), "
             f"this one has {compute_capability()}"
         )
 
 
-def check_head_dims(implementation: str, query: Array, value: Array) -> None:
+def check_dtype(
+    implementation: str, query: Float[Array, "B T N H"], dtypes: tuple[str, ...]
+) -> None:
+    """Checks the dtype of queries, which is that of keys and values.
+
+    Raises:
+        NotImplementedError: it is none of ``dtypes``.
+    """
+    if query.dtype.name not in dtypes:
+        names = f"{', '.join(dtypes[:-1])} or {dtypes[-1]}"
+        raise NotImplementedError(
+            f"implementation={implementation!r} takes {names}, got q of {query.dtype}"
+        )
+
+
+def check_head_dims(
+    implementation: str, query: Float[Array, "B T N H"], value: Float[Array, "B T K Hv"]
+) -> None:
     """Checks the sizes of heads.
 
     Raises:

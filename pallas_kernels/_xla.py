@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
+from pallas_kernels._kernels import BackwardInputs, ForwardInputs, Gradients, Kernels
 from pallas_kernels._logits import delta_of
 from pallas_kernels._masks import sees, sees_fetched_sink
 from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State, accumulator_dtype
@@ -30,47 +31,17 @@ def xla_tiles(window: int | None) -> Tiles:
     return Tiles(size, size)
 
 
-def check(spec: Spec, query: Array, value: Array) -> None:
-    """Nothing is beyond it."""
-    del spec, query, value
-
-
-def query_tile_rows(spec: Spec, query: Array, run: KeyRun) -> int:
-    """Launches may begin at any row."""
-    del spec, query, run
-    return 1
-
-
 def forward(
     spec: Spec,
-    query: Float[Array, "B T N H"],
-    runs: tuple[KeyRun, ...],
-    sinks: SinkRun | None,
-    sink_logits: Float[Array, "B N"] | None,
-    start: Starts,
+    inputs: ForwardInputs,
     state: State | None,
     *,
     rows: tuple[int, int],
     resume: bool,
     out_dtype: jnp.dtype,
 ) -> State:
-    """Attends ``runs`` and ``sinks`` from the queries ``rows[0]..rows[1]-1``.
-
-    Args:
-        spec: static settings.
-        query: all queries of the shard.
-        runs: keys, each run with its position.
-        sinks: sinks fetched from other shards.
-        sink_logits: learned sinks, entered into the sum by this launch.
-        start: where the sequence of each query starts.
-        state: overwritten at ``rows`` and kept elsewhere; None leaves other rows undefined.
-        rows: half-open range of queries.
-        resume: continue from ``state`` at ``rows`` instead of from nothing.
-        out_dtype: of the output; that of ``state`` where there is one.
-
-    Returns:
-        The new state.
-    """
+    """As `Kernels.forward`."""
+    query, runs, sinks, sink_logits, start = inputs
     dtype = accumulator_dtype(query.dtype)
     offsets = tuple(run.offset for run in runs)
     if state is None:
@@ -129,47 +100,17 @@ def forward(
     return _each_row(one_row, bounds)(query, keys, sinks, sink_logits, *state)
 
 
-def joins(spec: Spec, query: Array, runs: tuple[KeyRun, ...], sinks: SinkRun | None) -> bool:
-    """Whether a halo and own keys go together: no, the halo's gradients travel under the others."""
-    return False
-
-
 def backward(
     spec: Spec,
-    query: Float[Array, "B T N H"],
-    runs: tuple[KeyRun, ...],
-    sinks: SinkRun | None,
-    start: Starts,
-    out: Float[Array, "B T N Hv"],
-    dout: Float[Array, "B T N Hv"],
-    lse: Float[Array, "B N T"],
+    inputs: BackwardInputs,
     dquery: Float[Array, "B R N H"] | None,
     *,
     rows: int,
     dquery_dtype: jnp.dtype,
     dkey_dtype: jnp.dtype,
-) -> tuple[Array, tuple[tuple[Array, Array], ...], SinkRun | None, Array]:
-    """Gradients that flow through ``runs`` and ``sinks`` from the first ``rows`` queries.
-
-    Args:
-        spec: static settings.
-        query: all queries of the shard.
-        runs: keys, each run with its position.
-        sinks: sinks fetched from other shards.
-        start: where the sequence of each query starts.
-        out: the output.
-        dout: its cotangent.
-        lse: log-sum-exp over *all* keys of a query.
-        dquery: gradient of the first R <= rows queries through other keys, or None.
-        rows: number of queries.
-        dquery_dtype: of the returned gradient of the queries.
-        dkey_dtype: of the returned gradients of keys and values.
-
-    Returns:
-        ``dquery`` of the first ``rows`` queries with this launch's part added, (dkey, dvalue) of
-        each run, the gradient of the fetched sinks in the accumulator's dtype, and
-        ``delta = sum(out * dout)`` of the first ``rows`` queries, [B, N, rows].
-    """
+) -> Gradients:
+    """As `Kernels.backward`."""
+    query, runs, sinks, start, out, dout, lse = inputs
     dtype = lse.dtype
     offsets = tuple(run.offset for run in runs)
     batch, _, heads, dim = query.shape
@@ -229,8 +170,36 @@ def backward(
 
     bounds = (start, _plans(spec, runs, start, (0, rows)))
     keys = tuple((run.key, run.value) for run in runs)
-    gradients = _each_row(one_row, bounds)(query, keys, sinks, dout, lse, delta, total)
-    return *gradients, delta
+    dquery, dkeys, dsinks = _each_row(one_row, bounds)(query, keys, sinks, dout, lse, delta, total)
+    return Gradients(dquery, dkeys, dsinks, delta)
+
+
+class XlaKernels:
+    """The backend "xla": it computes everything, on every device."""
+
+    name = "xla"
+
+    def check(
+        self, spec: Spec, query: Float[Array, "B T N H"], value: Float[Array, "B T K Hv"]
+    ) -> None:
+        """Nothing is beyond it."""
+        del spec, query, value
+
+    def query_tile_rows(self, spec: Spec, query: Float[Array, "B T N H"], run: KeyRun) -> int:
+        """Launches may begin at any row."""
+        del spec, query, run
+        return 1
+
+    def prefers_fused_halo_backward(self, spec: Spec, inputs: BackwardInputs) -> bool:
+        """The halo's gradients travel under the launch of the shard's own keys."""
+        del spec, inputs
+        return False
+
+    forward = staticmethod(forward)
+    backward = staticmethod(backward)
+
+
+KERNELS: Kernels = XlaKernels()
 
 
 class _QueryTile(NamedTuple):
@@ -322,7 +291,7 @@ def _over_keys(spec: Spec, tile: _QueryTile, run: KeyRun, plan, visit: Callable,
             spec.sinks_in(run.offset),
             packed=tile.start.ndim > 0,
         )
-        key, value = (lax.dynamic_slice_in_dim(x, slice_begin, size) for x in run[:2])
+        key, value = (lax.dynamic_slice_in_dim(x, slice_begin, size) for x in (run.key, run.value))
         seen = seen & tile.own[:, None] & (local >= first_key)
         return visit(_Keys(key, value, seen, slice_begin), carry)
 

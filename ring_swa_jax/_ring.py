@@ -291,7 +291,7 @@ def attend_chunk(
     if spec.num_sinks and axis.size > 1:
         sinks = fetch_sinks(axis, k, v, bounds, spec.num_sinks)
     halo = RingHalo.of_window(axis, chunk, window)
-    return pallas_kernels.attend(spec, halo, name, name, q, k, v, sinks, sink_logits, bounds.start)
+    return pallas_kernels.attend(spec, halo, name, q, k, v, sinks, sink_logits, bounds.start)
 
 
 def matmul_precision() -> str:

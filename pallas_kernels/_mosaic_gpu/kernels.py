@@ -1,117 +1,130 @@
-"""Implementation "mosaic_gpu": Mosaic GPU kernels for Hopper.
+"""The backends "mosaic_gpu" and "mosaic_gpu_nondeterministic": Mosaic GPU kernels for Hopper.
 
-Where no fused backward kernel is for what is asked (`backward/choice.py`), the backward
-pass is Triton's, or where this JAX has no Triton that of "xla".
+The two differ in one thing: whether gradients of queries are added up in a fixed order.
 """
 
-from functools import partial
-from types import ModuleType
+import dataclasses
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
-from pallas_kernels import _device, _support, _xla
+from pallas_kernels import _device, _support
+from pallas_kernels._kernels import BackwardInputs, ForwardInputs, Gradients, Kernels
 from pallas_kernels._mosaic_gpu.backward import choice
-from pallas_kernels._mosaic_gpu.forward.kernel import forward as _forward
+from pallas_kernels._mosaic_gpu.forward.kernel import forward
 from pallas_kernels._mosaic_gpu.primitives import of_eighths
 from pallas_kernels._mosaic_gpu.tiles import MosaicTiles, mosaic_tiles
-from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State
-from pallas_kernels._support import check_head_dims
-
-_other: ModuleType = _xla
-if _support.has_triton():
-    from pallas_kernels._triton import kernels as _triton
-
-    _other = _triton
+from pallas_kernels._spec import KeyRun, Spec, State
+from pallas_kernels._xla import XlaKernels
 
 
-def check(spec: Spec, query: Array, value: Array) -> None:
-    """Checks that the kernels can compute this here.
+@dataclasses.dataclass(frozen=True)
+class MosaicKernels:
+    """Mosaic GPU's kernels; for what no fused backward kernel computes, another backend's.
 
-    Raises:
-        NotImplementedError: they cannot; names the argument.
+    Attributes:
+        name: the implementation, for messages.
+        fallback: the backend whose backward pass is taken where `choice.fused_backward` has none.
+        deterministic: whether gradients of queries are added up in a fixed order.
     """
-    _support.check_mosaic_gpu()
-    _other.check(spec, query, value)
-    check_head_dims("mosaic_gpu", query, value)
-    if query.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(
-            f"implementation='mosaic_gpu' takes bfloat16 or float16, got q of {query.dtype}"
+
+    name: str
+    fallback: Kernels
+    deterministic: bool
+
+    def check(
+        self, spec: Spec, query: Float[Array, "B T N H"], value: Float[Array, "B T K Hv"]
+    ) -> None:
+        """As `Kernels.check`."""
+        _support.check_mosaic_gpu(self.name)
+        self.fallback.check(spec, query, value)
+        _support.check_head_dims(self.name, query, value)
+        _support.check_dtype(self.name, query, ("bfloat16", "float16"))
+        if query.shape[1] % 8:
+            raise NotImplementedError(
+                f"implementation={self.name!r} takes shards of a multiple of 8 tokens, "
+                f"got {query.shape[1]}"
+            )
+
+    def query_tile_rows(self, spec: Spec, query: Float[Array, "B T N H"], run: KeyRun) -> int:
+        """As `Kernels.query_tile_rows`."""
+        return _tiles_for(spec, query, run, whole=True).positions
+
+    def forward(
+        self,
+        spec: Spec,
+        inputs: ForwardInputs,
+        state: State | None,
+        *,
+        rows: tuple[int, int],
+        resume: bool,
+        out_dtype: jnp.dtype,
+    ) -> State:
+        """As `Kernels.forward`."""
+        query, runs = inputs.query, inputs.runs
+        return forward(
+            spec,
+            inputs._replace(runs=tuple(of_eighths(run) for run in runs)),
+            state,
+            rows=rows,
+            resume=resume,
+            out_dtype=out_dtype,
+            tiles=_tiles_for(spec, query, runs[0], whole=not resume and out_dtype == query.dtype),
+            programs=_programs(spec),
         )
-    if query.shape[1] % 8:
-        raise NotImplementedError(
-            "implementation='mosaic_gpu' takes shards of a multiple of 8 tokens, "
-            f"got {query.shape[1]}"
+
+    def prefers_fused_halo_backward(self, spec: Spec, inputs: BackwardInputs) -> bool:
+        """A fused kernel takes less time for a halo and own keys together than one by one."""
+        return choice.fused_backward(spec, inputs) is not None
+
+    def backward(
+        self,
+        spec: Spec,
+        inputs: BackwardInputs,
+        dquery: Float[Array, "B R N H"] | None,
+        *,
+        rows: int,
+        dquery_dtype: jnp.dtype,
+        dkey_dtype: jnp.dtype,
+    ) -> Gradients:
+        """As `Kernels.backward`."""
+        fused = choice.fused_backward(spec, inputs)
+        if fused is None:
+            return self.fallback.backward(
+                spec,
+                inputs,
+                dquery,
+                rows=rows,
+                dquery_dtype=dquery_dtype,
+                dkey_dtype=dkey_dtype,
+            )
+        return fused(
+            spec,
+            inputs,
+            dquery,
+            rows=rows,
+            dquery_dtype=dquery_dtype,
+            dkey_dtype=dkey_dtype,
+            deterministic=self.deterministic,
         )
 
 
-def query_tile_rows(spec: Spec, query: Array, run: KeyRun) -> int:
-    """Launches begin at multiples of a query tile."""
-    return _tiles_for(spec, query, run, whole=True).positions
+def _fallback(name: str) -> Kernels:
+    """Triton's kernels, or those of "xla" where this JAX has no Triton."""
+    if not _support.has_triton():
+        return XlaKernels()
+    from pallas_kernels._triton.kernels import TritonKernels
+
+    return TritonKernels(name)
 
 
-def forward(
-    spec: Spec,
-    query: Array,
-    runs: tuple[KeyRun, ...],
-    sinks: SinkRun | None,
-    sink_logits: Array | None,
-    start: Starts,
-    state: State | None,
-    *,
-    rows: tuple[int, int],
-    resume: bool,
-    out_dtype: jnp.dtype,
-) -> State:
-    """As ``pallas_kernels._xla.forward``."""
-    return _forward(
-        spec,
-        query,
-        tuple(of_eighths(run) for run in runs),
-        sinks,
-        sink_logits,
-        start,
-        state,
-        rows=rows,
-        resume=resume,
-        out_dtype=out_dtype,
-        tiles=_tiles_for(spec, query, runs[0], whole=not resume and out_dtype == query.dtype),
-        programs=_programs(spec),
-    )
+def _kernels(name: str, *, deterministic: bool) -> MosaicKernels:
+    return MosaicKernels(name, _fallback(name), deterministic)
 
 
-def joins(spec: Spec, query: Array, runs: tuple[KeyRun, ...], sinks: SinkRun | None) -> bool:
-    """Whether `backward` takes less time for a halo and own keys together than one by one."""
-    return choice.takes(spec, query, runs, sinks)
-
-
-def backward(
-    spec: Spec,
-    query: Array,
-    runs: tuple[KeyRun, ...],
-    sinks: SinkRun | None,
-    start: Starts,
-    out: Array,
-    dout: Array,
-    lse: Array,
-    dquery: Array | None,
-    *,
-    rows: int,
-    dquery_dtype: jnp.dtype,
-    dkey_dtype: jnp.dtype,
-    ordered: bool = True,
-) -> tuple[Array, tuple[tuple[Array, Array], ...], SinkRun | None, Array]:
-    """As ``pallas_kernels._xla.backward``.
-
-    Unless ``ordered``, the gradients of queries are added up in any order.
-    """
-    function = _other.backward
-    if choice.takes(spec, query, runs, sinks):
-        function = partial(choice.backward, ordered=ordered)
-    return function(
-        spec, query, runs, sinks, start, out, dout, lse, dquery,
-        rows=rows, dquery_dtype=dquery_dtype, dkey_dtype=dkey_dtype,
-    )  # fmt: skip
+KERNELS: Kernels = _kernels("mosaic_gpu", deterministic=True)
+KERNELS_NONDETERMINISTIC: Kernels = _kernels("mosaic_gpu_nondeterministic", deterministic=False)
 
 
 def _programs(spec: Spec) -> int:
@@ -123,7 +136,9 @@ def _programs(spec: Spec) -> int:
     return _device.multiprocessors() if spec.window is not None else 2**31 - 1
 
 
-def _tiles_for(spec: Spec, query: Array, run: KeyRun, *, whole: bool) -> MosaicTiles:
+def _tiles_for(
+    spec: Spec, query: Float[Array, "B T N H"], run: KeyRun, *, whole: bool
+) -> MosaicTiles:
     heads, dim = query.shape[2:]
     group = heads // run.key.shape[2]
     return mosaic_tiles(

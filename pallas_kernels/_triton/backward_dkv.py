@@ -12,9 +12,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels._kernels import Queries
 from pallas_kernels._logits import cap_logits
 from pallas_kernels._masks import sees_near
-from pallas_kernels._spec import KeyRun, Spec, Starts
+from pallas_kernels._spec import KeyRun, Spec
 from pallas_kernels._tile_ranges import query_plan, sink_chunk_plan
 from pallas_kernels._triton.blocks import (
     batch_block,
@@ -31,16 +32,6 @@ from pallas_kernels._triton.tiles import TritonTiles
 from pallas_kernels._varying import shape_like_varying
 
 
-class QueryArrays(NamedTuple):
-    """What the gradients of keys need of the queries."""
-
-    query: Array
-    dout: Array
-    lse: Array
-    delta: Array
-    start: Starts
-
-
 class FarSinks(NamedTuple):
     """Gradients of sinks through queries that stand ``reach`` or more behind them.
 
@@ -54,9 +45,9 @@ class FarSinks(NamedTuple):
     reach: int
 
 
-def backward_keys(
+def backward_dkv(
     spec: Spec,
-    queries: QueryArrays,
+    queries: Queries,
     run: KeyRun,
     far: FarSinks | None,
     *,
@@ -83,6 +74,7 @@ def backward_keys(
         The wanted gradients.
     """
     batch, length, num_kv, _ = run.key.shape
+    key_value = (run.key, run.value)
     group = queries.query.shape[2] // num_kv
     start, packed = queries.start, queries.start.ndim > 0
     head_blocks = group // tiles.heads
@@ -99,8 +91,8 @@ def backward_keys(
         reach=reach,
     )
     arrays, blocks = query_operands(queries, group)
-    arrays |= {"plan": plan if packed else plan[None], "keys": run[:2]}
-    blocks |= {"plan": batch_block(arrays["plan"]), "keys": tuple(map(key_block, run[:2]))}
+    arrays |= {"plan": plan if packed else plan[None], "keys": key_value}
+    blocks |= {"plan": batch_block(arrays["plan"]), "keys": tuple(map(key_block, key_value))}
     if far is not None and far.parts is not None:
         chunks = sink_chunk_plan(
             start, num_sinks, rows=rows, chunk=far.chunk, length=length, key_tile=tiles.key
@@ -116,7 +108,7 @@ def backward_keys(
         ]
     shapes = [
         shape_like_varying(queries.query, x.shape, out_dtype)
-        for x, want in zip(run[:2], wanted, strict=True)
+        for x, want in zip(key_value, wanted, strict=True)
         if want
     ]
 
@@ -126,7 +118,7 @@ def backward_keys(
         local = first_key + jnp.arange(tiles.key, dtype=jnp.int32)
         exists = local < length if length % tiles.key else None
         key_rows = (pl.ds(first_key, tiles.key),)
-        key_value = [load_rows(ref, key_rows, exists) for ref in refs["keys"]]
+        keys = [load_rows(ref, key_rows, exists) for ref in refs["keys"]]
         j = run.offset + local[:, None]
 
         def seen(i, start):
@@ -146,11 +138,11 @@ def backward_keys(
                 first = (begin + n) * tiles.query
                 mask = seen if masked else None
                 pair = load_queries(refs, tiles, first, rows, block, mask)
-                return add_gradients(spec, key_value, pair, acc, wanted, interpret)
+                return add_gradients(spec, keys, pair, acc, wanted, interpret)
 
             return lax.fori_loop(0, count * head_blocks, step, acc)
 
-        acc = zero_gradients(tiles.key, run[:2], wanted)
+        acc = zero_gradients(tiles.key, key_value, wanted)
         begin, clear_begin, clear_end, end = (refs["plan"][index, n] for n in range(4))
         if tiles.clear:
             acc = over(begin, clear_begin, acc, True)
@@ -190,7 +182,7 @@ def backward_keys(
     )(arrays)
 
 
-def query_operands(queries: QueryArrays, group: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def query_operands(queries: Queries, group: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arrays and blocks of a group of query heads, for a grid that ends in (K, B)."""
 
     def heads(x):

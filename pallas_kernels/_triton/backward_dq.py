@@ -9,8 +9,9 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels._kernels import BackwardInputs
 from pallas_kernels._logits import cap_logits
-from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts
+from pallas_kernels._spec import Spec
 from pallas_kernels._triton.blocks import (
     dot,
     exp2_scaled,
@@ -26,15 +27,9 @@ from pallas_kernels._triton.tiles import TritonTiles
 from pallas_kernels._varying import shape_like_varying
 
 
-def backward_query(
+def backward_dq(
     spec: Spec,
-    query: Array,
-    runs: tuple[KeyRun, ...],
-    sinks: SinkRun | None,
-    start: Starts,
-    out: Array,
-    dout: Array,
-    lse: Array,
+    inputs: BackwardInputs,
     dquery: Array | None,
     *,
     rows: int,
@@ -43,8 +38,9 @@ def backward_query(
     interpret: bool,
 ) -> tuple[Array, Array]:
     """Gradient of the first ``rows`` queries, ``dquery`` of the first R of them added; delta."""
+    query, *_, out, dout, lse = inputs
     batch, _, heads, dim = query.shape
-    walk = KeyWalk(spec, query, runs, sinks, start, (0, rows), tiles)
+    walk = KeyWalk(spec, inputs, (0, rows), tiles)
     shapes = (
         shape_like_varying(query, (batch, rows, heads, dim), out_dtype),
         shape_like_varying(query, (batch, heads, rows), jnp.float32),

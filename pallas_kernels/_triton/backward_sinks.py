@@ -9,12 +9,12 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels._kernels import Queries
 from pallas_kernels._masks import sees_far_sink, sees_fetched_sink, sink_reach
 from pallas_kernels._spec import KeyRun, Spec
 from pallas_kernels._tile_ranges import sink_query_plan
 from pallas_kernels._triton.backward_dkv import (
     FarSinks,
-    QueryArrays,
     add_gradients,
     finished,
     key_block,
@@ -34,7 +34,7 @@ BOTH = (True, True)
 
 
 def backward_own_sinks(
-    spec: Spec, queries: QueryArrays, run: KeyRun, *, rows: int, tiles: TritonTiles, interpret: bool
+    spec: Spec, queries: Queries, run: KeyRun, *, rows: int, tiles: TritonTiles, interpret: bool
 ) -> FarSinks:
     """What queries far from the sinks among the shard's own keys add to their gradients."""
     chunk = _chunk(tiles)
@@ -49,13 +49,15 @@ def backward_own_sinks(
         first = jnp.maximum(chunk_start, 0)
         return first, first, chunk_start + spec.num_sinks - first
 
-    parts = _by_chunks(spec, queries, run[:2], rows, reach, seen, locate, tiles, chunk, interpret)
+    parts = _by_chunks(
+        spec, queries, (run.key, run.value), rows, reach, seen, locate, tiles, chunk, interpret
+    )
     return FarSinks(parts, chunk, reach)
 
 
 def backward_fetched_sinks(
     spec: Spec,
-    queries: QueryArrays,
+    queries: Queries,
     key_value: tuple[Array, Array],
     *,
     rows: int,

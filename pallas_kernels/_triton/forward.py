@@ -5,12 +5,12 @@ that has seen no key, so that no difference of infinities arises.
 """
 
 import jax.numpy as jnp
-from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels._kernels import ForwardInputs
 from pallas_kernels._logits import LOG2_E, LOWEST, cap_logits
-from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State
+from pallas_kernels._spec import Spec, State
 from pallas_kernels._triton.blocks import (
     batch_block,
     dot,
@@ -28,11 +28,7 @@ from pallas_kernels._varying import shape_like_varying
 
 def forward(
     spec: Spec,
-    query: Array,
-    runs: tuple[KeyRun, ...],
-    sinks: SinkRun | None,
-    sink_logits: Array | None,
-    start: Starts,
+    inputs: ForwardInputs,
     state: State | None,
     *,
     rows: tuple[int, int],
@@ -41,10 +37,11 @@ def forward(
     tiles: TritonTiles,
     interpret: bool,
 ) -> State:
-    """As ``pallas_kernels._xla.forward``, by tiles of this size."""
+    """As `Kernels.forward`, by tiles of this size."""
+    query, runs, _, sink_logits, _ = inputs
     batch, length, heads, _ = query.shape
     value_dim = runs[0].value.shape[-1]
-    walk = KeyWalk(spec, query, runs, sinks, start, rows, tiles)
+    walk = KeyWalk(spec, inputs, rows, tiles)
     shapes = (
         shape_like_varying(query, (batch, length, heads, value_dim), out_dtype),
         shape_like_varying(query, (batch, heads, length), jnp.float32),

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels._kernels import BackwardInputs, ForwardInputs
 from pallas_kernels._masks import sees, sees_fetched_sink, sees_sink_before
-from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts
+from pallas_kernels._spec import Spec
 from pallas_kernels._tile_ranges import fetched_sink_key_plan, key_plan
 from pallas_kernels._triton.blocks import Rows, batch_block, column, load_rows, load_vector
 from pallas_kernels._triton.tiles import TritonTiles, sink_tile
@@ -40,13 +41,11 @@ class KeyWalk:
     def __init__(
         self,
         spec: Spec,
-        query: Array,
-        runs: tuple[KeyRun, ...],
-        sinks: SinkRun | None,
-        start: Starts,
+        inputs: ForwardInputs | BackwardInputs,
         rows: tuple[int, int],
         tiles: TritonTiles,
     ):
+        query, runs, sinks, start = inputs.query, inputs.runs, inputs.sinks, inputs.start
         self.spec, self.rows, self.tiles = spec, rows, tiles
         self.offsets = tuple(run.offset for run in runs)
         group = query.shape[2] // runs[0].key.shape[2]

@@ -53,7 +53,7 @@ def last_chunk(case: Case, implementation):
             sinks = pallas_kernels.SinkRun(*(x.astype(jnp.float32) for x in rows))
         name = pallas_kernels.choose(implementation, spec, q, v)
         bounds = jnp.asarray(start, jnp.int32)
-        return pallas_kernels.attend(spec, halo, name, name, q, k, v, sinks, sink_logits, bounds)
+        return pallas_kernels.attend(spec, halo, name, q, k, v, sinks, sink_logits, bounds)
 
     return attend
 

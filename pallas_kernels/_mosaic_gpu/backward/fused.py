@@ -13,6 +13,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels._kernels import Queries
 from pallas_kernels._mosaic_gpu import register_tiles
 from pallas_kernels._mosaic_gpu.backward import dq_postprocess
 from pallas_kernels._mosaic_gpu.backward.dkv_reduce import hand_over
@@ -35,7 +36,7 @@ from pallas_kernels._mosaic_gpu.primitives import (
     swizzled,
     zeros,
 )
-from pallas_kernels._spec import KeyRun, Spec, Starts
+from pallas_kernels._spec import KeyRun, Spec
 
 KEYS = 2 * ROWS
 """Keys of a tile: what two warpgroups have rows."""
@@ -47,12 +48,8 @@ SLOTS = PLACES
 
 def backward(
     spec: Spec,
-    query: Array,
+    queries: Queries,
     run: KeyRun,
-    start: Starts,
-    dout: Array,
-    lse: Array,
-    delta: Array,
     *,
     rows: int,
     dkey_dtype: jnp.dtype,
@@ -69,6 +66,7 @@ def backward(
     Returns:
         dquery, to be finished unless its dtype is given; dkey; dvalue.
     """
+    query = queries.query
     dim, value_dim, dtype = query.shape[3], run.value.shape[3], query.dtype
     half = dim // 2
     rounding = None
@@ -76,9 +74,10 @@ def backward(
         rounding = dq_postprocess.Rounding(
             scale=spec.scale, shape=query.shape, columns=half, dtype=dquery_dtype
         )
-    arrays = spec, query, run, start, dout, lse, delta
     walk = KeyWalk(
-        *arrays,
+        spec,
+        queries,
+        run,
         rows=rows,
         key_tile=KEYS,
         columns=half,

@@ -14,6 +14,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels._kernels import Queries
 from pallas_kernels._mosaic_gpu import register_tiles
 from pallas_kernels._mosaic_gpu.backward import dq_postprocess
 from pallas_kernels._mosaic_gpu.backward.dkv_reduce import WIDEST, hand_over
@@ -30,7 +31,7 @@ from pallas_kernels._mosaic_gpu.primitives import (
     swizzled,
     zeros,
 )
-from pallas_kernels._spec import KeyRun, Spec, Starts
+from pallas_kernels._spec import KeyRun, Spec
 
 KEYS = ROWS
 """Keys of a tile."""
@@ -50,23 +51,21 @@ SLOTS = 2
 
 def backward(
     spec: Spec,
-    query: Array,
+    queries: Queries,
     run: KeyRun,
-    start: Starts,
-    dout: Array,
-    lse: Array,
-    delta: Array,
     *,
     rows: int,
     dkey_dtype: jnp.dtype,
     processors: int,
     ordered: bool,
 ) -> tuple[dq_postprocess.Total, Array, Array]:
-    """As ``pallas_kernels._mosaic_backward.backward``."""
+    """As `pallas_kernels._mosaic_gpu.backward.fused.backward`."""
+    query = queries.query
     dim, value_dim, dtype = query.shape[3], run.value.shape[3], query.dtype
-    arrays = spec, query, run, start, dout, lse, delta
     walk = KeyWalk(
-        *arrays,
+        spec,
+        queries,
+        run,
         rows=rows,
         key_tile=KEYS,
         columns=COLUMNS,

@@ -14,6 +14,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels._kernels import Queries
 from pallas_kernels._masks import sees
 from pallas_kernels._mosaic_gpu import register_tiles
 from pallas_kernels._mosaic_gpu.backward import dkv_reduce, dq_postprocess
@@ -28,7 +29,7 @@ from pallas_kernels._mosaic_gpu.backward.scheduler import (
 )
 from pallas_kernels._mosaic_gpu.backward.softmax import of_queries
 from pallas_kernels._mosaic_gpu.primitives import MATRIX, ROW, ROWS, across, fresh, load
-from pallas_kernels._spec import KeyRun, Spec, Starts
+from pallas_kernels._spec import KeyRun, Spec
 from pallas_kernels._tile_ranges import query_plan, seen_tiles
 from pallas_kernels._varying import vary_as
 
@@ -38,12 +39,8 @@ class KeyWalk:
 
     Args:
         spec: static settings.
-        query: queries of the shard.
+        queries: queries of the shard, and what belongs to them.
         run: keys.
-        start: where the sequence of each query starts.
-        dout: cotangent of the output.
-        lse: log-sum-exp over all keys of a query.
-        delta: rowsum of the output times its cotangent.
         rows: number of queries.
         key_tile: keys of a program.
         columns: of the parts in which gradients of queries are added.
@@ -55,12 +52,8 @@ class KeyWalk:
     def __init__(
         self,
         spec: Spec,
-        query: Array,
+        queries: Queries,
         run: KeyRun,
-        start: Starts,
-        dout: Array,
-        lse: Array,
-        delta: Array,
         *,
         rows: int,
         key_tile: int,
@@ -69,6 +62,7 @@ class KeyWalk:
         ordered: bool,
         rounding: dq_postprocess.Rounding | None = None,
     ):
+        query, dout, lse, delta, start = queries
         self.spec, self.run, self.query = spec, run, query
         self.ordered, self.rounding = ordered, rounding
         self.batch, length, self.heads, self.dim = query.shape

@@ -21,6 +21,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels._kernels import BackwardInputs
 from pallas_kernels._logits import LOWEST
 from pallas_kernels._masks import sees
 from pallas_kernels._mosaic_gpu.backward.softmax import (
@@ -42,7 +43,7 @@ from pallas_kernels._mosaic_gpu.primitives import (
     swizzled,
     zeros,
 )
-from pallas_kernels._spec import KeyRun, Spec, Starts
+from pallas_kernels._spec import Spec
 from pallas_kernels._varying import vary_as
 
 TILE = ROWS
@@ -74,12 +75,7 @@ OWNERS = REACH + 1
 
 def backward(
     spec: Spec,
-    query: Array,
-    run: KeyRun,
-    start: Starts,
-    out: Array,
-    dout: Array,
-    lse: Array,
+    inputs: BackwardInputs,
     dquery: Array | None,
     *,
     dquery_dtype: jnp.dtype,
@@ -91,6 +87,7 @@ def backward(
     Returns:
         dquery, with what is given added; dkey; dvalue; delta.
     """
+    query, (run,), _, start, out, dout, lse = inputs
     batch, length, heads, dim = query.shape
     _, _, num_kv, value_dim = run.value.shape
     dtype, group = query.dtype, heads // num_kv

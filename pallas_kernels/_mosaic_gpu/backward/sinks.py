@@ -16,6 +16,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels._kernels import Queries
 from pallas_kernels._masks import sees_beyond_window
 from pallas_kernels._mosaic_gpu.backward.dq_postprocess import Finish, Total
 from pallas_kernels._mosaic_gpu.backward.softmax import (
@@ -36,7 +37,7 @@ from pallas_kernels._mosaic_gpu.primitives import (
     swizzled,
     zeros,
 )
-from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts
+from pallas_kernels._spec import KeyRun, SinkRun, Spec
 from pallas_kernels._varying import vary_as
 
 CHUNK = 512
@@ -57,13 +58,9 @@ SHORTEST_WINDOW = ROWS - 1
 
 def backward(
     spec: Spec,
-    query: Array,
+    queries: Queries,
     run: KeyRun,
     sinks: SinkRun | None,
-    start: Starts,
-    dout: Array,
-    lse: Array,
-    delta: Array,
     total: Total,
     dquery: Array | None,
     dkey: Array,
@@ -75,13 +72,9 @@ def backward(
 
     Args:
         spec: static settings.
-        query: queries of the shard.
+        queries: queries of the shard, and what belongs to them.
         run: its own keys.
         sinks: sinks fetched from other shards, or None.
-        start: where the sequence of each query starts.
-        dout: cotangent of the output.
-        lse: log-sum-exp over all keys of a query.
-        delta: rowsum of the output times its cotangent.
         total: gradients of queries through the keys in their windows.
         dquery: more gradients of the first queries, or None.
         dkey: gradients of the shard's keys through windows, in float32.
@@ -92,16 +85,16 @@ def backward(
         dquery, dkey, dvalue, and the gradients of the fetched sinks.
     """
     assert spec.window is not None
-    batch, length, heads, _ = query.shape
+    batch, length, heads, _ = queries.query.shape
+    start = queries.start
     num_kv = run.key.shape[2]
     chunk = chunk_length(spec.window)
     starts = start[:, ::chunk] if start.ndim else start
     starts = jnp.broadcast_to(starts, (batch, -(-length // chunk)))
     found = sinks_of_chunks(spec.num_sinks, starts, run, sinks)
     dquery, *parts = _by_chunks(
-        spec, query, found, starts, start, dout, lse, delta, total, dquery, dquery_dtype,
-        fetched=sinks is not None,
-    )  # fmt: skip
+        spec, queries, found, starts, total, dquery, dquery_dtype, fetched=sinks is not None
+    )
 
     def of_kv_heads(x):
         """[B, chunks, sinks, K, H]: heads of a group share their sinks."""
@@ -200,9 +193,10 @@ def of_fetched(parts: Array, starts: Array) -> Array:
 
 
 def _by_chunks(
-    spec, query, found, starts, start, dout, lse, delta, total, dquery, dquery_dtype, *, fetched
+    spec, queries: Queries, found, starts, total, dquery, dquery_dtype, *, fetched
 ) -> tuple[Array, Array, Array]:
     """Finished gradients of queries, and [B, chunks, N, rows, H] of sinks, in float32."""
+    query, dout, lse, delta, start = queries
     batch, length, heads, dim = query.shape
     group = heads // found[0].shape[2]
     value_dim, dtype = found[1].shape[4], query.dtype

@@ -15,10 +15,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels._kernels import ForwardInputs
 from pallas_kernels._logits import LOG2_E, LOWEST, cap_logits
 from pallas_kernels._masks import sees, sees_behind_halo, sees_fetched_sink, sees_sink_before
 from pallas_kernels._mosaic_gpu.forward.scheduler import Walk
@@ -34,7 +35,7 @@ from pallas_kernels._mosaic_gpu.primitives import (
     swizzled,
 )
 from pallas_kernels._mosaic_gpu.tiles import FOLD, MosaicTiles
-from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State
+from pallas_kernels._spec import Spec, State
 
 SLACK = 8.0
 """Powers of two that weights may grow by: they fit float16, and their sums float32."""
@@ -42,11 +43,7 @@ SLACK = 8.0
 
 def forward(
     spec: Spec,
-    query: Array,
-    runs: tuple[KeyRun, ...],
-    sinks: SinkRun | None,
-    sink_logits: Array | None,
-    start: Starts,
+    inputs: ForwardInputs,
     state: State | None,
     *,
     rows: tuple[int, int],
@@ -55,7 +52,8 @@ def forward(
     tiles: MosaicTiles,
     programs: int,
 ) -> State:
-    """As ``pallas_kernels._xla.forward``, by tiles of this size."""
+    """As `Kernels.forward`, by tiles of this size."""
+    query, runs, sinks, sink_logits, start = inputs
     batch, length, heads, dim = query.shape
     value_dim, dtype = runs[0].value.shape[3], query.dtype
     walk = Walk(spec, query, runs, sinks, start, rows, tiles, programs)

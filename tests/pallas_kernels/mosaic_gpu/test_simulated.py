@@ -5,9 +5,11 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import Spec, _attention, _device, _support
+from pallas_kernels._kernels import BackwardInputs
 from pallas_kernels._mosaic_gpu.backward import choice, scheduler
 from pallas_kernels._spec import KeyRun
 from tests.helpers import repeated_ring
@@ -77,7 +79,7 @@ def on_hopper(monkeypatch):
     """The fused kernels compute all that they can, for a GPU of four multiprocessors."""
     monkeypatch.setattr(choice, "fuses_backward", lambda *_: True)
     monkeypatch.setattr(_device, "multiprocessors", lambda: 4)
-    monkeypatch.setattr(_support, "check_mosaic_gpu", lambda: None)
+    monkeypatch.setattr(_support, "check_mosaic_gpu", lambda name: None)
     # It would trace what the simulator computes with numbers.
     monkeypatch.setattr(_attention, "folds_vmap", lambda launch: launch)
 
@@ -121,7 +123,7 @@ APART = {
 def test_a_halo_in_a_launch_of_its_own(name, monkeypatch):
     """As where a kernel for both is not the fastest one."""
     _, case = CASES[name]
-    monkeypatch.setattr(choice, "_can_join", lambda spec, runs: len(runs) == 1)
+    monkeypatch.setattr(choice, "_can_join", lambda spec, runs, key_tile: len(runs) == 1)
     inputs, dout = repeated_ring.arrays(case)
     function = with_gradients(repeated_ring.last_chunk(case, "mosaic_gpu"))
     with simulated():
@@ -169,7 +171,8 @@ def test_programs_that_share_a_tile_of_keys(name, parts, all_tasks, monkeypatch)
 
 @pytest.mark.parametrize("dims", [(80, 80), (96, 192), (128, 192), (160, 160), (256, 80)])
 def test_head_sizes_that_are_left_to_other_kernels(dims):
-    (q, *_), _ = repeated_ring.arrays(case := Case(8, 1, None, dims=dims, **HALF))
-    (_, key, value, _), _ = repeated_ring.arrays(case)
+    (query, key, value, _), dout = repeated_ring.arrays(Case(8, 1, None, dims=dims, **HALF))
     spec = Spec(None, 0, 0.1, None, None)
-    assert not choice.takes(spec, q, (KeyRun(key, value, 0),), None)
+    run, lse = KeyRun(key, value, 0), jnp.zeros((1, query.shape[2], 8), jnp.float32)
+    inputs = BackwardInputs(query, (run,), None, jnp.int32(0), dout, dout, lse)
+    assert choice.fused_backward(spec, inputs) is None
