@@ -16,7 +16,14 @@ from pallas_kernels._mosaic_gpu.forward.config import ForwardConfig
 from pallas_kernels._mosaic_gpu.forward.epilogue import Epilogue
 from pallas_kernels._mosaic_gpu.forward.scheduler import WorkTile
 from pallas_kernels._mosaic_gpu.forward.softmax import OnlineSoftmax, TileMask
-from pallas_kernels._mosaic_gpu.primitives import COLUMN, MATRIX, ROWS, fori, load, spread
+from pallas_kernels._mosaic_gpu.primitives import (
+    COLUMN,
+    MATRIX,
+    ROWS,
+    broadcast_column,
+    fori,
+    load_as,
+)
 from pallas_kernels._mosaic_gpu.tiles import FOLD
 
 
@@ -81,7 +88,7 @@ class Consumer:
             # Only now: in registers from the tile's beginning on, the learned sinks made the
             # kernel 65% slower on an H100 (gpt-oss: 64/8 heads of 64, window 127).
             row = self.refs["sink_logits"].at[tile.batch_row, tile.head_tile]
-            sink_logits = load(row, COLUMN)
+            sink_logits = load_as(row, COLUMN)
         self.epilogue.write(tile, stage, row_max, row_sum, acc, sink_logits)
         if config.out_in_query_smem:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -92,7 +99,7 @@ class Consumer:
         zeros = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), COLUMN)
         row_max, row_sum = zeros + LOWEST, zeros
         if self.config.tiles.lazy:
-            row_sum = spread(row_sum, FOLD)
+            row_sum = broadcast_column(row_sum, FOLD)
         acc = jnp.zeros((ROWS, self.config.value_dim), jnp.float32)
         return row_max, row_sum, plgpu.layout_cast(acc, MATRIX)
 
@@ -114,7 +121,7 @@ class Consumer:
         def multiply_values(acc):
             plgpu.wgmma(acc, weights, self.smem["sink_value"])
 
-        acc = acc * spread(correction, self.config.value_dim)
+        acc = acc * broadcast_column(correction, self.config.value_dim)
         acc = pl.run_state(multiply_values)(plgpu.ACC.init(acc))
         plgpu.barrier_arrive(self.barriers["sinks_free"])
         return row_max, row_sum, acc

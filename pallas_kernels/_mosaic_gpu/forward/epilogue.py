@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels._logits import LOG2_E, LOWEST
 from pallas_kernels._mosaic_gpu.forward.config import ForwardConfig
 from pallas_kernels._mosaic_gpu.forward.scheduler import WorkTile
-from pallas_kernels._mosaic_gpu.primitives import COLUMN, MATRIX, load, spread
+from pallas_kernels._mosaic_gpu.primitives import COLUMN, MATRIX, broadcast_column, load_as
 
 
 class Epilogue:
@@ -68,8 +68,8 @@ class Epilogue:
             result = acc if width == config.value_dim else acc[:, first : first + width]
             if config.resume:
                 self._fetch(self.out, out_smem, tile, rows, columns)
-                result += load(out_smem, MATRIX) * spread(weight_before, width)
-            out_smem[...] = (result * spread(inverse, width)).astype(config.out_dtype)
+                result += load_as(out_smem, MATRIX) * broadcast_column(weight_before, width)
+            out_smem[...] = (result * broadcast_column(inverse, width)).astype(config.out_dtype)
             plgpu.commit_smem()
             for head, part in self._heads(out_smem):
                 there = _gmem(self.out, tile, rows, head, columns)
@@ -84,14 +84,14 @@ class Epilogue:
         """(row_max, row_sum, accumulator, weight of the output before) with the state before."""
         lse_smem = self.smem["lse"].at[self.warpgroup]
         self._fetch(self.lse, lse_smem, tile, rows)
-        lse = load(lse_smem, COLUMN)
+        lse = load_as(lse_smem, COLUMN)
         had_keys = lse > -jnp.inf
         max_before = jnp.where(had_keys, lse * LOG2_E, LOWEST)
         new_max = jnp.maximum(row_max, max_before)
         weight_before = jnp.where(had_keys, jnp.exp2(max_before - new_max), 0.0)
         correction = jnp.exp2(row_max - new_max)
         row_sum = row_sum * correction + weight_before
-        acc = acc * spread(correction, self.config.value_dim)
+        acc = acc * broadcast_column(correction, self.config.value_dim)
         return new_max, row_sum, acc, weight_before
 
     def _fetch(self, ref, smem, tile: WorkTile, rows, *columns):

@@ -23,10 +23,10 @@ from pallas_kernels._mosaic_gpu.primitives import (
     COLUMN,
     MATRIX,
     ROWS,
+    broadcast_column,
     fold_columns,
-    load,
+    load_as,
     not_all_one,
-    spread,
 )
 
 SLACK = 8.0
@@ -43,7 +43,7 @@ class TileMask:
         self.starts = tile.start
         if config.scheduler.packed:
             row = tile.row_group(warpgroup)
-            self.starts = load(refs["start"].at[tile.batch_row, row], COLUMN)
+            self.starts = load_as(refs["start"].at[tile.batch_row, row], COLUMN)
 
     def window(self, n: Array, logits: Array) -> Array:
         """Logits with the ``n``-th tile of keys, -inf where a query does not see a key."""
@@ -86,7 +86,7 @@ class TileMask:
         if self.config.tiles.heads > 1:
             i = lax.bitwise_and(i, jnp.int32(scheduler.positions_per_warpgroup - 1))
         j = plgpu.broadcasted_iota(jnp.int32, (ROWS, size), 1, layout=MATRIX)
-        start = spread(self.starts, size) if scheduler.packed else self.starts
+        start = broadcast_column(self.starts, size) if scheduler.packed else self.starts
         return i + self.first_query, j + first_key, start
 
 
@@ -109,10 +109,10 @@ class OnlineSoftmax:
         else:
             new_max = jnp.maximum(row_max, logits.max(axis=1) * factor)
         correction = jnp.exp2(row_max - new_max)
-        weights = jnp.exp2(logits * factor - spread(new_max, logits.shape[1]))
+        weights = jnp.exp2(logits * factor - broadcast_column(new_max, logits.shape[1]))
         if self.lazy:
             width = row_sum.shape[1]
-            row_sum = row_sum * spread(correction, width) + fold_columns(jnp.add, weights)
+            row_sum = row_sum * broadcast_column(correction, width) + fold_columns(jnp.add, weights)
         else:
             row_sum = row_sum * correction + weights.sum(axis=1)
         return new_max, row_sum, correction, weights.astype(self.dtype)
@@ -121,7 +121,7 @@ class OnlineSoftmax:
         """The accumulator times the factor of its rows; lazily, only where one is not 1."""
 
         def multiply(acc: Any):
-            return acc * spread(correction, self.value_dim)
+            return acc * broadcast_column(correction, self.value_dim)
 
         if not self.lazy:
             return multiply(acc)
