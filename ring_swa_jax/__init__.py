@@ -1,5 +1,6 @@
 """Ring sliding-window and streaming-LLM attention for sequences cut over many devices."""
 
+from ring_swa_jax import _plugins as _plugins  # warns of a GPU plug-in that does not fit
 from ring_swa_jax._cache import Cache as Cache
 from ring_swa_jax._cache import init_cache as init_cache
 from ring_swa_jax._cache import next_positions as next_positions
