@@ -65,7 +65,7 @@ class MosaicKernels:
         query, runs = inputs.query, inputs.runs
         return forward(
             spec,
-            inputs._replace(runs=tuple(pad_front_to_multiple_of_8(run) for run in runs)),
+            inputs._replace(runs=pad_front_to_multiple_of_8(runs)),
             state,
             rows=rows,
             resume=resume,
@@ -82,7 +82,7 @@ class MosaicKernels:
         self,
         spec: Spec,
         inputs: BackwardInputs,
-        dquery: Float[Array, "B R N H"] | None,
+        dquery: Float[Array, "B R0 N H"] | None,
         *,
         rows: int,
         dquery_dtype: jnp.dtype,

@@ -166,7 +166,10 @@ def _barriers(copies: int) -> dict[str, Any]:
 
 def _dquery_buffers(pipeline: BackwardPipeline, smem: dict[str, Any]) -> tuple[Any, Any]:
     """The buffers of sums and of results for queries, which are the same memory."""
-    return (smem["dquery"], None) if pipeline.epilogue is None else smem["dquery"]
+    if pipeline.epilogue is None:
+        return smem["dquery"], None
+    sums_smem, results_smem = smem["dquery"]
+    return sums_smem, results_smem
 
 
 class _Consumer:
