@@ -26,9 +26,9 @@ from pallas_kernels._mosaic_gpu.backward.scheduler import (
     fold_steps,
     plan_with_diagonal,
     slot_of,
-    split_last_tasks,
 )
 from pallas_kernels._mosaic_gpu.backward.softmax import padded_lse_and_delta
+from pallas_kernels._mosaic_gpu.backward.task_splits import split_last_tasks
 from pallas_kernels._mosaic_gpu.primitives import (
     MATRIX,
     ROW,
