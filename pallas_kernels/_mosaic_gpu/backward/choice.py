@@ -24,6 +24,7 @@ from pallas_kernels._mosaic_gpu.backward import (
 )
 from pallas_kernels._mosaic_gpu.backward import sinks as sinks_backward
 from pallas_kernels._mosaic_gpu.backward.short_windows_schedule import LONGEST_WINDOW
+from pallas_kernels._mosaic_gpu.padding import zero_delta
 from pallas_kernels._mosaic_gpu.primitives import pad_front_to_multiple_of_8
 from pallas_kernels._spec import KeyRun, SinkRun, Spec
 
@@ -126,6 +127,8 @@ def _by_key_tiles(
     query, runs, sinks, start, out, dout, lse = inputs
     own = runs[-1]
     delta = _logits.delta_of(out[:, :rows], dout[:, :rows], jnp.float32)
+    if start.ndim:
+        delta = zero_delta(start, delta)
     queries = Queries(query, dout, lse, delta, start)
     launch = partial(
         kernel.backward,

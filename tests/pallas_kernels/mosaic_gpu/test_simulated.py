@@ -8,7 +8,7 @@ import dataclasses
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import Spec, _attention, _device, _support
+from pallas_kernels import Spec
 from pallas_kernels._kernels import BackwardInputs
 from pallas_kernels._mosaic_gpu.backward import choice, task_splits
 from pallas_kernels._spec import KeyRun
@@ -74,14 +74,7 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def on_hopper(monkeypatch):
-    """The fused kernels compute all that they can, for a GPU of four multiprocessors."""
-    monkeypatch.setattr(choice, "fuses_backward", lambda *_: True)
-    monkeypatch.setattr(_device, "multiprocessors", lambda: 4)
-    monkeypatch.setattr(_support, "check_mosaic_gpu", lambda name: None)
-    # It would trace what the simulator computes with numbers.
-    monkeypatch.setattr(_attention, "folds_vmap", lambda launch: launch)
+pytestmark = pytest.mark.usefixtures("on_hopper")
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ def test_a_chunk_has_the_sinks_that_its_queries_see_beyond_their_windows(seed):
         jnp.asarray(starts[:, ::chunk]),
         KeyRun(jnp.asarray(key), jnp.asarray(value), 0),
         SinkRun(*map(jnp.asarray, fetched)),
+        jnp.asarray(starts),
     )
     for n, own in enumerate((key, value)):
         for row, query, slot in seen_sinks(window, num_sinks, starts):
