@@ -85,7 +85,7 @@ class KeyWalk:
                 rows=rows,
                 query_tile=tiles.query,
                 length=sinks.key.shape[1],
-                key_tile=sink_tile(spec.num_sinks),
+                key_tile=self._sink_tile(),
             )
             self.arrays["sink_plan"] = plan if self.packed else plan[None]
             # Fetched sinks hold values of the keys' dtype, so this cast loses nothing.
@@ -103,6 +103,10 @@ class KeyWalk:
         """All rows of the heads of a tile, of [B, N, rows]."""
         heads = None if self.heads == 1 else self.heads
         return pl.BlockSpec((None, heads, x.shape[2]), lambda t, n, b: (b, n, 0))
+
+    def _sink_tile(self) -> int:
+        """Sinks of a step: no more than its keys, so that they take no more shared memory."""
+        return min(sink_tile(self.spec.num_sinks), self.tiles.key)
 
     def _key_block(self, x: Any, group: int) -> pl.BlockSpec:
         sharing = group // self.heads
@@ -174,7 +178,7 @@ class KeyWalk:
 
     def _fold_own_sinks(self, refs, end, key_value, tile: QueryTile, visit, carry):
         """The sinks before key ``end``: of the first query's sequence, as the plan says."""
-        size = sink_tile(self.spec.num_sinks)
+        size = self._sink_tile()
         row = self.rows[0] + tile.number * self.tiles.query if self.packed else 0
         first = jnp.maximum(refs["start"][row], 0)
         stop = jnp.minimum(refs["start"][row] + self.spec.num_sinks, end)
@@ -193,7 +197,7 @@ class KeyWalk:
         return lax.fori_loop(0, count, step, carry)
 
     def _fold_fetched_sinks(self, refs, tile: QueryTile, visit, carry):
-        size, length = sink_tile(self.spec.num_sinks), refs["sinks"][0].shape[0]
+        size, length = self._sink_tile(), refs["sinks"][0].shape[0]
         crossing = refs["start"][0]
 
         def step(t, carry):

@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ring_swa_jax as rsj
-from tests.helpers import hopper
+from tests.helpers import compile_target
 from tests.helpers.models import MODELS, Model
 
 FORWARD, QUERY, KEYS = "ring_swa_forward", "ring_swa_backward_query", "ring_swa_backward_keys"
@@ -95,9 +95,9 @@ class Variant:
         return out, pull(dout)
 
     def compile(self):
-        """hopper.Program of the output and all gradients."""
-        arguments = self.arguments(hopper.mesh(self.devices))
-        return hopper.compile_program(self.program, arguments, self.devices)
+        """compile_target.Program of the output and all gradients."""
+        arguments = self.arguments(compile_target.mesh(self.devices))
+        return compile_target.compile_program(self.program, arguments, self.devices)
 
 
 # Every kernel of the model table; the models left out differ in numbers of heads alone.
