@@ -70,21 +70,21 @@ def forward(
                     jnp.where(lse_before == -jnp.inf, 0, 1).astype(dtype),
                 )
             else:
-                carry = _empty_sum(q_tile, out.shape[-1], sink_logits, dtype)
+                carry = _initial_softmax(q_tile, out.shape[-1], sink_logits, dtype)
 
             def visit(keys, carry):
-                return _absorb(spec, q_tile, keys, carry)
+                return _softmax_step(spec, q_tile, keys, carry)
 
             for (key, value), offset, plan in zip(keys, offsets, plans, strict=True):
                 run = KeyRun(key, value, offset)
                 carry = _over_keys(spec, tile, run, plan[t], visit, carry)
             if sinks is not None:
                 carry = visit(_sink_keys(spec, tile, sinks, start), carry)
-            acc, top, total = carry
-            alive = total > 0
-            total = jnp.where(alive, total, 1)
-            new_out = jnp.moveaxis(jnp.where(alive, 1 / total, 0)[..., None] * acc, 2, 0)
-            new_lse = jnp.where(alive, top + jnp.log(total), -jnp.inf)
+            acc, row_max, row_sum = carry
+            has_keys = row_sum > 0
+            row_sum = jnp.where(has_keys, row_sum, 1)
+            new_out = jnp.moveaxis(jnp.where(has_keys, 1 / row_sum, 0)[..., None] * acc, 2, 0)
+            new_lse = jnp.where(has_keys, row_max + jnp.log(row_sum), -jnp.inf)
             return State(
                 tile.put(state.out, new_out.astype(out.dtype), out_before),
                 tile.put(state.lse, new_lse, lse_before, axis=2),
@@ -320,28 +320,28 @@ def _logits(spec: Spec, query, key, dtype):
     return spec.soft_cap * bounded, 1 - bounded**2
 
 
-def _empty_sum(query, value_dim, sink_logits, dtype):
+def _initial_softmax(query, value_dim, sink_logits, dtype):
     """(weighted values, running maximum, running sum) before any key."""
     rows, num_kv, groups, _ = query.shape
     acc = full_like_varying(query, (num_kv, groups, rows, value_dim), 0, dtype)
     if sink_logits is None:
-        top = full_like_varying(query, acc.shape[:-1], -jnp.inf, dtype)
-        return acc, top, jnp.zeros_like(top)
-    top = jnp.broadcast_to(sink_logits.reshape(num_kv, groups, 1), acc.shape[:-1]).astype(dtype)
-    return acc, top, jnp.ones_like(top)
+        row_max = full_like_varying(query, acc.shape[:-1], -jnp.inf, dtype)
+        return acc, row_max, jnp.zeros_like(row_max)
+    row_max = jnp.broadcast_to(sink_logits.reshape(num_kv, groups, 1), acc.shape[:-1]).astype(dtype)
+    return acc, row_max, jnp.ones_like(row_max)
 
 
-def _absorb(spec: Spec, query, keys: _Keys, carry):
+def _softmax_step(spec: Spec, query, keys: _Keys, carry):
     """One step of the online softmax."""
-    acc, top, total = carry
+    acc, row_max, row_sum = carry
     logits, _ = _logits(spec, query, keys.key, acc.dtype)
     logits = jnp.where(keys.seen, logits, -jnp.inf)
-    new_top = jnp.maximum(top, logits.max(-1))
-    finite_top = jnp.where(new_top == -jnp.inf, 0, new_top)
-    shrink = jnp.exp(top - finite_top)
-    weights = jnp.exp(logits - finite_top[..., None])
+    new_max = jnp.maximum(row_max, logits.max(-1))
+    finite_max = jnp.where(new_max == -jnp.inf, 0, new_max)
+    rescale = jnp.exp(row_max - finite_max)
+    weights = jnp.exp(logits - finite_max[..., None])
     values = _dot(spec, "kgqs,skv->kgqv", weights.astype(keys.value.dtype), keys.value, acc.dtype)
-    return shrink[..., None] * acc + values, new_top, shrink * total + weights.sum(-1)
+    return rescale[..., None] * acc + values, new_max, rescale * row_sum + weights.sum(-1)
 
 
 def _gradients(spec: Spec, query, dout, lse, delta, keys: _Keys):

@@ -19,6 +19,7 @@ from pallas_kernels._spec import KeyRun, Spec
 from pallas_kernels._tile_ranges import query_plan, sink_chunk_plan
 from pallas_kernels._triton.blocks import (
     batch_block,
+    div,
     dot,
     exp2_scaled,
     head_parts,
@@ -26,6 +27,7 @@ from pallas_kernels._triton.blocks import (
     load_rows,
     load_vector,
     log2_sums,
+    rem,
     store_rows,
 )
 from pallas_kernels._triton.tiles import TritonTiles
@@ -137,8 +139,8 @@ def backward_dkv(
                     n = n - block * count
                 first = (begin + n) * tiles.query
                 mask = seen if masked else None
-                pair = load_queries(refs, tiles, first, rows, block, mask)
-                return add_gradients(spec, keys, pair, acc, wanted, interpret)
+                tile = load_queries(refs, tiles, first, rows, block, mask)
+                return add_gradients(spec, keys, tile, acc, wanted, interpret)
 
             return lax.fori_loop(0, count * head_blocks, step, acc)
 
@@ -150,7 +152,7 @@ def backward_dkv(
             acc = over(clear_end, end, acc, True)
         else:
             acc = over(begin, end, acc, True)
-        results = finished(spec, acc, wanted)
+        results = scaled_gradients(spec, acc, wanted)
         if "far" in refs:
             assert far is not None
 
@@ -172,7 +174,7 @@ def backward_dkv(
 
     return pl.pallas_call(
         kernel,
-        grid=(-(-length // tiles.key), num_kv, batch),
+        grid=(pl.cdiv(length, tiles.key), num_kv, batch),
         in_specs=[blocks],
         out_specs=[key_block(x) for x in shapes],
         out_shape=shapes,
@@ -208,17 +210,17 @@ def key_block(x: Any) -> pl.BlockSpec:
     return pl.BlockSpec((None, x.shape[1], None, x.shape[3]), lambda t, n, b: (b, 0, n, 0))
 
 
-class Pair(NamedTuple):
+class QueryTile(NamedTuple):
     """A tile of queries of one head, and which keys they see ([S, Q]; None: all)."""
 
     queries: list[Array]
     douts: list[Array]
-    top: Array
+    lse_log2: Array
     delta: Array
     seen: Array | None
 
 
-def load_queries(refs, tiles: TritonTiles, begin, end: int, block, seen) -> Pair:
+def load_queries(refs, tiles: TritonTiles, begin, end: int, block, seen) -> QueryTile:
     """Loads the queries at ``begin`` of a block of heads.
 
     ``seen(i, start)`` is the mask, None where all is seen.
@@ -229,7 +231,7 @@ def load_queries(refs, tiles: TritonTiles, begin, end: int, block, seen) -> Pair
         rows, flat = (pl.ds(begin, size), block), (block, pl.ds(begin, size))
     else:
         row = jnp.arange(size * heads, dtype=jnp.int32)
-        positions, head = begin + lax.div(row, heads), block * heads + lax.rem(row, heads)
+        positions, head = begin + div(row, heads), block * heads + rem(row, heads)
         rows, flat = (positions, head), (head, positions)
     valid = positions < end if seen is not None and end % size else None
     mask = None
@@ -240,7 +242,7 @@ def load_queries(refs, tiles: TritonTiles, begin, end: int, block, seen) -> Pair
             start = load_vector(refs["start"], (positions,), valid)[None, :]
         mask = seen(positions[None, :], start)
         mask = mask if valid is None else mask & valid[None, :]
-    return Pair(
+    return QueryTile(
         load_rows(refs["query"], rows, valid),
         load_rows(refs["dout"], rows, valid),
         log2_sums(load_vector(refs["lse"], flat, valid)),
@@ -260,27 +262,32 @@ def zero_gradients(size: int, key_value: tuple[Any, Any], wanted: tuple[bool, bo
 
 
 def add_gradients(
-    spec: Spec, key_value: list[list[Array]], pair: Pair, acc, wanted: tuple[bool, bool], interpret
+    spec: Spec,
+    key_value: list[list[Array]],
+    tile: QueryTile,
+    acc,
+    wanted: tuple[bool, bool],
+    interpret,
 ):
     """Adds the part of a tile of queries to (dkey / scale, dvalue)."""
     key, value = key_value
     dtype = key[0].dtype
-    logits, factor, dcap = cap_logits(spec, inner(spec, key, pair.queries))
-    weights = exp2_scaled(logits, factor, pair.top[None, :], interpret=interpret)
-    if pair.seen is not None:
-        weights = jnp.where(pair.seen, weights, 0.0)
+    logits, factor, dcap = cap_logits(spec, inner(spec, key, tile.queries))
+    weights = exp2_scaled(logits, factor, tile.lse_log2[None, :], interpret=interpret)
+    if tile.seen is not None:
+        weights = jnp.where(tile.seen, weights, 0.0)
     dkey, dvalue = acc
     if wanted[0]:
-        dlogits = weights * (inner(spec, value, pair.douts) - pair.delta[None, :])
+        dlogits = weights * (inner(spec, value, tile.douts) - tile.delta[None, :])
         dlogits = (dlogits if dcap is None else dlogits * dcap).astype(dtype)
-        dkey = tuple(x + dot(spec, dlogits, q) for x, q in zip(dkey, pair.queries, strict=True))
+        dkey = tuple(x + dot(spec, dlogits, q) for x, q in zip(dkey, tile.queries, strict=True))
     if wanted[1]:
         weights = weights.astype(dtype)
-        dvalue = tuple(x + dot(spec, weights, d) for x, d in zip(dvalue, pair.douts, strict=True))
+        dvalue = tuple(x + dot(spec, weights, d) for x, d in zip(dvalue, tile.douts, strict=True))
     return dkey, dvalue
 
 
-def finished(spec: Spec, acc, wanted: tuple[bool, bool]) -> list[list[Array]]:
+def scaled_gradients(spec: Spec, acc, wanted: tuple[bool, bool]) -> list[list[Array]]:
     """The wanted ones of (dkey, dvalue)."""
     dkey, dvalue = acc
     results = ([x * spec.scale for x in dkey], list(dvalue))

@@ -1,4 +1,4 @@
-"""The walk of a tile of queries over its keys, which the forward and the dquery kernel share."""
+"""The loop of a tile of queries over its keys, which the forward and the dquery kernel share."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,7 +11,15 @@ from pallas_kernels._kernels import BackwardInputs, ForwardInputs
 from pallas_kernels._masks import sees, sees_fetched_sink, sees_sink_before
 from pallas_kernels._spec import Spec
 from pallas_kernels._tile_ranges import fetched_sink_key_plan, key_plan
-from pallas_kernels._triton.blocks import Rows, batch_block, column, load_rows, load_vector
+from pallas_kernels._triton.blocks import (
+    Rows,
+    batch_block,
+    column,
+    div,
+    load_rows,
+    load_vector,
+    rem,
+)
 from pallas_kernels._triton.tiles import TritonTiles, sink_tile
 
 
@@ -30,12 +38,12 @@ class QueryTile(NamedTuple):
     start: Array
 
 
-class KeyWalk:
+class KeyLoop:
     """A launch of one program a tile of queries, on the grid (tiles, N / heads of a tile, B).
 
     A tile holds ``tiles.query`` positions of one or several heads of a group, which read the same
     keys: in a short window fewer of these are then masked.
-    ``arrays`` and ``blocks`` hold what the walk reads: plans, starts, keys and fetched sinks.
+    ``arrays`` and ``blocks`` hold what the loop reads: plans, starts, keys and fetched sinks.
     """
 
     def __init__(
@@ -51,7 +59,7 @@ class KeyWalk:
         group = query.shape[2] // runs[0].key.shape[2]
         self.heads = tiles.heads
         self.size = tiles.query * self.heads
-        self.num_tiles = -(-(rows[1] - rows[0]) // tiles.query)
+        self.num_tiles = pl.cdiv(rows[1] - rows[0], tiles.query)
         self.grid = (self.num_tiles, query.shape[2] // self.heads, query.shape[0])
         self.packed = start.ndim > 0
         plans = [
@@ -111,20 +119,20 @@ class KeyWalk:
     def _key_block(self, x: Any, group: int) -> pl.BlockSpec:
         sharing = group // self.heads
         block = (None, x.shape[1], None, x.shape[3])
-        return pl.BlockSpec(block, lambda t, n, b: (b, 0, lax.div(n, sharing), 0))
+        return pl.BlockSpec(block, lambda t, n, b: (b, 0, div(n, sharing), 0))
 
     def query_tile(self, refs) -> QueryTile:
         """This program's queries; the last ones, which see most under a causal mask, go first."""
         index = self.num_tiles - 1 - pl.program_id(0)
         begin = self.rows[0] + index * self.tiles.query
         row = jnp.arange(self.size, dtype=jnp.int32)
-        positions = begin + lax.div(row, self.heads)
+        positions = begin + div(row, self.heads)
         rows: Rows
         flat: Rows
         if self.heads == 1:
             rows = flat = (pl.ds(begin, self.size),)
         else:
-            head = lax.rem(row, self.heads)
+            head = rem(row, self.heads)
             rows, flat = (positions, head), (head, positions)
         ragged = (self.rows[1] - self.rows[0]) % self.tiles.query
         valid = positions < self.rows[1] if ragged else None
@@ -139,20 +147,20 @@ class KeyWalk:
         if self.heads == 1:
             return ref[first]
         row = jnp.arange(self.size, dtype=jnp.int32)
-        return load_vector(ref, (first + lax.rem(row, self.heads),))
+        return load_vector(ref, (first + rem(row, self.heads),))
 
-    def fold(self, refs, tile: QueryTile, visit: Callable, carry):
-        """Folds ``visit(carry, keys, values, seen)`` over all keys that the tile sees.
+    def run(self, refs, tile: QueryTile, body: Callable, carry):
+        """Runs ``carry = body(carry, keys, values, seen)`` for each tile of keys that is seen.
 
         ``seen`` is None where every query of the tile sees every key.
         """
         for plan, offset, key_value in zip(refs["plans"], self.offsets, refs["keys"], strict=True):
-            carry = self._fold_run(refs, plan, offset, key_value, tile, visit, carry)
+            carry = self._run_keys(refs, plan, offset, key_value, tile, body, carry)
         if "sinks" in refs:
-            carry = self._fold_fetched_sinks(refs, tile, visit, carry)
+            carry = self._run_fetched_sinks(refs, tile, body, carry)
         return carry
 
-    def _fold_run(self, refs, plan_ref, offset, key_value, tile: QueryTile, visit, carry):
+    def _run_keys(self, refs, plan_ref, offset, key_value, tile: QueryTile, body, carry):
         size, length = self.tiles.key, key_value[0].shape[0]
         num_sinks = self.spec.sinks_in(offset)
 
@@ -160,23 +168,23 @@ class KeyWalk:
             begin = t * size
             if not masked:
                 rows = (pl.ds(begin, size),)
-                return visit(carry, *(load_rows(ref, rows) for ref in key_value), None)
+                return body(carry, *(load_rows(ref, rows) for ref in key_value), None)
             keys, values, local, exists = _load_ragged(key_value, begin, size, length)
             i, start = column(tile.positions), column(tile.start)
             j = offset + local[None, :]
             seen = sees(i, j, start, self.spec.window, num_sinks, packed=self.packed)
-            return visit(carry, keys, values, seen if exists is None else seen & exists[None, :])
+            return body(carry, keys, values, seen if exists is None else seen & exists[None, :])
 
         begin, clear_begin, clear_end, end = (plan_ref[tile.number, n] for n in range(2, 6))
         if num_sinks:
-            carry = self._fold_own_sinks(refs, begin * size, key_value, tile, visit, carry)
+            carry = self._run_own_sinks(refs, begin * size, key_value, tile, body, carry)
         if self.tiles.clear:
             carry = lax.fori_loop(begin, clear_begin, step, carry)
             carry = lax.fori_loop(clear_begin, clear_end, lambda t, c: step(t, c, False), carry)
             return lax.fori_loop(clear_end, end, step, carry)
         return lax.fori_loop(begin, end, step, carry)
 
-    def _fold_own_sinks(self, refs, end, key_value, tile: QueryTile, visit, carry):
+    def _run_own_sinks(self, refs, end, key_value, tile: QueryTile, body, carry):
         """The sinks before key ``end``: of the first query's sequence, as the plan says."""
         size = self._sink_tile()
         row = self.rows[0] + tile.number * self.tiles.query if self.packed else 0
@@ -191,12 +199,12 @@ class KeyWalk:
             )
             i, start = column(tile.positions), column(tile.start)
             seen = sees_sink_before(i, j[None, :], start, self.spec.num_sinks, stop)
-            return visit(carry, keys, values, seen)
+            return body(carry, keys, values, seen)
 
-        count = lax.div(jnp.maximum(stop - first, 0) + size - 1, size)
+        count = div(jnp.maximum(stop - first, 0) + size - 1, size)
         return lax.fori_loop(0, count, step, carry)
 
-    def _fold_fetched_sinks(self, refs, tile: QueryTile, visit, carry):
+    def _run_fetched_sinks(self, refs, tile: QueryTile, body, carry):
         size, length = self._sink_tile(), refs["sinks"][0].shape[0]
         crossing = refs["start"][0]
 
@@ -205,7 +213,7 @@ class KeyWalk:
             i, start = column(tile.positions), column(tile.start)
             j = crossing + slots[None, :]
             seen = sees_fetched_sink(i, j, start, self.spec.window, self.spec.num_sinks)
-            return visit(carry, keys, values, seen if exists is None else seen & exists[None, :])
+            return body(carry, keys, values, seen if exists is None else seen & exists[None, :])
 
         return lax.fori_loop(0, refs["sink_plan"][tile.number], step, carry)
 

@@ -135,8 +135,15 @@ def _unmasked_loop(window: int | None) -> bool:
 
 
 def _float32(shapes: Shapes) -> Candidates:
-    wide = max(shapes.head_dim, shapes.value_dim) > 64
-    tiles = TritonTiles(32 if wide else 64, 32, 4, 2, _unmasked_loop(shapes.window))
+    """IEEE products have no tensor cores: their operands and all their steps are in registers.
+
+    Beyond 128 each further loop or row adds seconds to the compilation and spills kilobytes.
+    """
+    dim = max(shapes.head_dim, shapes.value_dim)
+    if dim > 128:
+        tiles = TritonTiles(32, 16, 4, 2, clear=False)
+        return Candidates((tiles,), (tiles,), ({"dkey": tiles, "dvalue": tiles},))
+    tiles = TritonTiles(32 if dim > 64 else 64, 32, 4, 2, _unmasked_loop(shapes.window))
     return Candidates((tiles,), (tiles,), ({"dkey_dvalue": tiles},))
 
 
@@ -171,7 +178,10 @@ def _heads_of_128(shapes: Shapes) -> Candidates:
     if window is None:
         forward = (TritonTiles(128, 128, 8, 3), *forward)
         dquery = (TritonTiles(128, 64, 8, 3), *dquery)
-    dkv = (one_head if short else TritonTiles(16, 64, 4, 2, heads=4), TritonTiles(32, 64, 4, 2, clear))
+    dkv = (
+        one_head if short else TritonTiles(16, 64, 4, 2, heads=4),
+        TritonTiles(32, 64, 4, 2, clear),
+    )
     return Candidates(forward, dquery, tuple({"dkey_dvalue": x} for x in dkv))
 
 
@@ -205,5 +215,6 @@ def _heads_of_256(shapes: Shapes) -> Candidates:
 
 def _sink_tiles(dkey: TritonTiles, shapes: Shapes) -> list[TritonTiles]:
     """Tiles of sinks for queries by the tiles of dkey."""
-    sizes = (size for size in (64, 32, 16) if size <= sink_tile(shapes.num_sinks))
+    most = min(sink_tile(shapes.num_sinks), dkey.key)
+    sizes = (size for size in (64, 32, 16) if size <= most)
     return [dataclasses.replace(dkey, key=size) for size in sizes]

@@ -2,9 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
-
-import jax.numpy as jnp
 
 from pallas_kernels._tiles import Tiles
 

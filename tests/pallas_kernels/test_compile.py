@@ -1,6 +1,7 @@
 """Compile gate: every kernel variant of the model table becomes sm_90a code without spills.
 
-Deselected by default; `pytest -m aot` needs the packages that `tests/helpers/compile_target.py` names.
+Deselected by default; `pytest -m aot` needs the packages that `tests/helpers/compile_target.py`
+names.
 """
 
 import dataclasses
