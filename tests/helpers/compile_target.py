@@ -65,6 +65,11 @@ def target_text(target):
     return (FOLDER / f"{target}.textproto").read_text()
 
 
+def device_kind(target):
+    """The name that a device of the target has, e.g. "NVIDIA L4"."""
+    return re.search(r'device_description_str: "(.*)"', target_text(target))[1]
+
+
 def mesh(devices, target="h100"):
     """Mesh of any number of GPUs with the axis "seq"."""
     return _mesh(target_text(target), devices)
