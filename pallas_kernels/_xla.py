@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 
 from pallas_kernels._kernels import BackwardInputs, ForwardInputs, Gradients, Kernels
 from pallas_kernels._logits import delta_of
-from pallas_kernels._masks import sees, sees_fetched_sink
+from pallas_kernels._masks import is_real, sees, sees_fetched_sink
 from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State, accumulator_dtype
 from pallas_kernels._tile_ranges import key_plan
 from pallas_kernels._tiles import Tiles
@@ -54,6 +54,7 @@ def forward(
 
     def one_row(bounds, query, keys, sinks, sink_logits, out, lse):
         start, plans = bounds
+        keys = _without_padding(keys, offsets, start)
         num_kv = keys[0][0].shape[1]
         q, grouped_out = _group(query, num_kv), _group(out, num_kv)
         grouped_lse = _group_rows(lse, num_kv)
@@ -115,6 +116,9 @@ def backward(
     offsets = tuple(run.offset for run in runs)
     batch, _, heads, dim = query.shape
     delta = delta_of(out[:, :rows], dout[:, :rows], dtype)
+    if start.ndim:
+        real = is_real(jnp.arange(rows, dtype=jnp.int32), start[:, :rows])
+        delta = jnp.where(real[:, None], delta, 0)
     if dquery is None:
         total = full_like_varying(query, (batch, rows, heads, dim), 0, dtype)
     else:
@@ -122,6 +126,8 @@ def backward(
 
     def one_row(bounds, query, keys, sinks, dout, lse, delta, dquery):
         start, plans = bounds
+        keys = _without_padding(keys, offsets, start)
+        ((query, dout),) = _without_padding(((query, dout),), (0,), start)
         num_kv = keys[0][0].shape[1]
         q, do, dq = (_group(x, num_kv) for x in (query, dout, dquery))
         lse, delta = (_group_rows(x, num_kv) for x in (lse, delta))
@@ -234,6 +240,21 @@ def _each_row(one_row: Callable, bounds: tuple[Starts, tuple[Array, ...]]) -> Ca
     return lambda *args: jax.vmap(partial(one_row, bounds))(*args)
 
 
+def _without_padding(
+    runs: tuple[tuple[Array, Array], ...], offsets: tuple[int, ...], start: Starts
+):
+    """Pairs of [S, heads, dim] at these offsets with zeros for padding."""
+    if not start.ndim:
+        return runs
+    found = []
+    for pair, offset in zip(runs, offsets, strict=True):
+        positions = offset + jnp.arange(pair[0].shape[0], dtype=jnp.int32)
+        # A query sees keys before its shard only if its sequence crosses into the shard.
+        real = positions >= start[0] if offset else is_real(positions, start)
+        found.append(tuple(jnp.where(real[:, None, None], x, 0) for x in pair))
+    return tuple(found)
+
+
 def _plans(spec: Spec, runs: tuple[KeyRun, ...], start: Starts, rows) -> tuple[Array, ...]:
     return tuple(
         key_plan(
@@ -304,6 +325,9 @@ def _sink_keys(spec: Spec, tile: _QueryTile, sinks: SinkRun, start) -> _Keys:
     seen = sees_fetched_sink(
         tile.positions[:, None], positions, tile.start[..., None], spec.window, spec.num_sinks
     )
+    if start.ndim:
+        real = (positions < 0)[:, None, None]
+        sinks = SinkRun(*(jnp.where(real, x, 0) for x in sinks))
     return _Keys(sinks.key, sinks.value, seen & tile.own[:, None], 0)
 
 

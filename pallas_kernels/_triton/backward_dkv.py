@@ -14,9 +14,9 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels._kernels import Queries
 from pallas_kernels._logits import cap_logits
-from pallas_kernels._masks import sees_near
+from pallas_kernels._masks import is_real, sees_near
 from pallas_kernels._spec import KeyRun, Spec
-from pallas_kernels._tile_ranges import query_plan, sink_chunk_plan
+from pallas_kernels._tile_ranges import query_plan, sink_chunk_plan, with_padding
 from pallas_kernels._triton.blocks import (
     batch_block,
     div,
@@ -27,6 +27,7 @@ from pallas_kernels._triton.blocks import (
     load_rows,
     load_vector,
     log2_sums,
+    real_keys,
     rem,
     store_rows,
 )
@@ -92,6 +93,8 @@ def backward_dkv(
         key_tile=tiles.key,
         reach=reach,
     )
+    if packed:
+        plan = with_padding(plan, start, plan[..., 0], plan[..., 3], tiles.query)
     arrays, blocks = query_operands(queries, group)
     arrays |= {"plan": plan if packed else plan[None], "keys": key_value}
     blocks |= {"plan": batch_block(arrays["plan"]), "keys": tuple(map(key_block, key_value))}
@@ -126,7 +129,7 @@ def backward_dkv(
         def seen(i, start):
             return sees_near(i, j, start, spec.window, num_sinks, reach, packed=packed)
 
-        def over(begin, end, acc, masked):
+        def over(begin, end, acc, masked, padded=False):
             """Visits the tiles of all heads of the group in one loop."""
             count = end - begin
             inverse = 1 / count.astype(jnp.float32)
@@ -139,13 +142,20 @@ def backward_dkv(
                     n = n - block * count
                 first = (begin + n) * tiles.query
                 mask = seen if masked else None
-                tile = load_queries(refs, tiles, first, rows, block, mask)
+                tile = load_queries(refs, tiles, first, rows, block, mask, padded=padded)
                 return add_gradients(spec, keys, tile, acc, wanted, interpret)
 
             return lax.fori_loop(0, count * head_blocks, step, acc)
 
         acc = zero_gradients(tiles.key, key_value, wanted)
         begin, clear_begin, clear_end, end = (refs["plan"][index, n] for n in range(4))
+        if packed:
+            # Queries whose loads wait for their starts arrive late: only where there is padding.
+            stop = jnp.where(refs["plan"][index, 4] > 0, end, begin)
+            acc = over(begin, stop, acc, True, padded=True)
+            begin, clear_begin, clear_end = (
+                jnp.maximum(x, stop) for x in (begin, clear_begin, clear_end)
+            )
         if tiles.clear:
             acc = over(begin, clear_begin, acc, True)
             acc = over(clear_begin, clear_end, acc, False)
@@ -169,6 +179,9 @@ def backward_dkv(
 
             first_chunk, end_chunk = refs["chunks"][index, 0], refs["chunks"][index, 1]
             results = lax.fori_loop(first_chunk, end_chunk, add_chunk, results)
+        if packed:
+            real = real_keys(refs["start"], run.offset, local, exists)[:, None]
+            results = [[jnp.where(real, x, 0.0) for x in result] for result in results]
         for out_ref, result in zip(out_refs, results, strict=True):
             store_rows(out_ref, key_rows, result, exists)
 
@@ -220,10 +233,12 @@ class QueryTile(NamedTuple):
     seen: Array | None
 
 
-def load_queries(refs, tiles: TritonTiles, begin, end: int, block, seen) -> QueryTile:
-    """Loads the queries at ``begin`` of a block of heads.
+def load_queries(
+    refs, tiles: TritonTiles, begin, end, block, seen, *, padded: bool = False
+) -> QueryTile:
+    """Loads the queries at ``begin`` of a block of heads, none at or behind ``end``.
 
-    ``seen(i, start)`` is the mask, None where all is seen.
+    ``seen(i, start)`` is the mask, None where all is seen. Padding counts as zeros if ``padded``.
     """
     size, heads = tiles.query, tiles.heads
     if heads == 1:
@@ -233,15 +248,20 @@ def load_queries(refs, tiles: TritonTiles, begin, end: int, block, seen) -> Quer
         row = jnp.arange(size * heads, dtype=jnp.int32)
         positions, head = begin + div(row, heads), block * heads + rem(row, heads)
         rows, flat = (positions, head), (head, positions)
-    valid = positions < end if seen is not None and end % size else None
+    ragged = not isinstance(end, int) or end % size
+    valid = positions < end if seen is not None and ragged else None
     mask = None
     if seen is not None:
         packed = refs["start"].shape[0] > 1
         start = refs["start"][0]
         if packed:
-            start = load_vector(refs["start"], (positions,), valid)[None, :]
+            starts = load_vector(refs["start"], (positions,), valid)
+            start = starts[None, :]
         mask = seen(positions[None, :], start)
         mask = mask if valid is None else mask & valid[None, :]
+        if padded:
+            real = is_real(positions, starts)
+            valid = real if valid is None else real & valid
     return QueryTile(
         load_rows(refs["query"], rows, valid),
         load_rows(refs["dout"], rows, valid),

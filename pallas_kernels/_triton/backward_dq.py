@@ -11,6 +11,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels._kernels import BackwardInputs
 from pallas_kernels._logits import cap_logits
+from pallas_kernels._masks import is_real
 from pallas_kernels._spec import Spec
 from pallas_kernels._triton.blocks import (
     dot,
@@ -65,6 +66,9 @@ def backward_dq(
         delta = jnp.zeros((loop.size,), jnp.float32)
         for x, y in zip(outs, douts, strict=True):
             delta += (x.astype(jnp.float32) * y.astype(jnp.float32)).sum(axis=1)
+        real = is_real(tile.positions, tile.start) if loop.packed else None
+        if real is not None:
+            delta = jnp.where(real, delta, 0.0)
         plgpu.store(delta_ref.at[tile.flat], delta, mask=tile.valid)
 
         def body(acc, keys, values, seen):
@@ -78,6 +82,8 @@ def backward_dq(
 
         acc = tuple(jnp.zeros((loop.size, width), jnp.float32) for _, width in head_parts(dim))
         gradient = [x * spec.scale for x in loop.run(refs, tile, body, acc)]
+        if real is not None:
+            gradient = [jnp.where(real[:, None], x, 0.0) for x in gradient]
         if dquery is not None:
             before = load_rows(refs["dquery"], tile.rows, tile.positions < dquery.shape[1])
             gradient = [x + y for x, y in zip(gradient, before, strict=True)]

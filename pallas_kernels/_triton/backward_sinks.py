@@ -135,10 +135,12 @@ def _by_chunks(
 
         def step(n, acc):
             begin = (first_tile + div(n, head_blocks)) * tiles.query
-            tile = load_queries(refs, tiles, begin, rows, rem(n, head_blocks), seen_by)
+            tile = load_queries(refs, tiles, begin, end_query, rem(n, head_blocks), seen_by)
             return add_gradients(spec, keys, tile, acc, BOTH, interpret)
 
         first_tile, end_tile = refs["plan"][index, 0], refs["plan"][index, 1]
+        # Queries behind the sequence's last may be padding.
+        end_query = refs["plan"][index, 2] if packed else rows
         steps = jnp.where(count > first_slot, (end_tile - first_tile) * head_blocks, 0)
         acc = zero_gradients(tiles.key, key_value, BOTH)
         acc = lax.fori_loop(0, steps, step, acc)

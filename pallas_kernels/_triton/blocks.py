@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels._logits import LOG2_E
+from pallas_kernels._masks import is_real
 from pallas_kernels._spec import Spec
 
 
@@ -66,6 +67,16 @@ def load_vector(ref: Any, index: Rows, valid=None) -> Array:
     if valid is None:
         return plgpu.load(ref.at[index])
     return plgpu.load(ref.at[index], mask=valid, other=0)
+
+
+def real_keys(start_ref: Any, offset: int, local: Array, exists) -> Array:
+    """Which keys of a run at ``offset`` are no padding, by their indices in the run.
+
+    A query sees keys before its shard only if its sequence crosses into the shard.
+    """
+    if offset:
+        return offset + local >= start_ref[0]
+    return is_real(local, load_vector(start_ref, (local,), exists))
 
 
 def dot(spec: Spec, x: Array, y: Array) -> Array:

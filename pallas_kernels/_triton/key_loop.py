@@ -9,8 +9,8 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels._kernels import BackwardInputs, ForwardInputs
 from pallas_kernels._masks import sees, sees_fetched_sink, sees_sink_before
-from pallas_kernels._spec import Spec
-from pallas_kernels._tile_ranges import fetched_sink_key_plan, key_plan
+from pallas_kernels._spec import KeyRun, Spec
+from pallas_kernels._tile_ranges import fetched_sink_key_plan, key_plan, with_padding
 from pallas_kernels._triton.blocks import (
     Rows,
     batch_block,
@@ -18,6 +18,7 @@ from pallas_kernels._triton.blocks import (
     div,
     load_rows,
     load_vector,
+    real_keys,
     rem,
 )
 from pallas_kernels._triton.tiles import TritonTiles, sink_tile
@@ -62,19 +63,7 @@ class KeyLoop:
         self.num_tiles = pl.cdiv(rows[1] - rows[0], tiles.query)
         self.grid = (self.num_tiles, query.shape[2] // self.heads, query.shape[0])
         self.packed = start.ndim > 0
-        plans = [
-            key_plan(
-                start,
-                spec.window,
-                spec.sinks_in(run.offset),
-                rows=rows,
-                query_tile=tiles.query,
-                offset=run.offset,
-                length=run.key.shape[1],
-                key_tile=tiles.key,
-            )
-            for run in runs
-        ]
+        plans = [self._plan(start, run) for run in runs]
         self.arrays: dict[str, Any] = {
             "start": start if self.packed else start.reshape(1, 1),
             "plans": [plan if self.packed else plan[None] for plan in plans],
@@ -100,6 +89,22 @@ class KeyLoop:
             self.arrays["sinks"] = tuple(x.astype(query.dtype) for x in sinks)
             self.blocks["sink_plan"] = batch_block(self.arrays["sink_plan"])
             self.blocks["sinks"] = tuple(self._key_block(x, group) for x in sinks)
+
+    def _plan(self, start: Array, run: KeyRun) -> Array:
+        """`key_plan`, and whether the keys include padding where they may: in the shard's own."""
+        plan = key_plan(
+            start,
+            self.spec.window,
+            self.spec.sinks_in(run.offset),
+            rows=self.rows,
+            query_tile=self.tiles.query,
+            offset=run.offset,
+            length=run.key.shape[1],
+            key_tile=self.tiles.key,
+        )
+        if not self.packed or run.offset:
+            return plan
+        return with_padding(plan, start, plan[..., 2], plan[..., 5], self.tiles.key)
 
     def head_block(self, x: Any) -> pl.BlockSpec:
         """All rows of the heads of a tile, of [B, rows, N, dim]."""
@@ -164,12 +169,17 @@ class KeyLoop:
         size, length = self.tiles.key, key_value[0].shape[0]
         num_sinks = self.spec.sinks_in(offset)
 
-        def step(t, carry, masked=True):
+        def real(local, exists):
+            return real_keys(refs["start"], offset, local, exists)
+
+        def step(t, carry, masked=True, padded=bool(offset) and self.packed):
             begin = t * size
             if not masked:
                 rows = (pl.ds(begin, size),)
                 return body(carry, *(load_rows(ref, rows) for ref in key_value), None)
-            keys, values, local, exists = _load_ragged(key_value, begin, size, length)
+            keys, values, local, exists = _load_tile(
+                key_value, begin, size, length, real if padded else None
+            )
             i, start = column(tile.positions), column(tile.start)
             j = offset + local[None, :]
             seen = sees(i, j, start, self.spec.window, num_sinks, packed=self.packed)
@@ -178,6 +188,13 @@ class KeyLoop:
         begin, clear_begin, clear_end, end = (plan_ref[tile.number, n] for n in range(2, 6))
         if num_sinks:
             carry = self._run_own_sinks(refs, begin * size, key_value, tile, body, carry)
+        if self.packed and not offset:
+            # Keys whose loads wait for their starts arrive late: only where there is padding.
+            stop = jnp.where(plan_ref[tile.number, 6] > 0, end, begin)
+            carry = lax.fori_loop(begin, stop, lambda t, c: step(t, c, padded=True), carry)
+            begin, clear_begin, clear_end = (
+                jnp.maximum(x, stop) for x in (begin, clear_begin, clear_end)
+            )
         if self.tiles.clear:
             carry = lax.fori_loop(begin, clear_begin, step, carry)
             carry = lax.fori_loop(clear_begin, clear_end, lambda t, c: step(t, c, False), carry)
@@ -208,8 +225,14 @@ class KeyLoop:
         size, length = self._sink_tile(), refs["sinks"][0].shape[0]
         crossing = refs["start"][0]
 
+        def fetched(slots, exists):
+            del exists
+            return crossing + slots < 0
+
         def step(t, carry):
-            keys, values, slots, exists = _load_ragged(refs["sinks"], t * size, size, length)
+            keys, values, slots, exists = _load_tile(
+                refs["sinks"], t * size, size, length, fetched if self.packed else None
+            )
             i, start = column(tile.positions), column(tile.start)
             j = crossing + slots[None, :]
             seen = sees_fetched_sink(i, j, start, self.spec.window, self.spec.num_sinks)
@@ -218,9 +241,14 @@ class KeyLoop:
         return lax.fori_loop(0, refs["sink_plan"][tile.number], step, carry)
 
 
-def _load_ragged(key_value, begin, size: int, length: int):
-    """Keys and values of a tile, their indices, and which exist (None: all)."""
+def _load_tile(key_value, begin, size: int, length: int, real: Callable | None):
+    """Keys and values of a tile, their indices, and which exist (None: all).
+
+    ``real(indices, exists)`` says which do not count as zeros; None stands for all.
+    """
     local = begin + jnp.arange(size, dtype=jnp.int32)
     exists = local < length if length % size else None
+    if real is not None:
+        exists = real(local, exists) if exists is None else exists & real(local, exists)
     keys, values = (load_rows(ref, (pl.ds(begin, size),), exists) for ref in key_value)
     return keys, values, local, exists
