@@ -19,6 +19,8 @@ The latter two need 64 rows; smaller tiles are left to ``mma.sync``.
 
 from typing import NamedTuple
 
+from jax.experimental import pallas as pl
+
 from pallas_kernels._triton.blocks import head_parts
 from pallas_kernels._triton.tiles import TritonTiles
 
@@ -99,7 +101,7 @@ def shared_memory(
     more = int(capability) != 9
     streamed = sum(row * x.dim * _buffers(x, tiles.stages, more) for x in need.streamed)
     # The small arrays share a multiple of 1024 bytes, as the large ones are aligned to that.
-    return held + streamed + -(-(vectors + more) // 1024) * 1024
+    return held + streamed + pl.cdiv(vectors + more, 1024) * 1024
 
 
 def _buffers(x: Streamed, stages: int, more: bool) -> int:

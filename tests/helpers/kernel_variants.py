@@ -8,6 +8,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ring_swa_jax as rsj
+from pallas_kernels import _device
+from pallas_kernels._triton.plans import Shapes, launch_bytes, triton_plan
 from tests.helpers import compile_target
 from tests.helpers.models import MODELS, Model
 
@@ -43,6 +45,22 @@ class Variant:
             own = {SINKS} if self.sinks else set() if self.rounds_within() else {FINISH}
             return {FORWARD, FUSED} | own | ({FINISH} if self.hops() > 1 else set())
         return {FORWARD, QUERY, KEYS, SINKS} if self.sinks else {FORWARD, QUERY, KEYS}
+
+    def shared_memory(self):
+        """(asked, available): the most bytes of shared memory of a Triton kernel, as planned."""
+        (heads, kv_heads), (dim, value_dim) = self.model.heads, self.model.dims
+        window = (
+            self.model.window
+            if self.model.window and self.model.window < self.chunk * self.devices
+            else None
+        )
+        shapes = Shapes(
+            jnp.dtype(self.dtype), dim, value_dim, window, heads // kv_heads, self.chunk, self.sinks
+        )
+        gpu = _device.gpu_of_kind(compile_target.device_kind(self.target))
+        plan = triton_plan("triton", shapes, gpu).kernels()
+        asked = (launch_bytes(*kernel, shapes, gpu.capability) for kernel in plan.items())
+        return max(asked), gpu.shared_memory
 
     def hops(self):
         """Of the halo."""

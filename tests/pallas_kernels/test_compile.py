@@ -1,10 +1,11 @@
-"""Compile gate: every kernel variant of the model table becomes sm_90a code without spills.
+"""Compile gate: every kernel variant of the model table becomes code for its GPU without spills.
 
 Deselected by default; `pytest -m aot` needs the packages that `tests/helpers/compile_target.py`
 names.
 """
 
 import dataclasses
+import time
 
 import pytest
 
@@ -83,13 +84,19 @@ def test_allowances_name_kernels_of_variants():
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_compiles_for_hopper_without_spills(name, record_property):
+def test_compiles_without_spills(name, record_property):
     variant = VARIANTS[name]
+    begin = time.monotonic()
     program = variant.compile()
+    seconds = time.monotonic() - begin
     record_property("kernels", [[name, *dataclasses.astuple(k)] for k in program.kernels])
+    if not variant.takes_mosaic():
+        spills = sum(kernel.spills for kernel in program.kernels)
+        row = [variant.target, name, "triton", *variant.shared_memory(), spills, round(seconds, 1)]
+        record_property("gpu", row)
     kernels = variant.kernels()
     assert set(program.launches) == kernels
-    assert ("mosaic_gpu" in program.hlo) == (variant.implementation != "triton")
+    assert ("mosaic_gpu" in program.hlo) == variant.takes_mosaic()
     assert {base_name(kernel) for kernel in program.kernels} == kernels
     if variant.devices > 1:
         assert "collective-permute-start" in program.hlo
@@ -112,6 +119,21 @@ def test_compiles_for_hopper_without_spills(name, record_property):
         spilled = [kernel for kernel in program.kernels if base_name(kernel) == base]
         allowed, _ = SPILLS.get((name, base), (0, ""))
         assert sum(kernel.spills for kernel in spilled) <= allowed, spilled
+
+
+@pytest.mark.parametrize("name", ["gemma2_9b", "float32"])
+def test_a_t4_takes_xla(name, record_property):
+    """It has neither bfloat16 nor what Triton's kernels need."""
+    variant = VARIANTS[name]
+    dtype = "float32" if variant.dtype == "float32" else "float16"
+    variant = dataclasses.replace(
+        variant, target="t4", implementation=None, dtype=dtype, chunk=2048
+    )
+    begin = time.monotonic()
+    program = variant.compile()
+    row = ["t4", f"{name}_t4", "xla", None, None, None, round(time.monotonic() - begin, 1)]
+    record_property("gpu", row)
+    assert not program.launches and not program.kernels
 
 
 def base_name(kernel):
