@@ -2,9 +2,10 @@
 
 It loops over the query heads of a group, so nothing is summed afterwards and no atomics are
 needed. A sink is seen by many more queries than its neighbours; what those far from it add comes
-from a launch of its own (`_triton_backward_sinks`).
+from a launch of its own (`backward_sinks`).
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -82,19 +83,7 @@ def backward_dkv(
     start, packed = queries.start, queries.start.ndim > 0
     head_blocks = group // tiles.heads
     num_sinks, reach = (0, 0) if far is None else (spec.num_sinks, far.reach)
-    plan = query_plan(
-        start,
-        spec.window,
-        num_sinks,
-        rows=rows,
-        query_tile=tiles.query,
-        offset=run.offset,
-        length=length,
-        key_tile=tiles.key,
-        reach=reach,
-    )
-    if packed:
-        plan = with_padding(plan, start, plan[..., 0], plan[..., 3], tiles.query)
+    plan = _plan(spec, start, run, rows, tiles, num_sinks, reach)
     arrays, blocks = query_operands(queries, group)
     arrays |= {"plan": plan if packed else plan[None], "keys": key_value}
     blocks |= {"plan": batch_block(arrays["plan"]), "keys": tuple(map(key_block, key_value))}
@@ -105,12 +94,7 @@ def backward_dkv(
         arrays["chunks"] = chunks if packed else chunks[None]
         arrays["far"] = [x for x, want in zip(far.parts, wanted, strict=True) if want]
         blocks["chunks"] = batch_block(arrays["chunks"])
-        blocks["far"] = [
-            pl.BlockSpec(
-                (x.shape[0], None, x.shape[2], None, x.shape[4]), lambda t, n, b: (0, b, 0, n, 0)
-            )
-            for x in arrays["far"]
-        ]
+        blocks["far"] = [_parts_block(x) for x in arrays["far"]]
     shapes = [
         shape_like_varying(queries.query, x.shape, out_dtype)
         for x, want in zip(key_value, wanted, strict=True)
@@ -130,22 +114,12 @@ def backward_dkv(
             return sees_near(i, j, start, spec.window, num_sinks, reach, packed=packed)
 
         def over(begin, end, acc, masked, padded=False):
-            """Visits the tiles of all heads of the group in one loop."""
-            count = end - begin
-            inverse = 1 / count.astype(jnp.float32)
-
-            def step(n, acc):
-                block = jnp.int32(0)
-                if head_blocks > 1:
-                    # Exact for so few numbers, and much faster than to divide integers.
-                    block = ((n.astype(jnp.float32) + 0.5) * inverse).astype(jnp.int32)
-                    n = n - block * count
-                first = (begin + n) * tiles.query
+            def body(begin, block, acc):
                 mask = seen if masked else None
-                tile = load_queries(refs, tiles, first, rows, block, mask, padded=padded)
+                tile = load_queries(refs, tiles, begin, rows, block, mask, padded=padded)
                 return add_gradients(spec, keys, tile, acc, wanted, interpret)
 
-            return lax.fori_loop(0, count * head_blocks, step, acc)
+            return _over_query_tiles(begin, end, tiles.query, head_blocks, body, acc)
 
         acc = zero_gradients(tiles.key, key_value, wanted)
         begin, clear_begin, clear_end, end = (refs["plan"][index, n] for n in range(4))
@@ -166,19 +140,7 @@ def backward_dkv(
         if "far" in refs:
             assert far is not None
 
-            def add_chunk(c, results):
-                chunk_start = refs["start"][c * far.chunk if packed else 0]
-                row = local - jnp.maximum(chunk_start, 0)
-                own = (row >= 0) & (row < num_sinks)
-                index = (c, jnp.clip(row, 0, num_sinks - 1))
-                parts = (load_rows(ref, index, own) for ref in refs["far"])
-                return [
-                    [x + y for x, y in zip(result, part, strict=True)]
-                    for result, part in zip(results, parts, strict=True)
-                ]
-
-            first_chunk, end_chunk = refs["chunks"][index, 0], refs["chunks"][index, 1]
-            results = lax.fori_loop(first_chunk, end_chunk, add_chunk, results)
+            results = _add_far_sinks(refs, far, local, num_sinks, results)
         if packed:
             real = real_keys(refs["start"], run.offset, local, exists)[:, None]
             results = [[jnp.where(real, x, 0.0) for x in result] for result in results]
@@ -195,6 +157,69 @@ def backward_dkv(
         interpret=interpret,
         name="ring_swa_backward_keys",
     )(arrays)
+
+
+def _plan(
+    spec: Spec,
+    start: Array,
+    run: KeyRun,
+    rows: int,
+    tiles: TritonTiles,
+    num_sinks: int,
+    reach: int,
+) -> Array:
+    """`query_plan`, and whether the queries include padding where they may."""
+    plan = query_plan(
+        start,
+        spec.window,
+        num_sinks,
+        rows=rows,
+        query_tile=tiles.query,
+        offset=run.offset,
+        length=run.key.shape[1],
+        key_tile=tiles.key,
+        reach=reach,
+    )
+    if not start.ndim:
+        return plan
+    return with_padding(plan, start, plan[..., 0], plan[..., 3], tiles.query)
+
+
+def _over_query_tiles(begin, end, size: int, head_blocks: int, body: Callable, acc):
+    """``acc = body(first query, block of heads, acc)`` for tiles of all heads of the group.
+
+    One loop over both, as a loop in a loop would fill its pipeline of loads again and again.
+    """
+    count = end - begin
+    inverse = 1 / count.astype(jnp.float32)
+
+    def step(n, acc):
+        block = jnp.int32(0)
+        if head_blocks > 1:
+            # Exact for so few numbers, and much faster than to divide integers.
+            block = ((n.astype(jnp.float32) + 0.5) * inverse).astype(jnp.int32)
+            n = n - block * count
+        return body((begin + n) * size, block, acc)
+
+    return lax.fori_loop(0, count * head_blocks, step, acc)
+
+
+def _add_far_sinks(refs, far: FarSinks, local: Array, num_sinks: int, results):
+    """Adds what chunks of far queries found for the sinks among the keys ``local``."""
+    index, packed = pl.program_id(0), refs["start"].shape[0] > 1
+
+    def add_chunk(c, results):
+        chunk_start = refs["start"][c * far.chunk if packed else 0]
+        row = local - jnp.maximum(chunk_start, 0)
+        own = (row >= 0) & (row < num_sinks)
+        parts = (load_rows(ref, (c, jnp.clip(row, 0, num_sinks - 1)), own) for ref in refs["far"])
+        return [
+            [x + y for x, y in zip(result, part, strict=True)]
+            for result, part in zip(results, parts, strict=True)
+        ]
+
+    first_chunk, end_chunk = refs["chunks"][index, 0], refs["chunks"][index, 1]
+    return lax.fori_loop(first_chunk, end_chunk, add_chunk, results)
 
 
 def query_operands(queries: Queries, group: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -221,6 +246,12 @@ def query_operands(queries: Queries, group: int) -> tuple[dict[str, Any], dict[s
 def key_block(x: Any) -> pl.BlockSpec:
     """All rows of a head of [B, rows, K, dim]."""
     return pl.BlockSpec((None, x.shape[1], None, x.shape[3]), lambda t, n, b: (b, 0, n, 0))
+
+
+def _parts_block(x: Any) -> pl.BlockSpec:
+    """The parts of all chunks for a key head, of [chunks, B, num_sinks, K, dim]."""
+    block = (x.shape[0], None, x.shape[2], None, x.shape[4])
+    return pl.BlockSpec(block, lambda t, n, b: (0, b, 0, n, 0))
 
 
 class QueryTile(NamedTuple):

@@ -170,8 +170,14 @@ def _heads_of_128(shapes: Shapes) -> Candidates:
     rows = TritonTiles(128, 64, 8, 3, clear)
     smallest = TritonTiles(64, 32, 4, 2, clear)
     if short and shapes.group % 8 == 0:
-        forward = (TritonTiles(16, 64, 8, 3, clear, heads=8), TritonTiles(8, 64, 4, 2, clear, 8))
-        dquery = (TritonTiles(16, 32, 4, 3, clear, heads=8), TritonTiles(8, 32, 4, 2, clear, 8))
+        forward: tuple[TritonTiles, ...] = (
+            TritonTiles(16, 64, 8, 3, clear, heads=8),
+            TritonTiles(8, 64, 4, 2, clear, 8),
+        )
+        dquery: tuple[TritonTiles, ...] = (
+            TritonTiles(16, 32, 4, 3, clear, heads=8),
+            TritonTiles(8, 32, 4, 2, clear, 8),
+        )
     else:
         forward = (rows, one_head)
         dquery = (one_head, smallest)
