@@ -58,10 +58,10 @@ class Operands(NamedTuple):
 def operands(kernel: str, head_dim: int, value_dim: int) -> Operands:
     """Of a kernel: "forward", "dquery", "dkey_dvalue", "dkey" or "dvalue"."""
     h, v = head_dim, value_dim
-    # Beside lse and delta, each query of packed sequences has a start.
+    # Queries come with lse and delta, and tokens of packed sequences with the starts of these.
     return {
-        "forward": Operands((h,), (Streamed(h, True, 1), Streamed(v, False, 1)), 0, (v,)),
-        "dquery": Operands((h, v), (Streamed(h, True, 2), Streamed(v, True, 1)), 0, (h,)),
+        "forward": Operands((h,), (Streamed(h, True, 1), Streamed(v, False, 1)), 1, (v,)),
+        "dquery": Operands((h, v), (Streamed(h, True, 2), Streamed(v, True, 1)), 1, (h,)),
         "dkey_dvalue": Operands((h, v), (Streamed(h, True, 2), Streamed(v, True, 2)), 3, (h, v)),
         "dkey": Operands((h, v), (Streamed(h, True, 2), Streamed(v, True, 1)), 3, (h,)),
         "dvalue": Operands((h,), (Streamed(h, True, 1), Streamed(v, False, 1)), 2, (v,)),
