@@ -112,7 +112,7 @@ def test_refusal_says_the_numbers(monkeypatch):
     with pytest.raises(NotImplementedError) as caught:
         TritonKernels("asked").check(spec, query, value)
     assert str(caught.value) == (
-        "implementation='asked' needs 57344 bytes of shared memory for the kernel of forward, "
+        "implementation='asked' needs 57600 bytes of shared memory for the kernel of forward, "
         "this GPU has 40000: head dims 128 of q and k, 128 of v, dtype bfloat16, num_sink_tokens=4"
     )
     assert _implementations.choose(None, spec, query, value) == "xla"
