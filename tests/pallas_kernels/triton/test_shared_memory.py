@@ -33,9 +33,10 @@ SHAPES = {
 def slack(launch):
     """Bytes by which the rule may say more than the compiler.
 
-    2048 for alignment and for starts, which only some loops read. Weights go through shared memory for some parts of a split head and not for
-    others, or for one of two heads of different sizes; the rule counts them. IEEE float32 products
-    run without matrix instructions, and hold some operands in registers alone.
+    2048 for alignment and for starts, which only some loops read. Weights go through shared memory
+    for some parts of a split head and not for others, or for one of two heads of different sizes;
+    the rule counts them. IEEE float32 products run without matrix instructions, and hold some
+    operands in registers alone.
     """
     shapes, tiles = launch.shapes, launch.tiles
     itemsize = shapes.dtype.itemsize
