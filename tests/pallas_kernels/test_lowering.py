@@ -22,9 +22,6 @@ RINGS = ("sinks_segments_ring", "hops")
 WIDE = re.compile(r"\dxf64")
 """Arrays of float64; a constant of that type is no harm."""
 SLOW = pytest.mark.slow
-NEEDS_MOSAIC = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11), reason="Mosaic GPU's kernels need jax 0.11"
-)
 
 
 @pytest.fixture
@@ -59,13 +56,6 @@ def test_triton_lowers_for_an_a100_under_x64(name, enable_x64):
 @pytest.mark.parametrize("name", ["gpt_oss", pytest.param("sinks_segments_ring", marks=SLOW)])
 def test_xla_lowers_for_an_h100_under_x64(name, enable_x64):
     assert "gpu.triton" not in lower(on("h100", X64[name], "xla"))
-
-
-@NEEDS_MOSAIC
-@pytest.mark.parametrize("name", ["gpt_oss", "head_80", pytest.param("hops", marks=SLOW)])
-def test_mosaic_lowers_for_an_h100_under_x64(name, enable_x64):
-    text = lower(on("h100", X64[name], "mosaic_gpu"))
-    assert "mosaic_gpu" in text and not WIDE.search(text)
 
 
 @pytest.mark.slow
