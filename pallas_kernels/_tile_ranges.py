@@ -115,7 +115,7 @@ def with_padding(
     plan: Int[Array, "... tiles n"], start: Int[Array, "B T"], begin, end, tile: int
 ) -> Int[Array, "... tiles n+1"]:
     """A plan with one column more: whether tokens ``begin * tile..end * tile - 1`` have padding."""
-    padding = ~is_real(jnp.arange(start.shape[1], dtype=jnp.int32), start)
+    padding = ~is_real(jnp.arange(start.shape[1], dtype=jnp.int32)[None], start)
     blocks = -(-start.shape[1] // tile)
     padding = jnp.pad(padding, ((0, 0), (0, blocks * tile - start.shape[1])))
     count = jnp.cumsum(padding.reshape(-1, blocks, tile).any(-1), axis=1, dtype=jnp.int32)

@@ -117,7 +117,7 @@ def backward(
     batch, _, heads, dim = query.shape
     delta = delta_of(out[:, :rows], dout[:, :rows], dtype)
     if start.ndim:
-        real = is_real(jnp.arange(rows, dtype=jnp.int32), start[:, :rows])
+        real = is_real(jnp.arange(rows, dtype=jnp.int32)[None], start[:, :rows])
         delta = jnp.where(real[:, None], delta, 0)
     if dquery is None:
         total = full_like_varying(query, (batch, rows, heads, dim), 0, dtype)
