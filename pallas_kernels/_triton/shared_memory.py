@@ -25,6 +25,10 @@ from pallas_kernels._triton.blocks import head_parts
 from pallas_kernels._triton.tiles import TritonTiles
 
 
+BARRIERS = 64
+"""Bytes of the barriers of ``tcgen05.mma`` and of the address of its tensor memory, at most."""
+
+
 class Streamed(NamedTuple):
     """An array of heads that a kernel streams.
 
@@ -98,10 +102,11 @@ def shared_memory(
         streamed = (tiles.stages - 1) * row * sum(x.dim for x in need.streamed)
         weights = held_rows * row if held_rows < max(need.sums) else 0
         return held + streamed + vectors + weights
-    more = int(capability) != 9
+    more = int(capability) != 9  # tcgen05.mma
     streamed = sum(row * x.dim * _buffers(x, tiles.stages, more) for x in need.streamed)
-    # The small arrays share a multiple of 1024 bytes, as the large ones are aligned to that.
-    return held + streamed + pl.cdiv(vectors + more, 1024) * 1024
+    # Large arrays are aligned to 1024 bytes, and vectors lie between them.
+    small = pl.cdiv(vectors, 1024) * 1024 + (1024 + BARRIERS if more else 0)
+    return held + streamed + small
 
 
 def _buffers(x: Streamed, stages: int, more: bool) -> int:
