@@ -18,6 +18,11 @@ def is_sink(i, j, start, num_sinks: int):
     return (start <= j) & (j <= i) & (j - start < num_sinks)
 
 
+def is_real(i, start):
+    """Token i, whose sequence starts at ``start``, is no padding."""
+    return start <= i
+
+
 def sees(i, j, start, window: int | None, num_sinks: int, *, packed: bool):
     """Query i attends key j of its shard or halo.
 

@@ -15,6 +15,7 @@ from jax import Array
 from jaxtyping import Bool, Int
 
 from pallas_kernels import _device
+from pallas_kernels._masks import is_real
 
 
 def key_span(first, last, first_start, window: int | None, *, offset: int, length: int):
@@ -110,6 +111,20 @@ def query_plan(
     return jnp.stack(jnp.broadcast_arrays(*ranges), axis=-1).astype(jnp.int32)
 
 
+def with_padding(
+    plan: Int[Array, "... tiles n"], start: Int[Array, "B T"], begin, end, tile: int
+) -> Int[Array, "... tiles n+1"]:
+    """A plan with one column more: whether tokens ``begin * tile..end * tile - 1`` have padding."""
+    padding = ~is_real(jnp.arange(start.shape[1], dtype=jnp.int32)[None], start)
+    blocks = -(-start.shape[1] // tile)
+    padding = jnp.pad(padding, ((0, 0), (0, blocks * tile - start.shape[1])))
+    count = jnp.cumsum(padding.reshape(-1, blocks, tile).any(-1), axis=1, dtype=jnp.int32)
+    count = jnp.pad(count, ((0, 0), (1, 0)))
+    before_begin, before_end = (jnp.take_along_axis(count, x, axis=1) for x in (begin, end))
+    found = (before_end > before_begin).astype(jnp.int32)
+    return jnp.concatenate((plan, found[..., None]), axis=-1)
+
+
 def seen_tiles(plan: Int[Array, "... tiles 4"], blocks: int) -> Bool[Array, "... blocks"]:
     """Which of ``blocks`` tiles of queries see any tile of keys, by a `query_plan`."""
     block = jnp.arange(blocks, dtype=jnp.int32)[:, None]
@@ -143,20 +158,21 @@ def fetched_sink_key_plan(
 
 def sink_query_plan(
     start: Int[Array, "..."], reach: int, *, rows: int, query_tile: int, chunk: int
-) -> Int[Array, "... chunks 2"]:
+) -> Int[Array, "... chunks 3"]:
     """Query tiles, of each chunk of queries, that may see sinks from afar.
 
     They are those of the sequence that the chunk's first query is in, ``reach`` or more after
     its start.
 
     Returns:
-        Half-open ranges of tiles.
+        (first tile, end of the tiles, end of the queries) of each chunk.
     """
     first, last = _tile_edges((0, rows), chunk)
     crossing = _at(start, first)
     low = jnp.maximum(first, crossing + reach)
     high = jnp.minimum(last, _queries_from(start, crossing, rows) - 1)
-    return jnp.stack(jnp.broadcast_arrays(*_tiles_of(low, high, query_tile)), axis=-1)
+    ranges = (*_tiles_of(low, high, query_tile), high + 1)
+    return jnp.stack(jnp.broadcast_arrays(*ranges), axis=-1).astype(jnp.int32)
 
 
 def sink_chunk_plan(

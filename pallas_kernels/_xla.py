@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 
 from pallas_kernels._kernels import BackwardInputs, ForwardInputs, Gradients, Kernels
 from pallas_kernels._logits import delta_of
-from pallas_kernels._masks import sees, sees_fetched_sink
+from pallas_kernels._masks import is_real, sees, sees_fetched_sink
 from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State, accumulator_dtype
 from pallas_kernels._tile_ranges import key_plan
 from pallas_kernels._tiles import Tiles
@@ -54,6 +54,7 @@ def forward(
 
     def one_row(bounds, query, keys, sinks, sink_logits, out, lse):
         start, plans = bounds
+        keys = _without_padding(keys, offsets, start)
         num_kv = keys[0][0].shape[1]
         q, grouped_out = _group(query, num_kv), _group(out, num_kv)
         grouped_lse = _group_rows(lse, num_kv)
@@ -70,21 +71,21 @@ def forward(
                     jnp.where(lse_before == -jnp.inf, 0, 1).astype(dtype),
                 )
             else:
-                carry = _empty_sum(q_tile, out.shape[-1], sink_logits, dtype)
+                carry = _initial_softmax(q_tile, out.shape[-1], sink_logits, dtype)
 
             def visit(keys, carry):
-                return _absorb(spec, q_tile, keys, carry)
+                return _softmax_step(spec, q_tile, keys, carry)
 
             for (key, value), offset, plan in zip(keys, offsets, plans, strict=True):
                 run = KeyRun(key, value, offset)
                 carry = _over_keys(spec, tile, run, plan[t], visit, carry)
             if sinks is not None:
                 carry = visit(_sink_keys(spec, tile, sinks, start), carry)
-            acc, top, total = carry
-            alive = total > 0
-            total = jnp.where(alive, total, 1)
-            new_out = jnp.moveaxis(jnp.where(alive, 1 / total, 0)[..., None] * acc, 2, 0)
-            new_lse = jnp.where(alive, top + jnp.log(total), -jnp.inf)
+            acc, row_max, row_sum = carry
+            has_keys = row_sum > 0
+            row_sum = jnp.where(has_keys, row_sum, 1)
+            new_out = jnp.moveaxis(jnp.where(has_keys, 1 / row_sum, 0)[..., None] * acc, 2, 0)
+            new_lse = jnp.where(has_keys, row_max + jnp.log(row_sum), -jnp.inf)
             return State(
                 tile.put(state.out, new_out.astype(out.dtype), out_before),
                 tile.put(state.lse, new_lse, lse_before, axis=2),
@@ -115,6 +116,9 @@ def backward(
     offsets = tuple(run.offset for run in runs)
     batch, _, heads, dim = query.shape
     delta = delta_of(out[:, :rows], dout[:, :rows], dtype)
+    if start.ndim:
+        real = is_real(jnp.arange(rows, dtype=jnp.int32)[None], start[:, :rows])
+        delta = jnp.where(real[:, None], delta, 0)
     if dquery is None:
         total = full_like_varying(query, (batch, rows, heads, dim), 0, dtype)
     else:
@@ -122,6 +126,8 @@ def backward(
 
     def one_row(bounds, query, keys, sinks, dout, lse, delta, dquery):
         start, plans = bounds
+        keys = _without_padding(keys, offsets, start)
+        ((query, dout),) = _without_padding(((query, dout),), (0,), start)
         num_kv = keys[0][0].shape[1]
         q, do, dq = (_group(x, num_kv) for x in (query, dout, dquery))
         lse, delta = (_group_rows(x, num_kv) for x in (lse, delta))
@@ -234,6 +240,21 @@ def _each_row(one_row: Callable, bounds: tuple[Starts, tuple[Array, ...]]) -> Ca
     return lambda *args: jax.vmap(partial(one_row, bounds))(*args)
 
 
+def _without_padding(
+    runs: tuple[tuple[Array, Array], ...], offsets: tuple[int, ...], start: Starts
+):
+    """Pairs of [S, heads, dim] at these offsets with zeros for padding."""
+    if not start.ndim:
+        return runs
+    found = []
+    for pair, offset in zip(runs, offsets, strict=True):
+        positions = offset + jnp.arange(pair[0].shape[0], dtype=jnp.int32)
+        # A query sees keys before its shard only if its sequence crosses into the shard.
+        real = positions >= start[0] if offset else is_real(positions, start)
+        found.append(tuple(jnp.where(real[:, None, None], x, 0) for x in pair))
+    return tuple(found)
+
+
 def _plans(spec: Spec, runs: tuple[KeyRun, ...], start: Starts, rows) -> tuple[Array, ...]:
     return tuple(
         key_plan(
@@ -304,6 +325,9 @@ def _sink_keys(spec: Spec, tile: _QueryTile, sinks: SinkRun, start) -> _Keys:
     seen = sees_fetched_sink(
         tile.positions[:, None], positions, tile.start[..., None], spec.window, spec.num_sinks
     )
+    if start.ndim:
+        real = (positions < 0)[:, None, None]
+        sinks = SinkRun(*(jnp.where(real, x, 0) for x in sinks))
     return _Keys(sinks.key, sinks.value, seen & tile.own[:, None], 0)
 
 
@@ -320,28 +344,28 @@ def _logits(spec: Spec, query, key, dtype):
     return spec.soft_cap * bounded, 1 - bounded**2
 
 
-def _empty_sum(query, value_dim, sink_logits, dtype):
+def _initial_softmax(query, value_dim, sink_logits, dtype):
     """(weighted values, running maximum, running sum) before any key."""
     rows, num_kv, groups, _ = query.shape
     acc = full_like_varying(query, (num_kv, groups, rows, value_dim), 0, dtype)
     if sink_logits is None:
-        top = full_like_varying(query, acc.shape[:-1], -jnp.inf, dtype)
-        return acc, top, jnp.zeros_like(top)
-    top = jnp.broadcast_to(sink_logits.reshape(num_kv, groups, 1), acc.shape[:-1]).astype(dtype)
-    return acc, top, jnp.ones_like(top)
+        row_max = full_like_varying(query, acc.shape[:-1], -jnp.inf, dtype)
+        return acc, row_max, jnp.zeros_like(row_max)
+    row_max = jnp.broadcast_to(sink_logits.reshape(num_kv, groups, 1), acc.shape[:-1]).astype(dtype)
+    return acc, row_max, jnp.ones_like(row_max)
 
 
-def _absorb(spec: Spec, query, keys: _Keys, carry):
+def _softmax_step(spec: Spec, query, keys: _Keys, carry):
     """One step of the online softmax."""
-    acc, top, total = carry
+    acc, row_max, row_sum = carry
     logits, _ = _logits(spec, query, keys.key, acc.dtype)
     logits = jnp.where(keys.seen, logits, -jnp.inf)
-    new_top = jnp.maximum(top, logits.max(-1))
-    finite_top = jnp.where(new_top == -jnp.inf, 0, new_top)
-    shrink = jnp.exp(top - finite_top)
-    weights = jnp.exp(logits - finite_top[..., None])
+    new_max = jnp.maximum(row_max, logits.max(-1))
+    finite_max = jnp.where(new_max == -jnp.inf, 0, new_max)
+    rescale = jnp.exp(row_max - finite_max)
+    weights = jnp.exp(logits - finite_max[..., None])
     values = _dot(spec, "kgqs,skv->kgqv", weights.astype(keys.value.dtype), keys.value, acc.dtype)
-    return shrink[..., None] * acc + values, new_top, shrink * total + weights.sum(-1)
+    return rescale[..., None] * acc + values, new_max, rescale * row_sum + weights.sum(-1)
 
 
 def _gradients(spec: Spec, query, dout, lse, delta, keys: _Keys):
