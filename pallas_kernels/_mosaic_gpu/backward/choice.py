@@ -137,7 +137,7 @@ def _by_key_tiles(
         deterministic=deterministic,
     )
     if _has_far_sinks(spec, own, sinks):
-        sums, *gradients = launch(dkey_dtype=jnp.float32)
+        sums, *gradients = launch(dkey_dtype=jnp.dtype(jnp.float32))
         *before, (dkey, dvalue) = _split_by_runs(runs, gradients)
         dquery, dkey, dvalue, dsinks = sinks_backward.backward(
             spec, queries, own, sinks, sums, dquery, dkey, dvalue, dquery_dtype=dquery_dtype

@@ -59,7 +59,7 @@ SUBTILE = 32
 def backward(
     spec: Spec,
     inputs: BackwardInputs,
-    dquery: Float32[Array, "B R N H"] | None,
+    dquery: Float32[Array, "B R0 N H"] | None,
     *,
     dquery_dtype: jnp.dtype,
     dkey_dtype: jnp.dtype,
@@ -139,7 +139,7 @@ def backward(
 
 
 def _operands(
-    spec: Spec, inputs: BackwardInputs, others: Float32[Array, "B R N H"] | None
+    spec: Spec, inputs: BackwardInputs, others: Float32[Array, "B R0 N H"] | None
 ) -> tuple[dict[str, Array], int]:
     """The arrays that the kernel reads, and how many tiles of queries ``others`` has."""
     query, (run,), _, start, out, dout, lse = inputs

@@ -37,7 +37,7 @@ def backward(
     run: KeyRun,
     sinks: SinkRun | None,
     sums: DqSums,
-    dquery: Float32[Array, "B R N H"] | None,
+    dquery: Float32[Array, "B R0 N H"] | None,
     dkey: Float32[Array, "B S K H"],
     dvalue: Float32[Array, "B S K Hv"],
     *,

@@ -63,7 +63,7 @@ def backward_by_chunks(
     sinks: tuple[Float[Array, "B chunks K 64 H"], Float[Array, "B chunks K 64 Hv"]],
     starts: Int[Array, "B chunks"],
     sums: DqSums,
-    others: Float32[Array, "B R N H"] | None,
+    others: Float32[Array, "B R0 N H"] | None,
     dquery_dtype: jnp.dtype,
     *,
     fetched: bool,
