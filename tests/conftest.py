@@ -1,7 +1,16 @@
 """Eight CPU devices, the marker `gpu`, the compile gate's table, and fixtures that all share."""
 
 import jax
+import jaxtyping
 import pytest
+
+from tests.helpers import typechecking
+
+# Before the first import of either package: every function of theirs then checks at each call that
+# its arguments and its result have the types and shapes of its signature.
+jaxtyping.install_import_hook(
+    ["ring_swa_jax", "pallas_kernels"], f"{typechecking.__name__}.checked"
+)
 
 jax.config.update("jax_num_cpu_devices", 8)  # before the first use of a device
 
@@ -29,6 +38,14 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.line(f"{'variant':<28}{'kernel':<36}{'registers':>9}{'spilled':>11}")
     for variant, name, registers, spills in kernels:
         terminalreporter.line(f"{variant:<28}{name:<36}{registers:>9}{spills:>9} B")
+
+
+@pytest.fixture
+def unchecked_signatures():
+    """Lets arguments that break a signature reach the packages' own checks and their messages."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
