@@ -13,7 +13,7 @@ from jaxtyping import Float
 from pallas_kernels._device import compiled_gpu, compiled_platform
 
 
-def interprets(implementation: str) -> bool:
+def interprets(implementation: str | None) -> bool:
     """Whether an implementation runs in Pallas' interpreter here, which knows no check_vma."""
     return implementation == "triton" and compiled_platform() == "cpu"
 

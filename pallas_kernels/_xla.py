@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import einops
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -104,7 +105,7 @@ def forward(
 def backward(
     spec: Spec,
     inputs: BackwardInputs,
-    dquery: Float[Array, "B R N H"] | None,
+    dquery: Float[Array, "B R0 N H"] | None,
     *,
     rows: int,
     dquery_dtype: jnp.dtype,
@@ -216,10 +217,16 @@ class _QueryTile(NamedTuple):
     start: Int[Array, "Q"] | Int[Array, ""]
     own: Bool[Array, "Q"]
 
-    def rows_of(self, x, axis=0):
+    def rows_of(self, x: Float[Array, "..."], axis: int = 0) -> Float[Array, "..."]:
         return lax.dynamic_slice_in_dim(x, self.begin, self.positions.size, axis)
 
-    def put(self, x, new, before, axis=0):
+    def put(
+        self,
+        x: Float[Array, "*whole"],
+        new: Float[Array, "*tile"],
+        before: Float[Array, "*tile"],
+        axis: int = 0,
+    ) -> Float[Array, "*whole"]:
         own = self.own.reshape(-1, *[1] * (x.ndim - axis - 1))
         return lax.dynamic_update_slice_in_dim(x, jnp.where(own, new, before), self.begin, axis)
 
@@ -233,7 +240,11 @@ class _Keys(NamedTuple):
     begin: Int[Array, ""] | int
 
 
-def _each_row(one_row: Callable, bounds: tuple[Starts, tuple[Array, ...]]) -> Callable:
+# Weighted values, running maximum and running sum of the online softmax.
+_Sum = tuple[Float[Array, "K G Q Hv"], Float[Array, "K G Q"], Float[Array, "K G Q"]]
+
+
+def _each_row(one_row: Callable, bounds: tuple[Starts, tuple[Int[Array, "..."], ...]]) -> Callable:
     """Maps over the batch: at once where rows share their bounds, else one after the other."""
     if bounds[0].ndim:
         return lambda *args: lax.map(lambda row: one_row(*row), (bounds, *args))
@@ -255,7 +266,9 @@ def _without_padding(
     return tuple(found)
 
 
-def _plans(spec: Spec, runs: tuple[KeyRun, ...], start: Starts, rows) -> tuple[Array, ...]:
+def _plans(
+    spec: Spec, runs: tuple[KeyRun, ...], start: Starts, rows: tuple[int, int]
+) -> tuple[Int[Array, "..."], ...]:
     return tuple(
         key_plan(
             start,
@@ -271,19 +284,24 @@ def _plans(spec: Spec, runs: tuple[KeyRun, ...], start: Starts, rows) -> tuple[A
     )
 
 
-def _group(x, num_kv):
-    return x.reshape(x.shape[0], num_kv, -1, x.shape[-1])
+def _group(x: Float[Array, "T N H"], num_kv: int) -> Float[Array, "T K G H"]:
+    return einops.rearrange(x, "t (k g) h -> t k g h", k=num_kv)
 
 
-def _group_rows(x, num_kv):
-    return x.reshape(num_kv, -1, x.shape[-1])
+def _group_rows(x: Float[Array, "N T"], num_kv: int) -> Float[Array, "K G T"]:
+    return einops.rearrange(x, "(k g) t -> k g t", k=num_kv)
 
 
-def _num_query_tiles(spec, rows):
+def _num_query_tiles(spec: Spec, rows: tuple[int, int]) -> int:
     return -(-(rows[1] - rows[0]) // xla_tiles(spec.window).query)
 
 
-def _query_tile(spec, t, rows, start) -> _QueryTile:
+def _query_tile(
+    spec: Spec,
+    t: Int[Array, ""] | int,
+    rows: tuple[int, int],
+    start: Int[Array, ""] | Int[Array, "T"],
+) -> _QueryTile:
     size = min(xla_tiles(spec.window).query, rows[1] - rows[0])
     first = rows[0] + t * size
     begin = jnp.minimum(first, rows[1] - size)
@@ -293,7 +311,9 @@ def _query_tile(spec, t, rows, start) -> _QueryTile:
     return _QueryTile(begin, positions, start, positions >= first)
 
 
-def _over_keys(spec: Spec, tile: _QueryTile, run: KeyRun, plan, visit: Callable, carry):
+def _over_keys(
+    spec: Spec, tile: _QueryTile, run: KeyRun, plan: Int[Array, "6"], visit: Callable, carry
+):
     """Folds ``visit`` over the key tiles of ``run`` that the query tile sees."""
     length = run.key.shape[0]
     size = min(xla_tiles(spec.window).key, length)
@@ -319,7 +339,9 @@ def _over_keys(spec: Spec, tile: _QueryTile, run: KeyRun, plan, visit: Callable,
     return lax.fori_loop(sink_begin, end - skipped, body, carry)
 
 
-def _sink_keys(spec: Spec, tile: _QueryTile, sinks: SinkRun, start) -> _Keys:
+def _sink_keys(
+    spec: Spec, tile: _QueryTile, sinks: SinkRun, start: Int[Array, ""] | Int[Array, "T"]
+) -> _Keys:
     crossing = start[0] if start.ndim else start
     positions = crossing + jnp.arange(sinks.key.shape[0], dtype=jnp.int32)
     seen = sees_fetched_sink(
@@ -331,11 +353,15 @@ def _sink_keys(spec: Spec, tile: _QueryTile, sinks: SinkRun, start) -> _Keys:
     return _Keys(sinks.key, sinks.value, seen & tile.own[:, None], 0)
 
 
-def _dot(spec: Spec, equation: str, x, y, dtype):
+def _dot(
+    spec: Spec, equation: str, x: Float[Array, "..."], y: Float[Array, "..."], dtype
+) -> Float[Array, "..."]:
     return jnp.einsum(equation, x, y, precision=spec.precision, preferred_element_type=dtype)
 
 
-def _logits(spec: Spec, query, key, dtype):
+def _logits(
+    spec: Spec, query: Float[Array, "Q K G H"], key: Float[Array, "S K H"], dtype
+) -> tuple[Float[Array, "K G Q S"], Float[Array, "K G Q S"] | None]:
     """Scaled and capped logits, and the derivative of the cap (None without one)."""
     logits = _dot(spec, "qkgh,skh->kgqs", query, key, dtype) * spec.scale
     if spec.soft_cap is None:
@@ -344,8 +370,10 @@ def _logits(spec: Spec, query, key, dtype):
     return spec.soft_cap * bounded, 1 - bounded**2
 
 
-def _initial_softmax(query, value_dim, sink_logits, dtype):
-    """(weighted values, running maximum, running sum) before any key."""
+def _initial_softmax(
+    query: Float[Array, "Q K G H"], value_dim: int, sink_logits: Float[Array, "N"] | None, dtype
+) -> _Sum:
+    """The sums before any key."""
     rows, num_kv, groups, _ = query.shape
     acc = full_like_varying(query, (num_kv, groups, rows, value_dim), 0, dtype)
     if sink_logits is None:
@@ -355,7 +383,7 @@ def _initial_softmax(query, value_dim, sink_logits, dtype):
     return acc, row_max, jnp.ones_like(row_max)
 
 
-def _softmax_step(spec: Spec, query, keys: _Keys, carry):
+def _softmax_step(spec: Spec, query: Float[Array, "Q K G H"], keys: _Keys, carry: _Sum) -> _Sum:
     """One step of the online softmax."""
     acc, row_max, row_sum = carry
     logits, _ = _logits(spec, query, keys.key, acc.dtype)
@@ -368,7 +396,14 @@ def _softmax_step(spec: Spec, query, keys: _Keys, carry):
     return rescale[..., None] * acc + values, new_max, rescale * row_sum + weights.sum(-1)
 
 
-def _gradients(spec: Spec, query, dout, lse, delta, keys: _Keys):
+def _gradients(
+    spec: Spec,
+    query: Float[Array, "Q K G H"],
+    dout: Float[Array, "Q K G Hv"],
+    lse: Float[Array, "K G Q"],
+    delta: Float[Array, "K G Q"],
+    keys: _Keys,
+) -> tuple[Float[Array, "Q K G H"], Float[Array, "S K H"], Float[Array, "S K Hv"]]:
     """(dquery, dkey, dvalue) of one pair of tiles."""
     dtype = lse.dtype
     logits, dcap = _logits(spec, query, keys.key, dtype)
@@ -385,6 +420,8 @@ def _gradients(spec: Spec, query, dout, lse, delta, keys: _Keys):
     )
 
 
-def _add_rows(total, part, begin):
+def _add_rows(
+    total: Float[Array, "S K H"], part: Float[Array, "s K H"], begin: Int[Array, ""] | int
+) -> Float[Array, "S K H"]:
     rows = lax.dynamic_slice_in_dim(total, begin, part.shape[0]) + part
     return lax.dynamic_update_slice_in_dim(total, rows, begin, 0)

@@ -22,6 +22,7 @@ from ring_swa_jax._rope_scaling import Llama3Scaling as Llama3Scaling
 from ring_swa_jax._rope_scaling import YarnScaling as YarnScaling
 from ring_swa_jax._segments import segment_positions as segment_positions
 from ring_swa_jax._sharded import ring_attention as ring_attention
+from ring_swa_jax._version import __version__ as __version__
 
 __all__ = [
     "Cache",
@@ -30,6 +31,7 @@ __all__ = [
     "ModelLayers",
     "Rope",
     "YarnScaling",
+    "__version__",
     "apply_rope",
     "check_processes",
     "decode_attention",

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax.typing import Dtype, PrecisionLike
 from jax import Array
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Float
+from jax.typing import ArrayLike
+from jaxtyping import Float, Shaped
 
 from ring_swa_jax import _checks
 from ring_swa_jax._axis import AxisName
@@ -91,13 +92,13 @@ class AttentionFn:
     # is refused must be named too.
     def __call__(
         self,
-        query: Float[Array, "*batch S N H"],
-        key: Float[Array, "*batch S K H"],
-        value: Float[Array, "*batch S K Hv"],
+        query: Float[ArrayLike, "*batch S N H"],
+        key: Float[ArrayLike, "*batch S K H"],
+        value: Float[ArrayLike, "*batch S K Hv"],
         *,
-        bias: Array | None = None,
-        mask: Array | None = None,
-        dropout_rng: Array | None = None,
+        bias: Shaped[ArrayLike, "..."] | None = None,
+        mask: Shaped[ArrayLike, "..."] | None = None,
+        dropout_rng: Shaped[Array, "..."] | None = None,
         dropout_rate: float = 0.0,
         broadcast_dropout: bool = True,
         deterministic: bool = True,
@@ -105,7 +106,7 @@ class AttentionFn:
         precision: PrecisionLike = None,
         module: object = None,
         is_causal: bool = True,
-        input_positions: Array | None = None,
+        input_positions: Shaped[ArrayLike, "..."] | None = None,
         force_fp32_for_softmax: bool = False,
         qk_attn_weights_einsum: object = None,
         attn_weights_value_einsum: object = None,

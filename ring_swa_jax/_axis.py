@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AxisType
+from jax.typing import ArrayLike
+from jaxtyping import Int, Shaped
 
 AxisName = Hashable | tuple[Hashable, ...]
 
@@ -37,7 +39,7 @@ class SequenceAxis:
                 f"with that axis, or pass axis_name=None for a sequence that is here as a whole"
             ) from None
 
-    def index(self) -> Array:
+    def index(self) -> Int[Array, ""]:
         """Which chunk this device holds."""
         return jnp.int32(0) if self.name is None else lax.axis_index(self.name)
 
@@ -58,14 +60,14 @@ def same_varying(axis: SequenceAxis, *trees):
     return jax.tree.map(cast, trees)
 
 
-def explicit_axes(x: Array) -> set[Hashable]:
+def explicit_axes(x: Shaped[ArrayLike, "..."]) -> set[Hashable]:
     """Names of the Explicit axes of the mesh that x lies on."""
     mesh = jax.typeof(x).sharding.mesh
     axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return {name for name, kind in axes if kind == AxisType.Explicit}
 
 
-def spec_of(x: Array) -> tuple:
+def spec_of(x: Shaped[ArrayLike, "..."]) -> tuple:
     """Mesh axes of every dimension of x, as far as its type says."""
     spec = jax.typeof(x).sharding.spec
-    return (*spec, *[None] * (x.ndim - len(spec)))
+    return (*spec, *[None] * (jnp.ndim(x) - len(spec)))

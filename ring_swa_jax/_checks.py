@@ -5,9 +5,16 @@ import operator
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Shaped
 
 
-def check_heads(query: Array, key: Array, value: Array, *, batched: bool = True) -> None:
+def check_heads(
+    query: Shaped[Array, "..."],
+    key: Shaped[Array, "..."],
+    value: Shaped[Array, "..."],
+    *,
+    batched: bool = True,
+) -> None:
     """Checks that query, key and value fit together.
 
     Raises:
@@ -114,7 +121,7 @@ def _static_float(name: str, value) -> float:
         raise TypeError(f"{name} must be a static Python number, got {value!r}") from error
 
 
-def check_sink_logits(sink_logits: Array | None, num_heads: int) -> None:
+def check_sink_logits(sink_logits: Shaped[Array, "..."] | None, num_heads: int) -> None:
     """Checks one floating-point logit a query head.
 
     Raises:
@@ -145,7 +152,7 @@ def check_sinks_fit(num_sinks: int, chunk: int, devices: int) -> None:
         )
 
 
-def check_cu_seqlens(cu_seqlens: Array) -> None:
+def check_cu_seqlens(cu_seqlens: Shaped[Array, "..."]) -> None:
     """Checks the type and rank of cumulative sequence lengths; their values stay unread.
 
     Raises:
@@ -161,7 +168,9 @@ def check_cu_seqlens(cu_seqlens: Array) -> None:
         )
 
 
-def check_segment_ids(segment_ids: Array, shape: tuple[int, ...] | None = None) -> None:
+def check_segment_ids(
+    segment_ids: Shaped[Array, "..."], shape: tuple[int, ...] | None = None
+) -> None:
     """Checks that segment ids are integers of the shape [B, S].
 
     Raises:
@@ -175,7 +184,7 @@ def check_segment_ids(segment_ids: Array, shape: tuple[int, ...] | None = None) 
         raise ValueError(f"segment_ids must have the shape {wanted}, got {segment_ids.shape}")
 
 
-def check_valid(valid: Array, shape: tuple[int, ...]) -> None:
+def check_valid(valid: Shaped[Array, "..."], shape: tuple[int, ...]) -> None:
     """Checks that it says of each new token whether it is one.
 
     Raises:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
-from jaxtyping import Float, Int
+from jax.typing import ArrayLike
+from jaxtyping import Float, Int, Shaped
 
 from ring_swa_jax import _checks
 from ring_swa_jax._axis import AxisName, explicit_axes, spec_of
@@ -122,7 +123,7 @@ class AttentionLayer:
             return (self.num_heads, self.head_dim), (self.num_kv_heads, self.head_dim)
         return (self.head_dim,), (self.head_dim,)
 
-    def check_input(self, x: Array) -> None:
+    def check_input(self, x: Shaped[Array, "..."]) -> None:
         """Checks that x is [B, S, features].
 
         Raises:
@@ -140,8 +141,8 @@ class AttentionLayer:
         v: Float[Array, "B S K Hv"],
         learned: Learned,
         *,
-        segment_ids: Int[Array, "B S"] | None,
-        positions: Int[Array, "B S"] | None,
+        segment_ids: Int[ArrayLike, "B S"] | None,
+        positions: Int[ArrayLike, "B S"] | None,
     ) -> Float[Array, "B S N Hv"]:
         """From the projections of whole rows to the attended values."""
         q, k = self.normalise(q, k, learned)
@@ -158,12 +159,14 @@ class AttentionLayer:
         return self._normalise(q, learned.query_norm), self._normalise(k, learned.key_norm)
 
     def rotate(
-        self, x: Float[Array, "B S N H"], positions: Int[Array, "B S"]
+        self, x: Float[Array, "B S N H"], positions: Int[Array, "#B S"]
     ) -> Float[Array, "B S N H"]:
         """Queries or keys, turned by their positions where the layer does that."""
         return x if self.rope is None else apply_rope(x, positions, **vars(self.rope))
 
-    def _normalise(self, x: Float[Array, "B S N H"], factor: Array) -> Float[Array, "B S N H"]:
+    def _normalise(
+        self, x: Float[Array, "B S N H"], factor: Float[Array, "H"] | Float[Array, "N H"]
+    ) -> Float[Array, "B S N H"]:
         """RMSNorm over each head, or over all heads of a token together, in float32."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         axes = (-2, -1) if self.qk_norm == "all_heads" else -1
@@ -172,19 +175,22 @@ class AttentionLayer:
 
     def positions(
         self,
-        x: Array,
-        segment_ids: Int[Array, "B S"] | None,
-        positions: Int[Array, "B S"] | None,
-    ) -> Int[Array, "B S"] | Int[Array, "1 S"]:
+        x: Float[Array, "B S N H"],
+        segment_ids: Int[ArrayLike, "B S"] | None,
+        positions: Int[ArrayLike, "B S"] | None,
+    ) -> Int[Array, "#B S"]:
         """By default positions restart in each document, or count through without documents."""
         if positions is not None:
             return jnp.asarray(positions)
         if segment_ids is None:
             return jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+        segment_ids = jnp.asarray(segment_ids)
         _checks.check_segment_ids(segment_ids, x.shape[:2])
         return segment_positions(segment_ids)
 
-    def sharding_of_heads(self, x: Array, kernel: Array) -> PartitionSpec | None:
+    def sharding_of_heads(
+        self, x: Float[Array, "B S E"], kernel: Float[ArrayLike, "E heads features"]
+    ) -> PartitionSpec | None:
         """How x @ kernel [E, heads, H] is to lie on Explicit mesh axes; None on others."""
         explicit = explicit_axes(x)
         if not explicit:
@@ -192,7 +198,7 @@ class AttentionLayer:
         batch, seq, _ = spec_of(x)
         return only(PartitionSpec(batch, seq, self.head_axis or spec_of(kernel)[1], None), explicit)
 
-    def sharding_of_output(self, x: Array) -> PartitionSpec | None:
+    def sharding_of_output(self, x: Float[Array, "B S E"]) -> PartitionSpec | None:
         """How the layer's output is to lie on Explicit mesh axes, as x does; None on others."""
         explicit = explicit_axes(x)
         return only(PartitionSpec(*spec_of(x)), explicit) if explicit else None
@@ -202,7 +208,7 @@ class AttentionLayer:
         q: Float[Array, "B S N H"],
         k: Float[Array, "B S K H"],
         v: Float[Array, "B S K Hv"],
-        segment_ids: Int[Array, "B S"] | None,
+        segment_ids: Int[ArrayLike, "B S"] | None,
         sink_logits: Float[Array, "N"] | None,
     ) -> Float[Array, "B S N Hv"]:
         """The attention itself."""

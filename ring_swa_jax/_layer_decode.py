@@ -3,8 +3,10 @@
 import dataclasses
 import math
 
+import einops
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
 from ring_swa_jax import _cache
@@ -46,8 +48,8 @@ def prefill(
     v: Float[Array, "B S K Hv"],
     learned: Learned,
     *,
-    segment_ids: Int[Array, "B S"] | None,
-    positions: Int[Array, "B S"] | None,
+    segment_ids: Int[ArrayLike, "B S"] | None,
+    positions: Int[ArrayLike, "B S"] | None,
     max_length: int | None,
     relative_positions: bool,
 ) -> tuple[Float[Array, "B S N Hv"], Cache]:
@@ -81,8 +83,8 @@ def decode(
     learned: Learned,
     cache: Cache,
     *,
-    valid: Bool[Array, "B T"] | None,
-    positions: Int[Array, "B T"] | None,
+    valid: Bool[ArrayLike, "B T"] | None,
+    positions: Int[ArrayLike, "B T"] | None,
 ) -> tuple[Float[Array, "B T N Hv"], Cache]:
     """The attended values of the next tokens of each row, and the cache with these."""
     _cache.check_cache(cache)
@@ -97,7 +99,15 @@ def decode(
     return _attend_step(layer, q, k, v, cache, valid, learned.sink_logits)
 
 
-def _attend_step(layer, q, k, v, cache, valid, sink_logits):
+def _attend_step(
+    layer: AttentionLayer,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K Hv"],
+    cache: Cache,
+    valid: Bool[ArrayLike, "B T"] | None,
+    sink_logits: Float[Array, "N"] | None,
+) -> tuple[Float[Array, "B T N Hv"], Cache]:
     return decode_attention(
         q,
         k,
@@ -113,7 +123,14 @@ def _attend_step(layer, q, k, v, cache, valid, sink_logits):
     )
 
 
-def _attend_chunks(layer, q, k, v, segment_ids, sink_logits) -> Float[Array, "B S N Hv"]:
+def _attend_chunks(
+    layer: AttentionLayer,
+    q: Float[Array, "B S N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
+    segment_ids: Int[ArrayLike, "B S"] | None,
+    sink_logits: Float[Array, "N"] | None,
+) -> Float[Array, "B S N Hv"]:
     """Attention of whole rows with cache-relative positions."""
     batch, length = q.shape[:2]
     cache = init_cache(layer, batch, max_length=None, dtype=k.dtype, relative_positions=True)
@@ -122,14 +139,14 @@ def _attend_chunks(layer, q, k, v, segment_ids, sink_logits) -> Float[Array, "B 
         valid = jnp.ones((batch, length), bool)
         begins = jnp.zeros((batch, length), bool)  # the cache begins empty
     else:
+        segment_ids = jnp.asarray(segment_ids)
         chunk = 1  # all tokens of a row's chunk must be of one sequence
         valid = segment_ids >= 0
         begins = segment_positions(segment_ids) == 0
 
     def cut(x):
         padding = [(0, 0), (0, -length % chunk)] + [(0, 0)] * (x.ndim - 2)
-        x = jnp.pad(x, padding)
-        return jnp.moveaxis(x.reshape(batch, -1, chunk, *x.shape[2:]), 1, 0)
+        return einops.rearrange(jnp.pad(x, padding), "b (n t) ... -> n b t ...", t=chunk)
 
     def step(cache, tokens):
         q, k, v, valid, begins = tokens
@@ -139,8 +156,7 @@ def _attend_chunks(layer, q, k, v, segment_ids, sink_logits) -> Float[Array, "B 
         return cache, out
 
     _, out = lax.scan(step, cache, tuple(map(cut, (q, k, v, valid, begins))))
-    out = jnp.moveaxis(out, 0, 1)
-    return out.reshape(batch, -1, *out.shape[3:])[:, :length]
+    return einops.rearrange(out, "n b t ... -> b (n t) ...")[:, :length]
 
 
 def _same_positions(layer: AttentionLayer) -> float:
@@ -150,7 +166,7 @@ def _same_positions(layer: AttentionLayer) -> float:
     return layer.num_sink_tokens + layer.window_size + 1
 
 
-def _check_positions(positions, relative_positions: bool) -> None:
+def _check_positions(positions: Int[ArrayLike, "B T"] | None, relative_positions: bool) -> None:
     if relative_positions and positions is not None:
         raise ValueError(
             f"relative_positions=True counts positions in the cache, so positions "
@@ -158,7 +174,9 @@ def _check_positions(positions, relative_positions: bool) -> None:
         )
 
 
-def _check_not_cut(layer: AttentionLayer, q, k) -> None:
+def _check_not_cut(
+    layer: AttentionLayer, q: Float[Array, "B S N H"], k: Float[Array, "B S K H"]
+) -> None:
     axes = (layer.seq_axis, layer.batch_axis, layer.head_axis)
     devices = sequence_devices(q, k, layer.mesh, *axes)
     if devices > 1:

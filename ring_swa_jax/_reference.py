@@ -1,8 +1,10 @@
 """The definition: dense attention with the mask written out."""
 
+import einops
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from ring_swa_jax import _checks
@@ -10,14 +12,14 @@ from ring_swa_jax._segments import segment_starts
 
 
 def reference_attention(
-    q: Float[Array, "B S N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K Hv"],
+    q: Float[ArrayLike, "B S N H"],
+    k: Float[ArrayLike, "B S K H"],
+    v: Float[ArrayLike, "B S K Hv"],
     *,
     window_size: int | None = None,
     num_sink_tokens: int = 0,
-    segment_ids: Int[Array, "B S"] | None = None,
-    sink_logits: Float[Array, "N"] | None = None,
+    segment_ids: Int[ArrayLike, "B S"] | None = None,
+    sink_logits: Float[ArrayLike, "N"] | None = None,
     logits_soft_cap: float | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B S N Hv"]:
@@ -50,6 +52,7 @@ def reference_attention(
         ValueError: shapes, head counts or settings that do not fit.
         TypeError: dtypes that differ or are not floating-point.
     """
+    q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
     _checks.check_heads(q, k, v)
     window = _checks.static_window(window_size)
     num_sinks = _checks.static_sinks(num_sink_tokens)
@@ -69,7 +72,8 @@ def reference_attention(
     seen = (start <= j) & (j <= i) & (near | (j - start < num_sinks))
 
     q, k, v = (x.astype(dtype) for x in (q, k, v))
-    k, v = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
+    group = heads // k.shape[2]
+    k, v = (einops.repeat(x, "b s k h -> b s (k group) h", group=group) for x in (k, v))
     precision = jax.lax.Precision.HIGHEST
     logits = jnp.einsum("bihd,bjhd->bhij", q, k, precision=precision)
     logits = logits * _checks.static_scale(scale, q.shape[-1])

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 import pallas_kernels
@@ -21,7 +22,7 @@ def ring_sliding_window_attn(
     axis_name: AxisName | None = None,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
-    sink_logits: Float[Array, "N"] | None = None,
+    sink_logits: Float[ArrayLike, "N"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T N Hv"]:
     r"""Sliding-window attention of one chunk of a sequence that is cut over a mesh axis.
@@ -86,7 +87,7 @@ def ring_streaming_llm_attn(
     axis_name: AxisName | None = None,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
-    sink_logits: Float[Array, "N"] | None = None,
+    sink_logits: Float[ArrayLike, "N"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T N Hv"]:
     """Sliding-window attention that also sees the first tokens of the sequence.
@@ -142,11 +143,11 @@ def ring_sliding_window_attn_varlen(
     v: Float[Array, "T K Hv"],
     *,
     window_size: int | None,
-    cu_seqlens: Int[Array, "n"],
+    cu_seqlens: Int[ArrayLike, "n"],
     axis_name: AxisName | None = None,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
-    sink_logits: Float[Array, "N"] | None = None,
+    sink_logits: Float[ArrayLike, "N"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "T N Hv"]:
     """Sliding-window attention inside each sequence of a packed row that is cut over an axis.
@@ -199,12 +200,12 @@ def ring_streaming_llm_attn_varlen(
     v: Float[Array, "T K Hv"],
     *,
     window_size: int | None,
-    cu_seqlens: Int[Array, "n"],
+    cu_seqlens: Int[ArrayLike, "n"],
     num_sink_tokens: int = 1,
     axis_name: AxisName | None = None,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
-    sink_logits: Float[Array, "N"] | None = None,
+    sink_logits: Float[ArrayLike, "N"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "T N Hv"]:
     """Sliding-window attention in a packed row that also sees each sequence's own first tokens.
@@ -265,7 +266,7 @@ def attend_chunk(
     num_sink_tokens: int,
     scale: float | None,
     logits_soft_cap: float | None,
-    sink_logits: Float[Array, "N"] | None,
+    sink_logits: Float[ArrayLike, "N"] | None,
     implementation: str | None,
 ) -> Float[Array, "B T N Hv"]:
     """What the per-shard functions and ring_attention share: exchange, then attend."""

@@ -38,7 +38,7 @@ class Rope:
 
 def apply_rope(
     x: Float[Array, "B S N H"],
-    positions: Int[Array, "B S"],
+    positions: Int[Array, "#B S"] | Int[Array, "S"],
     *,
     base: float = 10000.0,
     rotary_dim: int | None = None,

@@ -25,7 +25,7 @@ class Bounds:
     """
 
     start: Int[Array, ""] | Int[Array, "B T"]
-    crossing: Int[Array, "devices B"]
+    crossing: Int[Array, "devices #B"]
     chunk: int = dataclasses.field(metadata={"static": True})
 
     def start_of_last(self) -> Int[Array, "B"]:

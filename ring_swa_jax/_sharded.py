@@ -4,12 +4,14 @@ import dataclasses
 import math
 from collections.abc import Hashable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 import pallas_kernels
@@ -20,14 +22,14 @@ from ring_swa_jax._segments import from_segment_ids, one_sequence
 
 
 def ring_attention(
-    q: Float[Array, "B S N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K Hv"],
+    q: Float[ArrayLike, "B S N H"],
+    k: Float[ArrayLike, "B S K H"],
+    v: Float[ArrayLike, "B S K Hv"],
     *,
     window_size: int | None = None,
     num_sink_tokens: int = 0,
-    segment_ids: Int[Array, "B S"] | None = None,
-    sink_logits: Float[Array, "N"] | None = None,
+    segment_ids: Int[ArrayLike, "B S"] | None = None,
+    sink_logits: Float[ArrayLike, "N"] | None = None,
     logits_soft_cap: float | None = None,
     scale: float | None = None,
     mesh: Mesh | AbstractMesh | None = None,
@@ -117,7 +119,15 @@ class _Layout:
     head: AxisName | None
 
     @classmethod
-    def resolve(cls, q, k, mesh, seq_axis, batch_axis, head_axis) -> "_Layout":
+    def resolve(
+        cls,
+        q: Float[Array, "B S N H"],
+        k: Float[Array, "B S K H"],
+        mesh: Mesh | AbstractMesh | None,
+        seq_axis: AxisName | None,
+        batch_axis: AxisName | None,
+        head_axis: AxisName | None,
+    ) -> "_Layout":
         context = jax.sharding.get_abstract_mesh()
         mesh = context if mesh is None else mesh
         batch_axis, head_axis = _axes_of_sharding(q, mesh, seq_axis, batch_axis, head_axis)
@@ -153,7 +163,7 @@ class _Layout:
             return 1
         return math.prod(self.mesh.shape[name] for name in _names(axis))
 
-    def _check_sizes(self, q, k):
+    def _check_sizes(self, q: Float[Array, "B S N H"], k: Float[Array, "B S K H"]) -> None:
         for argument, axis, dimension, length, mend in (
             (
                 "seq_axis",
@@ -186,7 +196,13 @@ def _names(axis: AxisName | None) -> tuple[Hashable, ...]:
     return axis if isinstance(axis, tuple) else (axis,)
 
 
-def _axes_of_sharding(q, mesh, seq_axis, batch_axis, head_axis):
+def _axes_of_sharding(
+    q: Float[Array, "B S N H"],
+    mesh: Mesh | AbstractMesh,
+    seq_axis: AxisName | None,
+    batch_axis: AxisName | None,
+    head_axis: AxisName | None,
+) -> tuple[AxisName | None, AxisName | None]:
     """Batch and head axes, read from the sharding of q on Explicit axes where not given."""
     if AxisType.Explicit not in mesh.axis_types:
         return batch_axis, head_axis
@@ -210,7 +226,16 @@ def _axes_of_sharding(q, mesh, seq_axis, batch_axis, head_axis):
         "implementation",
     ),
 )
-def _sharded_attention(q, k, v, segment_ids, sink_logits, *, layout: _Layout, **settings):
+def _sharded_attention(
+    q: Float[Array, "B S N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
+    segment_ids: Int[Array, "B S"] | None,
+    sink_logits: Float[Array, "N"] | None,
+    *,
+    layout: _Layout,
+    **settings: Any,
+) -> Float[Array, "B S N Hv"]:
     def attend(q, k, v, segment_ids, sink_logits):
         axis = SequenceAxis.named(layout.seq)
         if segment_ids is None:
@@ -219,7 +244,7 @@ def _sharded_attention(q, k, v, segment_ids, sink_logits, *, layout: _Layout, **
             bounds = from_segment_ids(axis, segment_ids)
         return attend_chunk(q, k, v, axis=axis, bounds=bounds, sink_logits=sink_logits, **settings)
 
-    arrays = (q, k, v, segment_ids, sink_logits)
+    arrays: tuple[Array | None, ...] = (q, k, v, segment_ids, sink_logits)
     if layout.mesh is None:
         return attend(*arrays)
     heads = P(layout.batch, layout.seq, layout.head)
@@ -231,7 +256,7 @@ def _sharded_attention(q, k, v, segment_ids, sink_logits, *, layout: _Layout, **
         if kind == AxisType.Explicit
     }
     if explicit:
-        q, k, v, segment_ids, sink_logits = (
+        arrays = tuple(
             None if x is None else jax.sharding.reshard(x, only(s, explicit))
             for x, s in zip(arrays, specs, strict=True)
         )
@@ -243,10 +268,17 @@ def _sharded_attention(q, k, v, segment_ids, sink_logits, *, layout: _Layout, **
         out_specs=heads,
         axis_names=set(layout.mesh.axis_names) - manual,
         check_vma=not pallas_kernels.interprets(settings["implementation"]),
-    )(q, k, v, segment_ids, sink_logits)
+    )(*arrays)
 
 
-def sequence_devices(q, k, mesh, seq_axis, batch_axis, head_axis) -> int:
+def sequence_devices(
+    q: Float[Array, "B S N H"],
+    k: Float[Array, "B S K H"],
+    mesh: Mesh | AbstractMesh | None,
+    seq_axis: AxisName | None,
+    batch_axis: AxisName | None,
+    head_axis: AxisName | None,
+) -> int:
     """Over how many devices `ring_attention` would cut the sequence of q and k."""
     layout = _Layout.resolve(q, k, mesh, seq_axis, batch_axis, head_axis)
     return layout.size(layout.seq)

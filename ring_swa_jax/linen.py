@@ -11,7 +11,8 @@ from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jax import Array, lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
-from jaxtyping import Bool, Float, Int
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Float, Int, Shaped
 
 from ring_swa_jax._attention_fn import attention_fn as attention_fn
 from ring_swa_jax._axis import AxisName, explicit_axes
@@ -32,7 +33,9 @@ class _Parts(NamedTuple):
     out: nn.DenseGeneral
     learned: Learned
 
-    def project(self, x: Array) -> tuple[Array, Array, Array]:
+    def project(
+        self, x: Float[Array, "B S E"]
+    ) -> tuple[Float[Array, "B S N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
         """Queries, keys and values of x, not yet normalised nor rotated."""
         return self.query(x), self.key(x), self.value(x)
 
@@ -90,10 +93,10 @@ class RingSlidingWindowAttention(nn.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B S E"],
+        x: Float[ArrayLike, "B S E"],
         *,
-        segment_ids: Int[Array, "B S"] | None = None,
-        positions: Int[Array, "B S"] | None = None,
+        segment_ids: Int[ArrayLike, "B S"] | None = None,
+        positions: Int[ArrayLike, "B S"] | None = None,
     ) -> Float[Array, "B S out_features"]:
         """Attends within whole rows.
 
@@ -110,6 +113,7 @@ class RingSlidingWindowAttention(nn.Module):
             ValueError: shapes or mesh axes that do not fit.
             TypeError: ids or positions that are not integers.
         """
+        x = jnp.asarray(x)
         layer, parts = self._layer_and_parts(x)
         context = layer.forward(
             *parts.project(x), parts.learned, segment_ids=segment_ids, positions=positions
@@ -146,10 +150,10 @@ class RingSlidingWindowAttention(nn.Module):
 
     def prefill(
         self,
-        x: Float[Array, "B S E"],
+        x: Float[ArrayLike, "B S E"],
         *,
-        segment_ids: Int[Array, "B S"] | None = None,
-        positions: Int[Array, "B S"] | None = None,
+        segment_ids: Int[ArrayLike, "B S"] | None = None,
+        positions: Int[ArrayLike, "B S"] | None = None,
         max_length: int | None = None,
         relative_positions: bool = False,
     ) -> tuple[Float[Array, "B S out_features"], Cache]:
@@ -157,6 +161,7 @@ class RingSlidingWindowAttention(nn.Module):
 
         ``y, cache = module.apply(variables, x, method="prefill")``
         """
+        x = jnp.asarray(x)
         layer, parts = self._layer_and_parts(x)
         context, cache = prefill(
             layer,
@@ -171,16 +176,17 @@ class RingSlidingWindowAttention(nn.Module):
 
     def decode(
         self,
-        x: Float[Array, "B T E"],
+        x: Float[ArrayLike, "B T E"],
         cache: Cache,
         *,
-        valid: Bool[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
+        valid: Bool[ArrayLike, "B T"] | None = None,
+        positions: Int[ArrayLike, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T out_features"], Cache]:
         """Attends from the next tokens of each row, as the NNX module does.
 
         ``y, cache = module.apply(variables, x, cache, method="decode")``
         """
+        x = jnp.asarray(x)
         layer, parts = self._layer_and_parts(x)
         context, cache = decode(
             layer, *parts.project(x), parts.learned, cache, valid=valid, positions=positions
@@ -196,13 +202,13 @@ class RingSlidingWindowAttention(nn.Module):
         )
 
     @nn.nowrap
-    def _layer_and_parts(self, x: Array) -> tuple[AttentionLayer, _Parts]:
+    def _layer_and_parts(self, x: Shaped[Array, "..."]) -> tuple[AttentionLayer, _Parts]:
         layer = self._layer(x.shape[-1] if self.in_features is None else self.in_features)
         layer.check_input(x)
         return layer, self._parts(layer, x)
 
     @nn.compact
-    def _parts(self, layer: AttentionLayer, x: Array) -> _Parts:
+    def _parts(self, layer: AttentionLayer, x: Float[Array, "B S E"]) -> _Parts:
         """Submodules and parameters; the only method that makes any."""
         dense = functools.partial(
             nn.DenseGeneral,
@@ -243,11 +249,12 @@ class RingSlidingWindowAttention(nn.Module):
         )
 
     @nn.nowrap
-    def _param(self, present, name: str, init: Initializer, shape) -> Array | None:
-        return self.param(name, init, shape, self.param_dtype) if present else None
+    def _param(self, present, name: str, init: Initializer, shape) -> Float[Array, "*shape"] | None:
+        # A restored checkpoint may hold NumPy arrays.
+        return jnp.asarray(self.param(name, init, shape, self.param_dtype)) if present else None
 
 
-def _dot_general(x: Array, sharding_of: Callable[[Array], PartitionSpec | None]):
+def _dot_general(x: Float[Array, "B S E"], sharding_of: Callable[[Array], PartitionSpec | None]):
     """On Explicit axes a dot_general whose result lies as told of the kernel; else the default."""
     if not explicit_axes(x):
         return None

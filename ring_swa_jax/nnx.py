@@ -11,6 +11,7 @@ from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer, PrecisionLike, PromoteDtypeFn
 from jax import Array
 from jax.sharding import AbstractMesh, Mesh
+from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
 from ring_swa_jax._attention_fn import attention_fn as attention_fn
@@ -199,10 +200,10 @@ class RingSlidingWindowAttention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B S E"],
+        x: Float[ArrayLike, "B S E"],
         *,
-        segment_ids: Int[Array, "B S"] | None = None,
-        positions: Int[Array, "B S"] | None = None,
+        segment_ids: Int[ArrayLike, "B S"] | None = None,
+        positions: Int[ArrayLike, "B S"] | None = None,
     ) -> Float[Array, "B S out_features"]:
         """Attends within whole rows.
 
@@ -219,6 +220,7 @@ class RingSlidingWindowAttention(nnx.Module):
             ValueError: shapes or mesh axes that do not fit.
             TypeError: ids or positions that are not integers.
         """
+        x = jnp.asarray(x)
         self.layer.check_input(x)
         context = self.layer.forward(
             *self._project(x), self._learned(), segment_ids=segment_ids, positions=positions
@@ -256,10 +258,10 @@ class RingSlidingWindowAttention(nnx.Module):
 
     def prefill(
         self,
-        x: Float[Array, "B S E"],
+        x: Float[ArrayLike, "B S E"],
         *,
-        segment_ids: Int[Array, "B S"] | None = None,
-        positions: Int[Array, "B S"] | None = None,
+        segment_ids: Int[ArrayLike, "B S"] | None = None,
+        positions: Int[ArrayLike, "B S"] | None = None,
         max_length: int | None = None,
         relative_positions: bool = False,
     ) -> tuple[Float[Array, "B S out_features"], Cache]:
@@ -285,6 +287,7 @@ class RingSlidingWindowAttention(nnx.Module):
                 devices.
             TypeError: ids or positions that are not integers.
         """
+        x = jnp.asarray(x)
         self.layer.check_input(x)
         context, cache = prefill(
             self.layer,
@@ -299,11 +302,11 @@ class RingSlidingWindowAttention(nnx.Module):
 
     def decode(
         self,
-        x: Float[Array, "B T E"],
+        x: Float[ArrayLike, "B T E"],
         cache: Cache,
         *,
-        valid: Bool[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
+        valid: Bool[ArrayLike, "B T"] | None = None,
+        positions: Int[ArrayLike, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T out_features"], Cache]:
         """Attends from the next tokens of each row: a call on the whole sequence, to rounding.
 
@@ -328,6 +331,7 @@ class RingSlidingWindowAttention(nnx.Module):
                 cache of relative ones.
             TypeError: a dtype that is not the cache's, or no cache.
         """
+        x = jnp.asarray(x)
         self.layer.check_input(x)
         context, cache = decode(
             self.layer, *self._project(x), self._learned(), cache, valid=valid, positions=positions
@@ -337,7 +341,9 @@ class RingSlidingWindowAttention(nnx.Module):
     def _learned(self) -> Learned:
         return Learned(*map(_value, (self.query_norm, self.key_norm, self.sink_logits)))
 
-    def _project(self, x) -> tuple[Array, Array, Array]:
+    def _project(
+        self, x: Float[Array, "B S E"]
+    ) -> tuple[Float[Array, "B S N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
         """Queries, keys and values of x, not yet normalised nor rotated."""
 
         def project(linear):
@@ -345,10 +351,13 @@ class RingSlidingWindowAttention(nnx.Module):
 
         return project(self.query), project(self.key), project(self.value)
 
-    def _project_out(self, context, x):
+    def _project_out(
+        self, context: Float[Array, "B S N Hv"], x: Float[Array, "B S E"]
+    ) -> Float[Array, "B S out_features"]:
         """The output of a context, sharded as x."""
         return self.out(context, out_sharding=self.layer.sharding_of_output(x))
 
 
-def _value(parameter: nnx.Param | None) -> Array | None:
-    return None if parameter is None else parameter[...]
+def _value(parameter: nnx.Param | None) -> Float[Array, "..."] | None:
+    # A restored checkpoint may hold NumPy arrays.
+    return None if parameter is None else jnp.asarray(parameter[...])

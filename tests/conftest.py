@@ -1,7 +1,16 @@
 """Eight CPU devices, the marker `gpu`, the compile gate's table, and fixtures that all share."""
 
 import jax
+import jaxtyping
 import pytest
+
+from tests.helpers import typechecking
+
+# Before the first import of either package: every function of theirs then checks at each call that
+# its arguments and its result have the types and shapes of its signature.
+jaxtyping.install_import_hook(
+    ["ring_swa_jax", "pallas_kernels"], f"{typechecking.__name__}.checked"
+)
 
 jax.config.update("jax_num_cpu_devices", 8)  # before the first use of a device
 
@@ -35,6 +44,14 @@ def pytest_terminal_summary(terminalreporter):
     for _, *row in sorted(value for key, value in properties if key == "gpu"):
         cells = ["-" if cell is None else cell for cell in row]
         terminalreporter.line("{:<36}{:<9}{:>9}{:>11}{:>9}{:>9}".format(*cells))
+
+
+@pytest.fixture
+def unchecked_signatures():
+    """Lets arguments that break a signature reach the packages' own checks and their messages."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)

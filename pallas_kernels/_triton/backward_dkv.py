@@ -5,7 +5,7 @@ needed. A sink is seen by many more queries than its neighbours; what those far 
 from a launch of its own (`backward_sinks`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ def backward_dkv(
     tiles: TritonTiles,
     wanted: tuple[bool, bool],
     interpret: bool,
-) -> list[Array]:
+) -> Sequence[Array]:
     """Gradients of the keys and values of a run through the first ``rows`` queries.
 
     Args:

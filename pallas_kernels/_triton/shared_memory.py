@@ -24,7 +24,6 @@ from jax.experimental import pallas as pl
 from pallas_kernels._triton.blocks import head_parts
 from pallas_kernels._triton.tiles import TritonTiles
 
-
 BARRIERS = 64
 """Bytes of the barriers of ``tcgen05.mma`` and of the address of its tensor memory, at most."""
 

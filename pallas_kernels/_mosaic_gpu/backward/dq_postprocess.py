@@ -183,7 +183,7 @@ def postprocess(
     scale: float,
     rows: int,
     dtype: jnp.dtype,
-) -> Float[Array, "B rows N H"]:
+) -> Float[Array, "B R N H"]:
     """The gradients of queries; arguments as those of `DqPostprocess`."""
     work = DqPostprocess(sums, others, scale=scale, rows=rows, dtype=dtype)
 

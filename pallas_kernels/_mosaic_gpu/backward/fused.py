@@ -7,7 +7,7 @@ logits through shared memory; each then computes half of the columns. `dq_accumu
 that of other programs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -166,7 +166,7 @@ def _barriers(copies: int) -> dict[str, Any]:
     }
 
 
-def _dquery_buffers(pipeline: BackwardPipeline, smem: dict[str, Any]) -> tuple[Any, Any]:
+def _dquery_buffers(pipeline: BackwardPipeline, smem: dict[str, Any]) -> Sequence[Any]:
     """The buffers of sums and of results for queries, which are the same memory."""
     if pipeline.epilogue is None:
         return smem["dquery"], None

@@ -36,9 +36,9 @@ def shard(seed):
 
 def seen_sinks(window, num_sinks, starts):
     """(row, query, slot) of all sinks that are seen beyond a window."""
-    i = np.arange(starts.shape[1])[:, None]
-    for row, start in enumerate(starts[..., None]):
-        j = start + np.arange(num_sinks)
+    i = jnp.arange(starts.shape[1])[:, None]
+    for row, start in enumerate(jnp.asarray(starts)[..., None]):
+        j = start + jnp.arange(num_sinks)
         seen = np.asarray(sees_beyond_window(i, j, start, window, num_sinks))
         for query, slot in np.argwhere(seen):
             yield row, query, slot
