@@ -212,6 +212,11 @@ def _launch_all_forward(
     if not lengths:
         return launch(inputs, None, rows=(0, rows), out_dtype=query.dtype), None
 
+    if len(lengths) == 1 and kernels.prefers_fused_halo_forward:
+        fetched = halo.fetch(0, key, value, after=None)
+        joined = inputs._replace(runs=(_hop_run(halo, 0, fetched), local))
+        return launch(joined, None, rows=(0, rows), out_dtype=query.dtype), fetched
+
     tile = kernels.query_tile_rows(spec, query, local)
     near = -(-lengths[0] // tile) * tile
     if len(lengths) == 1 and 2 * near <= rows:

@@ -139,6 +139,11 @@ class Kernels(Protocol):
         """
         ...
 
+    @property
+    def prefers_fused_halo_forward(self) -> bool:
+        """Whether one `forward` of all rows and all keys is better than one while a hop travels."""
+        ...
+
     def prefers_fused_halo_backward(self, spec: Spec, inputs: BackwardInputs) -> bool:
         """Whether one `backward` of all ``inputs.runs`` is faster than one for each run.
 

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 from pallas_kernels._kernels import BackwardInputs, ForwardInputs, Gradients, Kernels
 from pallas_kernels._logits import delta_of
-from pallas_kernels._masks import is_real, sees, sees_fetched_sink
+from pallas_kernels._masks import is_real, sees, sees_behind_halo, sees_fetched_sink
 from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State, accumulator_dtype
 from pallas_kernels._tile_ranges import key_plan
 from pallas_kernels._tiles import Tiles
@@ -43,6 +43,7 @@ def forward(
 ) -> State:
     """As `Kernels.forward`."""
     query, runs, sinks, sink_logits, start = inputs
+    runs = _joined(runs)
     dtype = accumulator_dtype(query.dtype)
     offsets = tuple(run.offset for run in runs)
     if state is None:
@@ -113,6 +114,7 @@ def backward(
 ) -> Gradients:
     """As `Kernels.backward`."""
     query, runs, sinks, start, out, dout, lse = inputs
+    runs = _joined(runs)
     dtype = lse.dtype
     offsets = tuple(run.offset for run in runs)
     batch, _, heads, dim = query.shape
@@ -178,7 +180,7 @@ def backward(
     bounds = (start, _plans(spec, runs, start, (0, rows)))
     keys = tuple((run.key, run.value) for run in runs)
     dquery, dkeys, dsinks = _each_row(one_row, bounds)(query, keys, sinks, dout, lse, delta, total)
-    return Gradients(dquery, dkeys, dsinks, delta)
+    return Gradients(dquery, _by_runs(inputs.runs, dkeys), dsinks, delta)
 
 
 class XlaKernels:
@@ -197,10 +199,15 @@ class XlaKernels:
         del spec, query, run
         return 1
 
+    @property
+    def prefers_fused_halo_forward(self) -> bool:
+        """One launch is half the program to compile."""
+        return True
+
     def prefers_fused_halo_backward(self, spec: Spec, inputs: BackwardInputs) -> bool:
-        """The halo's gradients travel under the launch of the shard's own keys."""
+        """One launch is half the program to compile."""
         del spec, inputs
-        return False
+        return True
 
     forward = staticmethod(forward)
     backward = staticmethod(backward)
@@ -240,6 +247,35 @@ class _Keys(NamedTuple):
     begin: Int[Array, ""] | int
 
 
+def _joined(runs: tuple[KeyRun, ...]) -> tuple[KeyRun, ...]:
+    """Runs that follow one another as one run."""
+    if len(runs) == 1:
+        return runs
+    key = jnp.concatenate([run.key for run in runs], axis=1)
+    value = jnp.concatenate([run.value for run in runs], axis=1)
+    return (KeyRun(key, value, runs[0].offset),)
+
+
+def _by_runs(
+    runs: tuple[KeyRun, ...], dkeys: tuple[tuple[Array, Array], ...]
+) -> tuple[tuple[Array, Array], ...]:
+    """Gradients of `_joined` runs, run by run."""
+    if len(runs) == len(dkeys):
+        return dkeys
+    ((dkey, dvalue),) = dkeys
+    found = []
+    for run in runs:
+        begin = run.offset - runs[0].offset
+        end = begin + run.key.shape[1]
+        found.append((dkey[:, begin:end], dvalue[:, begin:end]))
+    return tuple(found)
+
+
+def _sinks_in(spec: Spec, offset: int, length: int) -> int:
+    """Sinks to look for in a run: only the shard's own keys hold any."""
+    return spec.num_sinks if offset + length > 0 else 0
+
+
 # Weighted values, running maximum and running sum of the online softmax.
 _Sum = tuple[Float[Array, "K G Q Hv"], Float[Array, "K G Q"], Float[Array, "K G Q"]]
 
@@ -253,17 +289,25 @@ def _each_row(one_row: Callable, bounds: tuple[Starts, tuple[Int[Array, "..."], 
 
 def _without_padding(
     runs: tuple[tuple[Array, Array], ...], offsets: tuple[int, ...], start: Starts
-):
+) -> tuple[tuple[Array, ...], ...]:
     """Pairs of [S, heads, dim] at these offsets with zeros for padding."""
     if not start.ndim:
         return runs
     found = []
     for pair, offset in zip(runs, offsets, strict=True):
-        positions = offset + jnp.arange(pair[0].shape[0], dtype=jnp.int32)
-        # A query sees keys before its shard only if its sequence crosses into the shard.
-        real = positions >= start[0] if offset else is_real(positions, start)
+        real = _is_real_key(start, offset, pair[0].shape[0])
         found.append(tuple(jnp.where(real[:, None, None], x, 0) for x in pair))
     return tuple(found)
+
+
+def _is_real_key(start: Int[Array, "T"], offset: int, length: int) -> Bool[Array, "S"]:
+    """Whether a key of a run is a token, or before the shard one that a query may see."""
+    positions = offset + jnp.arange(length, dtype=jnp.int32)
+    before = min(-offset, length)
+    # A query sees keys before its shard only if its sequence crosses into the shard.
+    crossing = positions[:before] >= start[0]
+    own = is_real(positions[before:], start[: length - before])
+    return jnp.concatenate([crossing, own])
 
 
 def _plans(
@@ -273,7 +317,7 @@ def _plans(
         key_plan(
             start,
             spec.window,
-            spec.sinks_in(run.offset),
+            _sinks_in(spec, run.offset, run.key.shape[1]),
             rows=rows,
             query_tile=min(xla_tiles(spec.window).query, rows[1] - rows[0]),
             offset=run.offset,
@@ -324,13 +368,15 @@ def _over_keys(
         first_key = jnp.where(index < sink_end, index, index + skipped) * size
         slice_begin = jnp.minimum(first_key, length - size)
         local = slice_begin + jnp.arange(size, dtype=jnp.int32)
-        seen = sees(
+        rule = sees_behind_halo if run.offset else sees
+        seen = rule(
             tile.positions[:, None],
             run.offset + local,
             tile.start[..., None],
             spec.window,
-            spec.sinks_in(run.offset),
-            packed=tile.start.ndim > 0,
+            _sinks_in(spec, run.offset, length),
+            # A tile of joined runs may hold keys before the first sequence, which are nobody's.
+            packed=tile.start.ndim > 0 or -length < run.offset < 0,
         )
         key, value = (lax.dynamic_slice_in_dim(x, slice_begin, size) for x in (run.key, run.value))
         seen = seen & tile.own[:, None] & (local >= first_key)

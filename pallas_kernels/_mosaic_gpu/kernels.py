@@ -75,6 +75,11 @@ class MosaicKernels:
             programs=_programs(spec),
         )
 
+    @property
+    def prefers_fused_halo_forward(self) -> bool:
+        """The halo travels under the launch of the rows that do not see it."""
+        return False
+
     def prefers_fused_halo_backward(self, spec: Spec, inputs: BackwardInputs) -> bool:
         """A fused kernel takes less time for a halo and own keys together than one by one."""
         return choice.fused_backward(spec, inputs) is not None

@@ -66,6 +66,11 @@ class TritonKernels:
             interpret=_support.interprets("triton"),
         )
 
+    @property
+    def prefers_fused_halo_forward(self) -> bool:
+        """The halo travels under the launch of the rows that do not see it."""
+        return False
+
     def prefers_fused_halo_backward(self, spec: Spec, inputs: BackwardInputs) -> bool:
         """The halo's gradients travel under the launch of the shard's own keys."""
         del spec, inputs
