@@ -10,6 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Bool, Float, Int
 
@@ -24,6 +25,10 @@ from pallas_kernels._mosaic_gpu.primitives import (
 
 FLAG_WIDTH = 32
 """Copies of a tile's flag: TMA writes to multiples of 128 bytes."""
+
+
+SLICE_COLUMNS = 64
+"""Columns that are overwritten at a time: those of the widest swizzle."""
 
 
 def is_padding(start: Int[Array, "B T"]) -> Bool[Array, "B T"]:
@@ -55,10 +60,13 @@ def zero_padding(tiles: list[Any], starts: Any, first: Int[Array, ""]) -> None:
     """
     starts = load_as(starts, COLUMN)
     for tile in tiles:
-        columns = tile.shape[1]
-        i = plgpu.broadcasted_iota(jnp.int32, (ROWS, columns), 0, layout=MATRIX)
-        i = i * opaque_to_compiler(1) + first
-        x = load_as(tile, MATRIX)
-        tile[...] = jnp.where(broadcast_column(starts, columns) <= i, x, jnp.zeros((), x.dtype))
+        # Some columns at a time: registers are scarce.
+        columns = SLICE_COLUMNS if tile.shape[1] % SLICE_COLUMNS == 0 else tile.shape[1]
+        for column in range(0, tile.shape[1], columns):
+            part = tile.at[:, pl.ds(column, columns)]
+            i = plgpu.broadcasted_iota(jnp.int32, (ROWS, columns), 0, layout=MATRIX)
+            i = i * opaque_to_compiler(1) + first
+            x, seen = load_as(part, MATRIX), broadcast_column(starts, columns) <= i
+            part[...] = jnp.where(seen, x, jnp.zeros((), x.dtype))
     # Waits for all warps of the warpgroup, and makes the zeros visible to WGMMA and TMA.
     plgpu.commit_smem()
