@@ -11,6 +11,7 @@ from ring_swa_jax._models import layer_settings as layer_settings
 from ring_swa_jax._models import models as models
 from ring_swa_jax._processes import check_processes as check_processes
 from ring_swa_jax._reference import reference_attention as reference_attention
+from ring_swa_jax._repeated_work import RepeatedWorkWarning as RepeatedWorkWarning
 from ring_swa_jax._ring import ring_sliding_window_attn as ring_sliding_window_attn
 from ring_swa_jax._ring import ring_sliding_window_attn_varlen as ring_sliding_window_attn_varlen
 from ring_swa_jax._ring import ring_streaming_llm_attn as ring_streaming_llm_attn
@@ -22,6 +23,7 @@ from ring_swa_jax._rope_scaling import Llama3Scaling as Llama3Scaling
 from ring_swa_jax._rope_scaling import YarnScaling as YarnScaling
 from ring_swa_jax._segments import segment_positions as segment_positions
 from ring_swa_jax._sharded import ring_attention as ring_attention
+from ring_swa_jax._trim import trim_cache as trim_cache
 from ring_swa_jax._version import __version__ as __version__
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "LinearScaling",
     "Llama3Scaling",
     "ModelLayers",
+    "RepeatedWorkWarning",
     "Rope",
     "YarnScaling",
     "__version__",
@@ -47,4 +50,5 @@ __all__ = [
     "ring_streaming_llm_attn",
     "ring_streaming_llm_attn_varlen",
     "segment_positions",
+    "trim_cache",
 ]

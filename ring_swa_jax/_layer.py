@@ -1,17 +1,20 @@
 """What the Flax modules share: an attention layer's settings, and its maths between projections."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 
+from pallas_kernels import accumulator_dtype
 from ring_swa_jax import _checks
-from ring_swa_jax._axis import AxisName, explicit_axes, spec_of
+from ring_swa_jax._axis import AxisName, explicit_axes, mesh_of, names_of, spec_of
+from ring_swa_jax._integers import as_positions, as_segment_ids
 from ring_swa_jax._rope import Rope, apply_rope
 from ring_swa_jax._segments import segment_positions
 from ring_swa_jax._sharded import only, ring_attention
@@ -123,16 +126,19 @@ class AttentionLayer:
             return (self.num_heads, self.head_dim), (self.num_kv_heads, self.head_dim)
         return (self.head_dim,), (self.head_dim,)
 
-    def check_input(self, x: Shaped[Array, "..."]) -> None:
-        """Checks that x is [B, S, features].
+    def check_input(self, x) -> Array:
+        """``x`` as an array [B, S, features].
 
         Raises:
-            ValueError: it is not.
+            ValueError: another shape.
+            TypeError: no array.
         """
+        x = _checks.as_array("x", x)
         if x.ndim != 3 or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"x must have the shape [B, S, {self.in_features}] of in_features, got {x.shape}"
             )
+        return x
 
     def forward(
         self,
@@ -145,6 +151,8 @@ class AttentionLayer:
         positions: Int[ArrayLike, "B S"] | None,
     ) -> Float[Array, "B S N Hv"]:
         """From the projections of whole rows to the attended values."""
+        if segment_ids is not None:
+            segment_ids = as_segment_ids(segment_ids, q.shape[:2])
         q, k = self.normalise(q, k, learned)
         positions = self.positions(q, segment_ids, positions)
         q, k = self.rotate(q, positions), self.rotate(k, positions)
@@ -168,9 +176,10 @@ class AttentionLayer:
         self, x: Float[Array, "B S N H"], factor: Float[Array, "H"] | Float[Array, "N H"]
     ) -> Float[Array, "B S N H"]:
         """RMSNorm over each head, or over all heads of a token together, in float32."""
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = x.astype(accumulator_dtype(x.dtype))
         axes = (-2, -1) if self.qk_norm == "all_heads" else -1
         square = jnp.mean(wide * wide, axis=axes, keepdims=True)
+        factor = jnp.expand_dims(factor, range(x.ndim - factor.ndim)).astype(wide.dtype)
         return (wide * jax.lax.rsqrt(square + self.qk_norm_epsilon) * factor).astype(x.dtype)
 
     def positions(
@@ -181,27 +190,32 @@ class AttentionLayer:
     ) -> Int[Array, "#B S"]:
         """By default positions restart in each document, or count through without documents."""
         if positions is not None:
-            return jnp.asarray(positions)
+            return as_positions(positions)
         if segment_ids is None:
             return jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-        segment_ids = jnp.asarray(segment_ids)
-        _checks.check_segment_ids(segment_ids, x.shape[:2])
         return segment_positions(segment_ids)
 
-    def sharding_of_heads(
-        self, x: Float[Array, "B S E"], kernel: Float[ArrayLike, "E heads features"]
-    ) -> PartitionSpec | None:
-        """How x @ kernel [E, heads, H] is to lie on Explicit mesh axes; None on others."""
+    def sharding_of_heads(self, x: Array, kernel: Array) -> NamedSharding | None:
+        """How x @ kernel [E, heads, H] is to lie on Explicit mesh axes; None on others.
+
+        Heads that the devices do not divide are not cut: `ring_attention` repeats them.
+        """
         explicit = explicit_axes(x)
         if not explicit:
             return None
         batch, seq, _ = spec_of(x)
-        return only(PartitionSpec(batch, seq, self.head_axis or spec_of(kernel)[1], None), explicit)
+        mesh = mesh_of(x)
+        spec = only(PartitionSpec(batch, seq, self.head_axis or spec_of(kernel)[1]), explicit)
+        devices = math.prod(mesh.shape[name] for name in names_of(spec[2]))
+        spec = spec if kernel.shape[1] % devices == 0 else spec[:2]
+        return NamedSharding(mesh, PartitionSpec(*spec))
 
-    def sharding_of_output(self, x: Float[Array, "B S E"]) -> PartitionSpec | None:
+    def sharding_of_output(self, x: Array) -> NamedSharding | None:
         """How the layer's output is to lie on Explicit mesh axes, as x does; None on others."""
         explicit = explicit_axes(x)
-        return only(PartitionSpec(*spec_of(x)), explicit) if explicit else None
+        if not explicit:
+            return None
+        return NamedSharding(mesh_of(x), only(PartitionSpec(*spec_of(x)), explicit))
 
     def attend(
         self,

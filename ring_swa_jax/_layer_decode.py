@@ -1,9 +1,11 @@
 """Decoding of a layer, from its projections to the attended values, for both Flax modules."""
 
 import dataclasses
+import functools
 import math
 
 import einops
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
@@ -12,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from ring_swa_jax import _cache
 from ring_swa_jax._cache import Cache
 from ring_swa_jax._decode import decode_attention
+from ring_swa_jax._integers import as_positions, as_segment_ids
 from ring_swa_jax._layer import AttentionLayer, Learned
 from ring_swa_jax._segments import segment_positions
 from ring_swa_jax._sharded import sequence_devices
@@ -24,6 +27,7 @@ def init_cache(
     batch_size: int,
     *,
     max_length: int | None,
+    max_trim: int,
     dtype,
     relative_positions: bool,
 ) -> Cache:
@@ -35,6 +39,7 @@ def init_cache(
         window_size=layer.window_size,
         num_sink_tokens=layer.num_sink_tokens,
         max_length=max_length,
+        max_trim=max_trim,
         value_dim=layer.value_dim,
         dtype=dtype,
         relative_positions=relative_positions,
@@ -51,10 +56,13 @@ def prefill(
     segment_ids: Int[ArrayLike, "B S"] | None,
     positions: Int[ArrayLike, "B S"] | None,
     max_length: int | None,
+    max_trim: int,
     relative_positions: bool,
 ) -> tuple[Float[Array, "B S N Hv"], Cache]:
     """The attended values of whole rows, and the cache that goes on with their last sequences."""
     _check_positions(positions, relative_positions)
+    if segment_ids is not None:
+        segment_ids = as_segment_ids(segment_ids, q.shape[:2])
     q, k = layer.normalise(q, k, learned)
     positions = layer.positions(q, segment_ids, positions)
     turned_q, turned_k = layer.rotate(q, positions), layer.rotate(k, positions)
@@ -65,10 +73,11 @@ def prefill(
         num_sink_tokens=layer.num_sink_tokens,
         segment_ids=segment_ids,
         max_length=max_length,
+        max_trim=max_trim,
         relative_positions=relative_positions,
     )
     if relative_positions and q.shape[1] > _same_positions(layer):
-        _check_not_cut(layer, q, k)
+        _check_not_cut(layer, q)
         context = _attend_chunks(layer, q, k, v, segment_ids, learned.sink_logits)
     else:
         context = layer.attend(turned_q, turned_k, v, segment_ids, learned.sink_logits)
@@ -94,7 +103,7 @@ def decode(
         if positions is None:
             positions = _cache.next_positions(cache, q.shape[1], valid)
         else:
-            positions = jnp.asarray(positions)
+            positions = as_positions(positions)
         q, k = layer.rotate(q, positions), layer.rotate(k, positions)
     return _attend_step(layer, q, k, v, cache, valid, learned.sink_logits)
 
@@ -123,17 +132,15 @@ def _attend_step(
     )
 
 
-def _attend_chunks(
-    layer: AttentionLayer,
-    q: Float[Array, "B S N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K Hv"],
-    segment_ids: Int[ArrayLike, "B S"] | None,
-    sink_logits: Float[Array, "N"] | None,
-) -> Float[Array, "B S N Hv"]:
+# The jit is for calls outside of any other, which would compile the loop anew each time.
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _attend_chunks(layer, q, k, v, segment_ids, sink_logits) -> Float[Array, "B S N Hv"]:
     """Attention of whole rows with cache-relative positions."""
     batch, length = q.shape[:2]
-    cache = init_cache(layer, batch, max_length=None, dtype=k.dtype, relative_positions=True)
+    cache = init_cache(
+        layer, batch, max_length=None, max_trim=1, dtype=k.dtype, relative_positions=True
+    )
+    cache = _cache.lie_as(k, cache)
     if segment_ids is None:
         chunk = _CHUNK
         valid = jnp.ones((batch, length), bool)
@@ -174,11 +181,9 @@ def _check_positions(positions: Int[ArrayLike, "B T"] | None, relative_positions
         )
 
 
-def _check_not_cut(
-    layer: AttentionLayer, q: Float[Array, "B S N H"], k: Float[Array, "B S K H"]
-) -> None:
+def _check_not_cut(layer: AttentionLayer, q) -> None:
     axes = (layer.seq_axis, layer.batch_axis, layer.head_axis)
-    devices = sequence_devices(q, k, layer.mesh, *axes)
+    devices = sequence_devices(q, layer.mesh, *axes)
     if devices > 1:
         raise ValueError(
             f"with relative_positions=True a prompt of {q.shape[1]} tokens, more than "

@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
+from ring_swa_jax import _serialization as _serialization
 from ring_swa_jax._attention_fn import attention_fn as attention_fn
 from ring_swa_jax._axis import AxisName
 from ring_swa_jax._cache import Cache
@@ -56,7 +57,8 @@ class RingSlidingWindowAttention(nnx.Module):
             "all_heads": one of all heads of a token together, with factors [N, H] and [K, H], as
             in OLMo 2 and 3. The factors multiply as they are: Gemma's weights are ``factor - 1``.
         qk_norm_epsilon: added to the mean square.
-        rope: rotary settings; None: no rotation.
+        rope: rotary settings, `ring_swa_jax.Rope`; None: no rotation, as in Flax's own attention.
+            No default, as either would be wrong in silence for the other half of all models.
         mesh: by default that of ``jax.set_mesh``.
         seq_axis: mesh axis or axes (a tuple, major first) that cut the sequence; None: it is not
             cut.
@@ -109,7 +111,7 @@ class RingSlidingWindowAttention(nnx.Module):
         scale: float | None = None,
         qk_norm: bool | Literal["all_heads"] = False,
         qk_norm_epsilon: float = 1e-6,
-        rope: Rope | None = Rope(),  # noqa: B008  frozen
+        rope: Rope | None,
         mesh: Mesh | AbstractMesh | None = None,
         seq_axis: AxisName | None = "seq",
         batch_axis: AxisName | None = None,
@@ -220,8 +222,7 @@ class RingSlidingWindowAttention(nnx.Module):
             ValueError: shapes or mesh axes that do not fit.
             TypeError: ids or positions that are not integers.
         """
-        x = jnp.asarray(x)
-        self.layer.check_input(x)
+        x = self.layer.check_input(x)
         context = self.layer.forward(
             *self._project(x), self._learned(), segment_ids=segment_ids, positions=positions
         )
@@ -232,6 +233,7 @@ class RingSlidingWindowAttention(nnx.Module):
         batch_size: int,
         *,
         max_length: int | None = None,
+        max_trim: int = 1,
         dtype: Dtype | None = None,
         relative_positions: bool = False,
     ) -> Cache:
@@ -240,6 +242,7 @@ class RingSlidingWindowAttention(nnx.Module):
         Args:
             batch_size: number of rows, B.
             max_length: the most tokens that a row will have; needed where ``window_size=None``.
+            max_trim: how many tokens `ring_swa_jax.trim_cache` may take back at a time.
             dtype: of keys and values, which is that of the projections of x; by default the
                 module's dtype, or its parameters' where it has none.
             relative_positions: whether to decode with cache-relative positions (see `decode`).
@@ -252,6 +255,7 @@ class RingSlidingWindowAttention(nnx.Module):
             self.layer,
             batch_size,
             max_length=max_length,
+            max_trim=max_trim,
             dtype=dtype or self.key.dtype or self.key.param_dtype,
             relative_positions=relative_positions,
         )
@@ -263,6 +267,7 @@ class RingSlidingWindowAttention(nnx.Module):
         segment_ids: Int[ArrayLike, "B S"] | None = None,
         positions: Int[ArrayLike, "B S"] | None = None,
         max_length: int | None = None,
+        max_trim: int = 1,
         relative_positions: bool = False,
     ) -> tuple[Float[Array, "B S out_features"], Cache]:
         """Attends within whole rows, as a call does, and keeps what `decode` goes on with.
@@ -273,6 +278,7 @@ class RingSlidingWindowAttention(nnx.Module):
                 either side. `decode` goes on with each row's last sequence.
             positions: as in a call; if given here, then give them to `decode` too.
             max_length: the most tokens that a row will have; needed where ``window_size=None``.
+            max_trim: how many tokens `ring_swa_jax.trim_cache` may take back at a time.
             relative_positions: cache-relative positions, see `decode`. The results equal those of
                 `decode`, token by token. With ``num_sink_tokens``, a prompt longer than
                 ``num_sink_tokens + window_size + 1`` is attended chunk after chunk on a sequence
@@ -287,8 +293,7 @@ class RingSlidingWindowAttention(nnx.Module):
                 devices.
             TypeError: ids or positions that are not integers.
         """
-        x = jnp.asarray(x)
-        self.layer.check_input(x)
+        x = self.layer.check_input(x)
         context, cache = prefill(
             self.layer,
             *self._project(x),
@@ -296,6 +301,7 @@ class RingSlidingWindowAttention(nnx.Module):
             segment_ids=segment_ids,
             positions=positions,
             max_length=max_length,
+            max_trim=max_trim,
             relative_positions=relative_positions,
         )
         return self._project_out(context, x), cache
@@ -331,8 +337,7 @@ class RingSlidingWindowAttention(nnx.Module):
                 cache of relative ones.
             TypeError: a dtype that is not the cache's, or no cache.
         """
-        x = jnp.asarray(x)
-        self.layer.check_input(x)
+        x = self.layer.check_input(x)
         context, cache = decode(
             self.layer, *self._project(x), self._learned(), cache, valid=valid, positions=positions
         )
