@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from flax.typing import Dtype, PrecisionLike
 from jax import Array
 from jax.sharding import AbstractMesh, Mesh
-from jax.typing import ArrayLike
 from jaxtyping import Float, Shaped
 
 from ring_swa_jax import _checks
+from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._axis import AxisName
 from ring_swa_jax._linen_init import axes_that_divide, initialising, repeated_work_is_meant
 from ring_swa_jax._sharded import ring_attention
@@ -94,12 +94,12 @@ class AttentionFn:
     # is refused must be named too.
     def __call__(
         self,
-        query: Float[ArrayLike, "*batch S N H"],
-        key: Float[ArrayLike, "*batch S K H"],
-        value: Float[ArrayLike, "*batch S K Hv"],
+        query: Float[AnyArray, "*batch S N H"],
+        key: Float[AnyArray, "*batch S K H"],
+        value: Float[AnyArray, "*batch S K Hv"],
         *,
-        bias: Shaped[ArrayLike, "..."] | None = None,
-        mask: Shaped[ArrayLike, "..."] | None = None,
+        bias: Shaped[AnyArray, "..."] | None = None,
+        mask: Shaped[AnyArray, "..."] | None = None,
         dropout_rng: Shaped[Array, "..."] | None = None,
         dropout_rate: float = 0.0,
         broadcast_dropout: bool = True,
@@ -108,7 +108,7 @@ class AttentionFn:
         precision: PrecisionLike = None,
         module: object = None,
         is_causal: bool = True,
-        input_positions: Shaped[ArrayLike, "..."] | None = None,
+        input_positions: Shaped[AnyArray, "..."] | None = None,
         force_fp32_for_softmax: bool = False,
         qk_attn_weights_einsum: object = None,
         attn_weights_value_einsum: object = None,
@@ -147,7 +147,7 @@ class AttentionFn:
             return ring_attention(*rows, segment_ids=segment_ids, **(vars(self) | axes))
 
 
-def _are_ids(mask: Array, query: Array) -> bool:
+def _are_ids(mask: AnyArray, query: AnyArray) -> bool:
     return jnp.issubdtype(mask.dtype, jnp.integer) and mask.shape == query.shape[:-2]
 
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax._src import core
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
-from jax.typing import ArrayLike
 from jaxtyping import Int, Shaped
+
+from ring_swa_jax._arrays import AnyArray
 
 AxisName = Hashable | tuple[Hashable, ...]
 
@@ -76,7 +77,7 @@ def vmapped_axes() -> frozenset[Hashable]:
     return frozenset(core.get_axis_env().spmd_axis_names)
 
 
-def explicit_axes(x: Shaped[ArrayLike, "..."]) -> set[Hashable]:
+def explicit_axes(x: Shaped[AnyArray, "..."]) -> set[Hashable]:
     """Names of the Explicit axes of the mesh that x lies on."""
     mesh = jax.typeof(x).sharding.mesh
     axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
@@ -97,7 +98,7 @@ def reshard(
     return jax.sharding.reshard(x, NamedSharding(mesh, spec))
 
 
-def spec_of(x: Shaped[ArrayLike, "..."]) -> tuple:
+def spec_of(x: Shaped[AnyArray, "..."]) -> tuple:
     """Mesh axes of every dimension of x, as far as its type says."""
     spec = jax.typeof(x).sharding.spec
     return (*spec, *[None] * (jnp.ndim(x) - len(spec)))

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
-from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
 from ring_swa_jax import _checks
+from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._axis import explicit_axes, mesh_of, reshard, spec_of
 from ring_swa_jax._integers import as_segment_ids
 from ring_swa_jax._segments import segment_starts
@@ -130,12 +130,12 @@ def init_cache(
 
 
 def prefill_cache(
-    k: Float[ArrayLike, "B S K H"],
-    v: Float[ArrayLike, "B S K Hv"],
+    k: Float[AnyArray, "B S K H"],
+    v: Float[AnyArray, "B S K Hv"],
     *,
     window_size: int | None,
     num_sink_tokens: int = 0,
-    segment_ids: Int[ArrayLike, "B S"] | None = None,
+    segment_ids: Int[AnyArray, "B S"] | None = None,
     max_length: int | None = None,
     max_trim: int = 1,
     relative_positions: bool = False,
@@ -205,7 +205,7 @@ def prefill_cache(
 
 
 def next_positions(
-    cache: Cache, num_tokens: int, valid: Bool[ArrayLike, "B T"] | None = None
+    cache: Cache, num_tokens: int, valid: Bool[AnyArray, "B T"] | None = None
 ) -> Int[Array, "B T"]:
     """Positions of the next tokens of each row in its sequence, for their rotary embedding.
 

@@ -6,11 +6,11 @@ from typing import NamedTuple
 import einops
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
 from pallas_kernels import accumulator_dtype
 from ring_swa_jax import _checks
+from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._cache import (
     Cache,
     append_sinks,
@@ -27,17 +27,17 @@ Rotate = Callable[[Float[Array, "B S N H"], Int[Array, "B S"]], Float[Array, "B 
 
 
 def decode_attention(
-    q: Float[ArrayLike, "B T N H"],
-    k: Float[ArrayLike, "B T K H"],
-    v: Float[ArrayLike, "B T K Hv"],
+    q: Float[AnyArray, "B T N H"],
+    k: Float[AnyArray, "B T K H"],
+    v: Float[AnyArray, "B T K Hv"],
     cache: Cache,
     *,
     window_size: int | None,
     num_sink_tokens: int = 0,
-    valid: Bool[ArrayLike, "B T"] | None = None,
+    valid: Bool[AnyArray, "B T"] | None = None,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
-    sink_logits: Float[ArrayLike, "N"] | None = None,
+    sink_logits: Float[AnyArray, "N"] | None = None,
     rotate: Rotate | None = None,
 ) -> tuple[Float[Array, "B T N Hv"], Cache]:
     r"""Attention of the next T tokens of each row, as of the whole sequence, and the cache after.

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from pallas_kernels import accumulator_dtype
 from ring_swa_jax import _checks
+from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._axis import AxisName, explicit_axes, mesh_of, names_of, spec_of
 from ring_swa_jax._integers import as_positions, as_segment_ids
 from ring_swa_jax._rope import Rope, apply_rope
@@ -147,8 +147,8 @@ class AttentionLayer:
         v: Float[Array, "B S K Hv"],
         learned: Learned,
         *,
-        segment_ids: Int[ArrayLike, "B S"] | None,
-        positions: Int[ArrayLike, "B S"] | None,
+        segment_ids: Int[AnyArray, "B S"] | None,
+        positions: Int[AnyArray, "B S"] | None,
     ) -> Float[Array, "B S N Hv"]:
         """From the projections of whole rows to the attended values."""
         if segment_ids is not None:
@@ -185,8 +185,8 @@ class AttentionLayer:
     def positions(
         self,
         x: Float[Array, "B S N H"],
-        segment_ids: Int[ArrayLike, "B S"] | None,
-        positions: Int[ArrayLike, "B S"] | None,
+        segment_ids: Int[AnyArray, "B S"] | None,
+        positions: Int[AnyArray, "B S"] | None,
     ) -> Int[Array, "#B S"]:
         """By default positions restart in each document, or count through without documents."""
         if positions is not None:
@@ -222,7 +222,7 @@ class AttentionLayer:
         q: Float[Array, "B S N H"],
         k: Float[Array, "B S K H"],
         v: Float[Array, "B S K Hv"],
-        segment_ids: Int[ArrayLike, "B S"] | None,
+        segment_ids: Int[AnyArray, "B S"] | None,
         sink_logits: Float[Array, "N"] | None,
     ) -> Float[Array, "B S N Hv"]:
         """The attention itself."""

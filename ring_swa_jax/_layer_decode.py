@@ -8,10 +8,10 @@ import einops
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
 from ring_swa_jax import _cache
+from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._cache import Cache
 from ring_swa_jax._decode import decode_attention
 from ring_swa_jax._integers import as_positions, as_segment_ids
@@ -53,8 +53,8 @@ def prefill(
     v: Float[Array, "B S K Hv"],
     learned: Learned,
     *,
-    segment_ids: Int[ArrayLike, "B S"] | None,
-    positions: Int[ArrayLike, "B S"] | None,
+    segment_ids: Int[AnyArray, "B S"] | None,
+    positions: Int[AnyArray, "B S"] | None,
     max_length: int | None,
     max_trim: int,
     relative_positions: bool,
@@ -92,8 +92,8 @@ def decode(
     learned: Learned,
     cache: Cache,
     *,
-    valid: Bool[ArrayLike, "B T"] | None,
-    positions: Int[ArrayLike, "B T"] | None,
+    valid: Bool[AnyArray, "B T"] | None,
+    positions: Int[AnyArray, "B T"] | None,
 ) -> tuple[Float[Array, "B T N Hv"], Cache]:
     """The attended values of the next tokens of each row, and the cache with these."""
     _cache.check_cache(cache)
@@ -114,7 +114,7 @@ def _attend_step(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K Hv"],
     cache: Cache,
-    valid: Bool[ArrayLike, "B T"] | None,
+    valid: Bool[AnyArray, "B T"] | None,
     sink_logits: Float[Array, "N"] | None,
 ) -> tuple[Float[Array, "B T N Hv"], Cache]:
     return decode_attention(
@@ -173,7 +173,7 @@ def _same_positions(layer: AttentionLayer) -> float:
     return layer.num_sink_tokens + layer.window_size + 1
 
 
-def _check_positions(positions: Int[ArrayLike, "B T"] | None, relative_positions: bool) -> None:
+def _check_positions(positions: Int[AnyArray, "B T"] | None, relative_positions: bool) -> None:
     if relative_positions and positions is not None:
         raise ValueError(
             f"relative_positions=True counts positions in the cache, so positions "

@@ -4,24 +4,24 @@ import einops
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from pallas_kernels import accumulator_dtype
 from ring_swa_jax import _checks
+from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._integers import as_segment_ids
 from ring_swa_jax._segments import segment_starts
 
 
 def reference_attention(
-    q: Float[ArrayLike, "B S N H"],
-    k: Float[ArrayLike, "B S K H"],
-    v: Float[ArrayLike, "B S K Hv"],
+    q: Float[AnyArray, "B S N H"],
+    k: Float[AnyArray, "B S K H"],
+    v: Float[AnyArray, "B S K Hv"],
     *,
     window_size: int | None = None,
     num_sink_tokens: int = 0,
-    segment_ids: Int[ArrayLike, "B S"] | None = None,
-    sink_logits: Float[ArrayLike, "N"] | None = None,
+    segment_ids: Int[AnyArray, "B S"] | None = None,
+    sink_logits: Float[AnyArray, "N"] | None = None,
     logits_soft_cap: float | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B S N Hv"]:

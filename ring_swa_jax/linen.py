@@ -12,11 +12,11 @@ from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jax import Array, lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
-from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, Shaped
 
 from ring_swa_jax import _checks
 from ring_swa_jax import _serialization as _serialization
+from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._attention_fn import attention_fn as attention_fn
 from ring_swa_jax._axis import AxisName, explicit_axes
 from ring_swa_jax._cache import Cache
@@ -102,10 +102,10 @@ class RingSlidingWindowAttention(nn.Module):
 
     def __call__(
         self,
-        x: Float[ArrayLike, "B S E"],
+        x: Float[AnyArray, "B S E"],
         *,
-        segment_ids: Int[ArrayLike, "B S"] | None = None,
-        positions: Int[ArrayLike, "B S"] | None = None,
+        segment_ids: Int[AnyArray, "B S"] | None = None,
+        positions: Int[AnyArray, "B S"] | None = None,
     ) -> Float[Array, "B S out_features"]:
         """Attends within whole rows.
 
@@ -168,10 +168,10 @@ class RingSlidingWindowAttention(nn.Module):
 
     def prefill(
         self,
-        x: Float[ArrayLike, "B S E"],
+        x: Float[AnyArray, "B S E"],
         *,
-        segment_ids: Int[ArrayLike, "B S"] | None = None,
-        positions: Int[ArrayLike, "B S"] | None = None,
+        segment_ids: Int[AnyArray, "B S"] | None = None,
+        positions: Int[AnyArray, "B S"] | None = None,
         max_length: int | None = None,
         max_trim: int = 1,
         relative_positions: bool = False,
@@ -196,11 +196,11 @@ class RingSlidingWindowAttention(nn.Module):
 
     def decode(
         self,
-        x: Float[ArrayLike, "B T E"],
+        x: Float[AnyArray, "B T E"],
         cache: Cache,
         *,
-        valid: Bool[ArrayLike, "B T"] | None = None,
-        positions: Int[ArrayLike, "B T"] | None = None,
+        valid: Bool[AnyArray, "B T"] | None = None,
+        positions: Int[AnyArray, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T out_features"], Cache]:
         """Attends from the next tokens of each row, as the NNX module does.
 

@@ -11,10 +11,10 @@ from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer, PrecisionLike, PromoteDtypeFn
 from jax import Array
 from jax.sharding import AbstractMesh, Mesh
-from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
 from ring_swa_jax import _serialization as _serialization
+from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._attention_fn import attention_fn as attention_fn
 from ring_swa_jax._axis import AxisName
 from ring_swa_jax._cache import Cache
@@ -202,10 +202,10 @@ class RingSlidingWindowAttention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[ArrayLike, "B S E"],
+        x: Float[AnyArray, "B S E"],
         *,
-        segment_ids: Int[ArrayLike, "B S"] | None = None,
-        positions: Int[ArrayLike, "B S"] | None = None,
+        segment_ids: Int[AnyArray, "B S"] | None = None,
+        positions: Int[AnyArray, "B S"] | None = None,
     ) -> Float[Array, "B S out_features"]:
         """Attends within whole rows.
 
@@ -262,10 +262,10 @@ class RingSlidingWindowAttention(nnx.Module):
 
     def prefill(
         self,
-        x: Float[ArrayLike, "B S E"],
+        x: Float[AnyArray, "B S E"],
         *,
-        segment_ids: Int[ArrayLike, "B S"] | None = None,
-        positions: Int[ArrayLike, "B S"] | None = None,
+        segment_ids: Int[AnyArray, "B S"] | None = None,
+        positions: Int[AnyArray, "B S"] | None = None,
         max_length: int | None = None,
         max_trim: int = 1,
         relative_positions: bool = False,
@@ -308,11 +308,11 @@ class RingSlidingWindowAttention(nnx.Module):
 
     def decode(
         self,
-        x: Float[ArrayLike, "B T E"],
+        x: Float[AnyArray, "B T E"],
         cache: Cache,
         *,
-        valid: Bool[ArrayLike, "B T"] | None = None,
-        positions: Int[ArrayLike, "B T"] | None = None,
+        valid: Bool[AnyArray, "B T"] | None = None,
+        positions: Int[AnyArray, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T out_features"], Cache]:
         """Attends from the next tokens of each row: a call on the whole sequence, to rounding.
 
