@@ -98,12 +98,13 @@ SPILLS_ELSEWHERE = {
     ("mistral_7b_ring", QUERY): {"l4": 32, "rtx_pro_6000": 32},
     ("mistral_7b_ring", KEYS): {"a100": 184, "l4": 184, "rtx_pro_6000": 184},
     ("float32_256", QUERY): {"l4": 16, "rtx_pro_6000": 16},
+    ("float32_256", KEYS): {"l4": 16, "rtx_pro_6000": 16},
     ("float32", FORWARD): dict.fromkeys(TARGETS, 1500),
     ("float32", QUERY): dict.fromkeys(TARGETS, 1600),
     ("float32", KEYS): dict.fromkeys(TARGETS, 3500),
 }
 SPILLS |= {
-    (f"{name}_{target}", kernel): (most, IEEE if name == "float32" else OPERANDS)
+    (f"{name}_{target}", kernel): (most, IEEE if name.startswith("float32") else OPERANDS)
     for (name, kernel), targets in SPILLS_ELSEWHERE.items()
     for target, most in targets.items()
 }
