@@ -108,7 +108,7 @@ def test_refusal_says_the_numbers(monkeypatch):
         target = module if isinstance(module, str) else module.__name__
         monkeypatch.setattr(f"{target}.compiled_gpu", lambda: Gpu(8.0, 40000))
     spec = Spec(1023, 4, 1.0, None, "highest")
-    query, value = (jax.ShapeDtypeStruct((1, 512, n, 128), jnp.bfloat16) for n in (8, 2))
+    query, value = (jnp.zeros((1, 512, n, 128), jnp.bfloat16) for n in (8, 2))
     with pytest.raises(NotImplementedError) as caught:
         TritonKernels("asked").check(spec, query, value)
     assert str(caught.value) == (
@@ -131,7 +131,7 @@ def test_best_backend_of_an_absent_gpu(target, dtype, best):
     kind = compile_target.device_kind(target)
     device = AbstractDevice(device_kind=kind, num_cores=None, platform="cuda")
     mesh = AbstractMesh((1,), ("seq",), axis_types=(AxisType.Auto,), abstract_device=device)
-    query = jax.ShapeDtypeStruct((1, 512, 4, 256), jnp.dtype(dtype))
+    query = jnp.zeros((1, 512, 4, 256), dtype)
     with jax.sharding.use_abstract_mesh(mesh):
         spec = Spec(None, 0, 1.0, None, "highest")
         assert _implementations.choose(None, spec, query, query) == best
