@@ -288,7 +288,9 @@ def _each_row(one_row: Callable, bounds: tuple[Starts, tuple[Int[Array, "..."], 
 
 
 def _without_padding(
-    runs: tuple[tuple[Array, Array], ...], offsets: tuple[int, ...], start: Starts
+    runs: tuple[tuple[Array, Array], ...],
+    offsets: tuple[int, ...],
+    start: Int[Array, ""] | Int[Array, "T"],
 ) -> tuple[tuple[Array, ...], ...]:
     """Pairs of [S, heads, dim] at these offsets with zeros for padding."""
     if not start.ndim:

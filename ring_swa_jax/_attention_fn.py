@@ -5,6 +5,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.typing import Dtype, PrecisionLike
 from jax import Array
 from jax.sharding import AbstractMesh, Mesh
@@ -116,11 +117,14 @@ class AttentionFn:
         """Attends; the arguments are those of Flax's `dot_product_attention`."""
         # Fulfilled as they are: the softmax is in float32, the attention causal.
         del is_causal, force_fp32_for_softmax, broadcast_dropout, dropout_rng
+        query = jnp.asarray(query)
+        if mask is not None and not isinstance(mask, Array):
+            mask = np.asarray(mask)  # as it is: JAX would cut off the upper half of 64-bit ids
         refused = {
             "a bias": bias is not None,
             "a mask (the attention is causal and windowed by itself; for packed rows and padding "
             "the mask may be integer segment ids [B, S])": mask is not None
-            and not _are_ids(mask, query),
+            and not (np.issubdtype(mask.dtype, np.integer) and mask.shape == query.shape[:-2]),
             f"dropout_rate={dropout_rate}": dropout_rate > 0 and not deterministic,
             "sow_weights=True (the weights are never in memory)": module is not None,
             "input_positions": input_positions is not None,
@@ -145,10 +149,6 @@ class AttentionFn:
         axes = axes_that_divide(rows[0].shape, self.mesh, self.seq_axis, self.batch_axis)
         with repeated_work_is_meant():
             return ring_attention(*rows, segment_ids=segment_ids, **(vars(self) | axes))
-
-
-def _are_ids(mask: AnyArray, query: AnyArray) -> bool:
-    return jnp.issubdtype(mask.dtype, jnp.integer) and mask.shape == query.shape[:-2]
 
 
 def _matmul_precision(precision: PrecisionLike):
