@@ -9,20 +9,43 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.custom_derivatives import linear_call
+from jaxtyping import Shaped
 
 
 def first_order(launch: Callable, *, has_forward_mode: bool) -> Callable:
-    """``launch`` with derivatives in forward mode where JAX finds them, and none in reverse mode.
+    """``launch`` with derivatives in forward mode if it has any, and none in reverse mode.
 
     Differentiating it otherwise raises NotImplementedError.
     """
+    return _forward_mode_only(launch) if has_forward_mode else _no_derivatives(launch)
+
+
+def _no_derivatives(launch: Callable) -> Callable:
+    # The inputs are guarded, not the launch: JAX lowers no kernel of Mosaic GPU that writes in
+    # place inside a custom_jvp.
+    def guarded(*arrays):
+        return launch(*jax.tree.map(_undifferentiable, arrays))
+
+    return guarded
+
+
+@jax.custom_jvp
+def _undifferentiable(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    return x
+
+
+@_undifferentiable.defjvp
+def _undifferentiable_jvp(primals: tuple, tangents: tuple):
+    _refuse()
+
+
+def _forward_mode_only(launch: Callable) -> Callable:
     guarded = jax.custom_jvp(launch)
 
     @guarded.defjvp
     def jvp(primals, tangents):
-        if not has_forward_mode:
-            _refuse()
         structure: Any
         flat, structure = jax.tree.flatten(primals)
         tangents = structure.flatten_up_to(tangents)

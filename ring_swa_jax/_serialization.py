@@ -21,7 +21,8 @@ def _to_state_dict(cache: Cache) -> dict[str, Any]:
 
 def _from_state_dict(cache: Cache, state: dict[str, Any]) -> Cache:
     # What was read from bytes are NumPy arrays.
-    return dataclasses.replace(cache, **{name: jnp.asarray(state[name]) for name in _ARRAYS})
+    arrays: dict[str, Any] = {name: jnp.asarray(state[name]) for name in _ARRAYS}
+    return dataclasses.replace(cache, **arrays)
 
 
 flax.serialization.register_serialization_state(Cache, _to_state_dict, _from_state_dict)
