@@ -98,8 +98,9 @@ def segment_positions(segment_ids: Int[AnyArray, "B S"]) -> Int[Array, "B S"]:
     return positions if mesh is None else reshard(positions, mesh, P(batch, seq))
 
 
-def dual_chunk_positions(segment_ids: Int[Array, "B S"], devices: int) -> Int[Array, "B S"]:
+def dual_chunk_positions(segment_ids: Int[AnyArray, "B S"], devices: int) -> Int[Array, "B S"]:
     """As `segment_positions`, of tokens in dual-chunk order over so many devices."""
+    segment_ids = as_segment_ids(segment_ids)
     batch, seq = spec_of(segment_ids)
     mesh = mesh_of(segment_ids) if explicit_axes(segment_ids) else None
     if mesh is not None:  # JAX neither scans nor reshapes along a dimension that is cut
