@@ -25,20 +25,37 @@ AXIS = "seq"
 Build = Callable[[RingShape, int, str | None], Attend]
 
 
-def ring(shape: RingShape, devices: int, implementation: str | None) -> Attend:
+def learned_sinks(shape: RingShape) -> Array | None:
+    """One number for each query head, where the shape has learned sinks."""
+    return jnp.linspace(-1, 1, shape.heads) if shape.learned else None
+
+
+def ring(
+    shape: RingShape,
+    devices: int,
+    implementation: str | None,
+    *,
+    exchange: str | None = None,
+    axis_name: str | None = AXIS,
+    sinks_of: Callable[[RingShape], Array | None] = learned_sinks,
+) -> Attend:
     """The public functions."""
     options: dict[str, Any] = {
         "window_size": shape.window,
         "num_sink_tokens": shape.sinks,
-        "axis_name": AXIS,
+        "axis_name": axis_name,
+        "exchange": exchange,
         "implementation": implementation,
     }
 
     def attend(query, key, value, ends):
+        sinks = sinks_of(shape)
         if ends is None:
-            return ring_swa_jax.ring_streaming_llm_attn(query, key, value, **options)
+            return ring_swa_jax.ring_streaming_llm_attn(
+                query, key, value, sink_logits=sinks, **options
+            )
         return ring_swa_jax.ring_streaming_llm_attn_varlen(
-            query[0], key[0], value[0], cu_seqlens=ends, **options
+            query[0], key[0], value[0], cu_seqlens=ends, sink_logits=sinks, **options
         )[None]
 
     return attend
@@ -128,26 +145,53 @@ def all_gather_cudnn(shape: RingShape, devices: int, implementation: str | None)
     return attend
 
 
-def all_to_all_cudnn(shape: RingShape, devices: int, implementation: str | None) -> Attend:
-    """Heads cut instead of the sequence, and back (Ulysses, arXiv:2309.14509), cuDNN between."""
-    del implementation
-    cudnn = CONTENDERS["cudnn"].build(shape)
+def all_to_all(shape: RingShape, devices: int, attend: Attend) -> Attend:
+    """Heads cut instead of the sequence, and back (Ulysses, arXiv:2309.14509), a kernel between.
+
+    As anybody would write it: gradients are JAX's.
+    """
     if shape.kv_heads % devices:
         raise NotImplementedError(f"{shape.kv_heads} key/value heads over {devices} devices")
 
     def exchange(x, cut, joined):
         return lax.all_to_all(x, AXIS, split_axis=cut, concat_axis=joined, tiled=True)
 
-    def attend(query, key, value, ends):
+    def between(query, key, value, ends):
         query, key, value = (exchange(x, 2, 1) for x in (query, key, value))
-        return exchange(cudnn(query, key, value, ends), 1, 2)
+        return exchange(attend(query, key, value, ends), 1, 2)
 
-    return attend
+    return between
+
+
+def all_to_all_ours(shape: RingShape, devices: int, implementation: str | None) -> Attend:
+    """Our kernels on a device's heads, without an exchange of ours."""
+    heads = shape.heads // devices
+
+    def own_sinks(_: RingShape) -> Array | None:
+        sinks = learned_sinks(shape)
+        if sinks is None:
+            return None
+        return lax.dynamic_slice_in_dim(sinks, lax.axis_index(AXIS) * heads, heads)
+
+    attend = ring(shape, 1, implementation, axis_name=None, sinks_of=own_sinks)
+    return all_to_all(shape, devices, attend)
+
+
+def all_to_all_peer(name: str) -> Build:
+    """A peer's kernel on a device's heads."""
+
+    def build(shape: RingShape, devices: int, implementation: str | None) -> Attend:
+        del implementation
+        if shape.learned:
+            raise NotImplementedError("takes no learned sinks")
+        return all_to_all(shape, devices, CONTENDERS[name].build(shape))
+
+    return build
 
 
 OVER_MESH: dict[str, Build] = {
     "ring": ring,
     "all-gather + ours": all_gather_ours,
     "all-gather + cuDNN": all_gather_cudnn,
-    "all-to-all + cuDNN": all_to_all_cudnn,
+    "all-to-all + cuDNN": all_to_all_peer("cudnn"),
 }

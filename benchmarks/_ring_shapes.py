@@ -15,10 +15,12 @@ class RingShape(Shape):
 
     Attributes:
         batch: rows of the batch.
+        learned: whether there are learned sinks, which only our functions take.
         original: milliseconds of the original on two H200, forward and forward+backward.
     """
 
     batch: int = 1
+    learned: bool = False
     original: tuple[float, float] | None = None
 
     def chunk(self, devices: int) -> int:
@@ -101,3 +103,25 @@ def _rows():
 
 
 SHAPES = {shape.name: shape for shape in _rows()}
+
+PACK_23 = (
+    1200, 704, 9000, 2000, 7168, 512, 3100, 4096, 5500, 640, 1800, 6144,
+    320, 2500, 960, 4400, 1536, 3000, 800, 2600, 1100, 1900, 4556,
+)  # fmt: skip
+"""Lengths of packed documents, 65536 tokens in all."""
+
+LONG_SHAPES = {
+    shape.name: shape
+    for shape in (
+        RingShape("full-64k", 65536, 32, 8, 128, None),
+        RingShape("full-128k", 131072, 32, 8, 128, None),
+        RingShape("gptoss-full", 65536, 64, 8, 64, None, learned=True),
+        RingShape("gptoss-full-no-sinks", 65536, 64, 8, 64, None),
+        RingShape("gemma-full", 65536, 16, 8, 256, None),
+        RingShape("packed-full", 65536, 32, 8, 128, None, documents=PACK_23),
+        RingShape("window-8k", 65536, 32, 8, 128, 8191),
+        RingShape("window-16k", 65536, 32, 8, 128, 16383),
+        RingShape("window-32k", 65536, 32, 8, 128, 32767),
+    )
+}
+"""Layers without a window, and windows of half a chunk, one and two chunks on four devices."""

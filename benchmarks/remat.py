@@ -43,6 +43,7 @@ def _temporary(policy, window, chunk, devices, layers) -> float:
             num_kv_heads=KV_HEADS,
             head_dim=HEAD_DIM,
             window_size=window,
+            exchange=None if window is None else "halo",
             rope=Rope(),
             rngs=rngs,
         )

@@ -79,7 +79,7 @@ def draw_schedules() -> None:
     )
     draw_schedule(
         axes[2],
-        "Backward, a window of at most a chunk: other kernels, and no window on two devices",
+        "Backward, a window of at most a chunk: other kernels",
         [(0, 3.6, "halo: dk, dv, some dq"), (3.6, 11.4, "own keys: dq, dk, dv"), (11.4, 12, "+")],
         [(3.6, 6.8, "dk and dv go home")],
     )

@@ -2,20 +2,30 @@
 
 from pallas_kernels._attention import Halo as Halo
 from pallas_kernels._attention import attend as attend
+from pallas_kernels._attention import attend_keys as attend_keys
+from pallas_kernels._attention import attend_keys_backward as attend_keys_backward
+from pallas_kernels._attention import sink_logits_gradient as sink_logits_gradient
 from pallas_kernels._implementations import NAMES as IMPLEMENTATIONS
 from pallas_kernels._implementations import choose as choose
+from pallas_kernels._spec import KeyRun as KeyRun
 from pallas_kernels._spec import SinkRun as SinkRun
 from pallas_kernels._spec import Spec as Spec
+from pallas_kernels._spec import State as State
 from pallas_kernels._spec import accumulator_dtype as accumulator_dtype
 from pallas_kernels._support import interprets as interprets
 
 __all__ = [
     "IMPLEMENTATIONS",
     "Halo",
+    "KeyRun",
     "SinkRun",
     "Spec",
+    "State",
     "accumulator_dtype",
     "attend",
+    "attend_keys",
+    "attend_keys_backward",
     "choose",
     "interprets",
+    "sink_logits_gradient",
 ]

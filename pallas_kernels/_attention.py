@@ -146,12 +146,15 @@ def _attend_bwd(
             done.append(home[0][0, -1, 0, 0])
         gradients = launch(inputs, dquery, rows=rows, dquery_dtype=query.dtype)
     dkey, dvalue = _add_last(gradients.dkeys[-1], home)
+    dsink_logits = None
+    if sink_logits is not None:
+        dsink_logits = sink_logits_gradient(sink_logits, lse, gradients.delta)
     return (
         gradients.dquery,
         dkey.astype(key.dtype),
         dvalue.astype(value.dtype),
         gradients.dsinks,
-        _sink_logits_gradient(sink_logits, lse, gradients.delta),
+        dsink_logits,
         None,
     )
 
@@ -159,14 +162,88 @@ def _attend_bwd(
 attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _sink_logits_gradient(
+def attend_keys(
+    spec: Spec,
+    implementation: str,
+    query: Float[Array, "B T N H"],
+    run: KeyRun,
     sink_logits: Float[Array, "N"] | None,
-    lse: Float[Array, "B N T"],
-    delta: Float[Array, "B N T"],
-) -> Float[Array, "N"] | None:
+    start: Starts,
+    state: State | None,
+    out_dtype: jnp.dtype,
+) -> State:
+    """One launch of the forward pass, for a schedule that the caller makes.
+
+    Args:
+        spec: static settings.
+        implementation: one of ``IMPLEMENTATIONS``, as `choose` returns it.
+        query: queries of the shard.
+        run: keys that they attend.
+        sink_logits: learned sinks; they enter the softmax in this launch, so give them to one.
+        start: where each query's sequence starts, relative to the shard.
+        state: attention to the keys of earlier launches, or None.
+        out_dtype: of the output; the accumulator's unless this is the only launch.
+
+    Returns:
+        Attention to the keys of this launch and of the earlier ones. Mosaic GPU's kernels know
+        nothing of manual mesh axes, and take no state that varies over any: after the last
+        launch, cast it to vary as the query does.
+    """
+    batch, rows, heads, _ = query.shape
+    if sink_logits is not None:
+        dtype = accumulator_dtype(query.dtype)
+        sink_logits = jnp.broadcast_to(sink_logits[None], (batch, heads)).astype(dtype)
+    inputs = ForwardInputs(query, (run,), None, sink_logits, start)
+    kernels = _implementations.kernels_of(implementation)
+    resume = state is not None
+    return _launch_forward(
+        spec, kernels, inputs, state, rows=(0, rows), out_dtype=out_dtype, resume=resume
+    )
+
+
+def attend_keys_backward(
+    spec: Spec,
+    implementation: str,
+    query: Float[Array, "B T N H"],
+    run: KeyRun,
+    start: Starts,
+    final: State,
+    dout: Float[Array, "B T N Hv"],
+    dquery: Float[Array, "B T N H"] | None,
+    dquery_dtype: jnp.dtype,
+    dkey_dtype: jnp.dtype,
+) -> tuple[Array, Array, Array, Array]:
+    """The gradients that flow through the keys of one launch of `attend_keys`.
+
+    Args:
+        spec: static settings.
+        implementation: one of ``IMPLEMENTATIONS``, as `choose` returns it.
+        query: queries of the shard.
+        run: keys of this launch.
+        start: where each query's sequence starts, relative to the shard.
+        final: attention to the keys of all launches, its output in the dtype of ``query``.
+        dout: the output's cotangent.
+        dquery: gradient of the queries through the keys of other launches, in the accumulator's
+            dtype, or None.
+        dquery_dtype: of the returned gradient of the queries.
+        dkey_dtype: of the returned gradients of keys and values.
+
+    Returns:
+        dquery with this launch's part added, dkey, dvalue and ``delta = rowsum(out * dout)``,
+        which `sink_logits_gradient` takes.
+    """
+    inputs = BackwardInputs(query, (run,), None, start, final.out, dout, final.lse)
+    kernels, rows = _implementations.kernels_of(implementation), query.shape[1]
+    dquery, ((dkey, dvalue),), _, delta = _launch_backward(
+        spec, kernels, inputs, dquery, rows=rows, dquery_dtype=dquery_dtype, dkey_dtype=dkey_dtype
+    )
+    return dquery, dkey, dvalue, delta
+
+
+def sink_logits_gradient(
+    sink_logits: Float[Array, "N"], lse: Float[Array, "B N T"], delta: Float[Array, "B N T"]
+) -> Float[Array, "N"]:
     """A learned sink is a key with the value zero: its logit's gradient is ``-p * delta``."""
-    if sink_logits is None:
-        return None
     has_keys = lse > -jnp.inf
     learned = sink_logits.astype(lse.dtype)[None, :, None]
     weights = jnp.exp(learned - jnp.where(has_keys, lse, 0))

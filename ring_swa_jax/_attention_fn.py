@@ -14,6 +14,8 @@ from jaxtyping import Float, Shaped
 from ring_swa_jax import _checks
 from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._axis import AxisName
+from ring_swa_jax._exchange import check_exchange
+from ring_swa_jax._layout import check_layout
 from ring_swa_jax._linen_init import axes_that_divide, initialising, repeated_work_is_meant
 from ring_swa_jax._sharded import ring_attention
 
@@ -28,6 +30,8 @@ def attention_fn(
     seq_axis: AxisName | None = "seq",
     batch_axis: AxisName | None = None,
     head_axis: AxisName | None = None,
+    layout: str = "contiguous",
+    exchange: str | None = None,
     implementation: str | None = None,
 ) -> "AttentionFn":
     """A function for the ``attention_fn`` of Flax's own attention modules.
@@ -51,6 +55,10 @@ def attention_fn(
         seq_axis: mesh axis or axes that cut the sequence; None: it is not cut.
         batch_axis: mesh axis or axes that cut the batch.
         head_axis: mesh axis or axes that cut the heads.
+        layout: the order of the tokens: "contiguous", or "dual_chunk", where device r of P holds
+            half chunks r and 2P-1-r.
+        exchange: how a device of several comes by its keys: "halo", "all_to_all", "ring" or None,
+            as `ring_swa_jax.ring_attention` says.
         implementation: "xla", "triton", "mosaic_gpu", "mosaic_gpu_nondeterministic", or None for
             the best deterministic one here.
 
@@ -64,6 +72,8 @@ def attention_fn(
         ValueError: settings that do not fit.
         TypeError: settings that are not static.
     """
+    check_layout(layout)
+    check_exchange(exchange)
     return AttentionFn(
         window_size=_checks.static_window(window_size),
         num_sink_tokens=_checks.static_sinks(num_sink_tokens),
@@ -73,6 +83,8 @@ def attention_fn(
         seq_axis=seq_axis,
         batch_axis=batch_axis,
         head_axis=head_axis,
+        layout=layout,
+        exchange=exchange,
         implementation=implementation,
     )
 
@@ -89,6 +101,8 @@ class AttentionFn:
     seq_axis: AxisName | None
     batch_axis: AxisName | None
     head_axis: AxisName | None
+    layout: str
+    exchange: str | None
     implementation: str | None
 
     # Linen passes only the arguments that it finds here by name, and drops the others unseen: what

@@ -1,14 +1,19 @@
-"""What moves between devices: the keys before a chunk, and the sinks of the sequence it is in."""
+"""Attention to the keys that windows reach: exchange="halo".
+
+What moves between devices are the keys before a chunk, and the sinks of the sequence it is in.
+"""
 
 import dataclasses
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from pallas_kernels import SinkRun, accumulator_dtype
-from ring_swa_jax._axis import SequenceAxis
-from ring_swa_jax._segments import Bounds
+import pallas_kernels
+from pallas_kernels import SinkRun, Spec, accumulator_dtype
+from ring_swa_jax._axis import SequenceAxis, same_varying
+from ring_swa_jax._layout import HalfChunks
+from ring_swa_jax._segments import Bounds, bounds_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,3 +101,32 @@ def fetch_sinks(
     offers = jnp.where(wanted[..., None, None, None], offer[None], 0)
     sinks = lax.psum_scatter(offers, axis.name, scatter_dimension=0)
     return SinkRun(sinks[..., : key.shape[-1]], sinks[..., key.shape[-1] :])
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K Hv"],
+    sink_logits: Float[Array, "N"] | None,
+    cu_seqlens: Int[Array, "n"] | None,
+    segment_ids: Int[Array, "B T"] | None,
+    *,
+    axis: SequenceAxis,
+    layout: str,
+    spec: Spec,
+    implementation: str | None,
+) -> Float[Array, "B T N Hv"]:
+    """Attention of a chunk; half chunks in another layout are first put in the order of tokens."""
+    chunk = q.shape[1]
+    name = pallas_kernels.choose(implementation, spec, q, v)
+    bounds = bounds_of(axis, chunk, cu_seqlens, segment_ids)
+    q, k, v, sink_logits, bounds = same_varying(axis, q, k, v, sink_logits, bounds)
+    dual, halves = layout == "dual_chunk" and axis.size > 1, HalfChunks(axis, chunk)
+    if dual:
+        q, k, v = (halves.collect(x) for x in (q, k, v))
+    sinks = None
+    if spec.num_sinks and axis.size > 1:
+        sinks = fetch_sinks(axis, k, v, bounds, spec.num_sinks)
+    halo = RingHalo.of_window(axis, chunk, spec.window)
+    out = pallas_kernels.attend(spec, halo, name, q, k, v, sinks, sink_logits, bounds.start)
+    return halves.deal(out) if dual else out

@@ -14,10 +14,12 @@ from pallas_kernels import accumulator_dtype
 from ring_swa_jax import _checks
 from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._axis import AxisName, explicit_axes, mesh_of, names_of, spec_of
+from ring_swa_jax._exchange import check_exchange
 from ring_swa_jax._integers import as_positions, as_segment_ids
+from ring_swa_jax._layout import check_halves, check_layout, to_dual_order
 from ring_swa_jax._rope import Rope, apply_rope
-from ring_swa_jax._segments import segment_positions
-from ring_swa_jax._sharded import only, ring_attention
+from ring_swa_jax._segments import dual_chunk_positions, segment_positions
+from ring_swa_jax._sharded import only, ring_attention, sequence_devices
 
 
 class Learned(NamedTuple):
@@ -50,6 +52,8 @@ class AttentionLayer:
     seq_axis: AxisName | None
     batch_axis: AxisName | None
     head_axis: AxisName | None
+    layout: str
+    exchange: str | None
     implementation: str | None
 
     @classmethod
@@ -100,6 +104,8 @@ class AttentionLayer:
         _checks.static_sinks(self.num_sink_tokens)
         _checks.static_soft_cap(self.logits_soft_cap)
         _checks.static_scale(self.scale, self.head_dim)
+        check_layout(self.layout)
+        check_exchange(self.exchange)
         if self.qk_norm not in (False, True, "all_heads"):
             raise ValueError(f'qk_norm must be False, True or "all_heads", got {self.qk_norm!r}')
         self._check_rope()
@@ -191,9 +197,22 @@ class AttentionLayer:
         """By default positions restart in each document, or count through without documents."""
         if positions is not None:
             return as_positions(positions)
+        devices = self.dual_chunk_devices(x)
         if segment_ids is None:
-            return jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-        return segment_positions(segment_ids)
+            count = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+            return count if devices == 1 else to_dual_order(count, devices)
+        if devices == 1:
+            return segment_positions(segment_ids)
+        return dual_chunk_positions(segment_ids, devices)
+
+    def dual_chunk_devices(self, q: Float[Array, "B S N H"]) -> int:
+        """Over how many devices the tokens are in dual-chunk order; 1: they are in their own."""
+        if self.layout != "dual_chunk":
+            return 1
+        axes = (self.seq_axis, self.batch_axis, self.head_axis)
+        devices = sequence_devices(q, self.mesh, *axes)
+        check_halves(self.layout, q.shape[1], devices)
+        return devices
 
     def sharding_of_heads(self, x: Array, kernel: Array) -> NamedSharding | None:
         """How x @ kernel [E, heads, H] is to lie on Explicit mesh axes; None on others.
@@ -240,5 +259,7 @@ class AttentionLayer:
             seq_axis=self.seq_axis,
             batch_axis=self.batch_axis,
             head_axis=self.head_axis,
+            layout=self.layout,
+            exchange=self.exchange,
             implementation=self.implementation,
         )

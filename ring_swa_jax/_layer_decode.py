@@ -61,6 +61,7 @@ def prefill(
 ) -> tuple[Float[Array, "B S N Hv"], Cache]:
     """The attended values of whole rows, and the cache that goes on with their last sequences."""
     _check_positions(positions, relative_positions)
+    _check_order(layer, q)
     if segment_ids is not None:
         segment_ids = as_segment_ids(segment_ids, q.shape[:2])
     q, k = layer.normalise(q, k, learned)
@@ -178,6 +179,15 @@ def _check_positions(positions: Int[AnyArray, "B T"] | None, relative_positions:
         raise ValueError(
             f"relative_positions=True counts positions in the cache, so positions "
             f"{jnp.shape(positions)} cannot be honoured; pass positions=None"
+        )
+
+
+def _check_order(layer: AttentionLayer, q) -> None:
+    devices = layer.dual_chunk_devices(q)
+    if devices > 1:
+        raise ValueError(
+            f"the cache keeps the last tokens, but layout='dual_chunk' holds them in the order of "
+            f"half chunks over {devices} devices; prefill with layout='contiguous'"
         )
 
 

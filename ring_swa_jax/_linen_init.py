@@ -29,7 +29,10 @@ def axes_that_divide(
     seq_axis: AxisName | None,
     batch_axis: AxisName | None,
 ) -> dict[str, Any]:
-    """``seq_axis`` and ``batch_axis`` for [B, S, ...], None where B or S cannot be cut by them."""
+    """``seq_axis`` and ``batch_axis`` for [B, S, ...], None where B or S cannot be cut by them.
+
+    With them a layout that every length has.
+    """
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
 
     def divides(axis, length):
@@ -40,6 +43,7 @@ def axes_that_divide(
     return {
         "seq_axis": seq_axis if divides(seq_axis, length) else None,
         "batch_axis": batch_axis if divides(batch_axis, batch) else None,
+        "layout": "contiguous",
     }
 
 

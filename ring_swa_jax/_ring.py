@@ -8,12 +8,12 @@ from jax import Array
 from jaxtyping import Float, Int
 
 import pallas_kernels
-from ring_swa_jax import _checks
+from ring_swa_jax import _all_to_all, _balanced_ring, _checks, _halo
 from ring_swa_jax._arrays import AnyArray
-from ring_swa_jax._axis import AxisName, SequenceAxis, same_varying
-from ring_swa_jax._halo import RingHalo, fetch_sinks
+from ring_swa_jax._axis import AxisName, SequenceAxis
+from ring_swa_jax._exchange import choose_exchange
 from ring_swa_jax._integers import as_cu_seqlens
-from ring_swa_jax._segments import Bounds, from_cu_seqlens, one_sequence
+from ring_swa_jax._layout import HalfChunks
 
 
 def ring_sliding_window_attn(
@@ -26,6 +26,7 @@ def ring_sliding_window_attn(
     scale: float | None = None,
     logits_soft_cap: float | None = None,
     sink_logits: Float[AnyArray, "N"] | None = None,
+    exchange: str | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T N Hv"]:
     r"""Sliding-window attention of one chunk of a sequence that is cut over a mesh axis.
@@ -35,7 +36,7 @@ def ring_sliding_window_attn(
     .. math:: o_i = \frac{\sum_j e^{s_{ij}} v_j}{e^{z} + \sum_j e^{s_{ij}}},
         \quad s_{ij} = \mathrm{cap}(q_i \cdot k_j \cdot \mathrm{scale})
 
-    with :math:`e^z` only where there are ``sink_logits``. Each device receives the
+    with :math:`e^z` only where there are ``sink_logits``. Under a window each device receives the
     ``min(window_size, keys before it)`` keys before its chunk, and no others.
 
     Args:
@@ -50,6 +51,11 @@ def ring_sliding_window_attn(
         scale: factor of ``q.k``, by default ``H**-0.5``.
         logits_soft_cap: logits become ``cap * tanh(logits / cap)``.
         sink_logits: a learned logit a query head that enlarges the denominator.
+        exchange: how a device of several comes by its keys. "halo": those that the window reaches.
+            "all_to_all": the whole sequence of its share of the heads; the devices must divide
+            the query heads. "ring": without a window, all keys pass by. None: "halo" for a
+            window shorter than a chunk; else "all_to_all" where possible and the axis lies within
+            one host; else "halo" for a window, "ring" without one.
         implementation: "xla", "triton", "mosaic_gpu", "mosaic_gpu_nondeterministic", or None for
             the best deterministic one here.
 
@@ -57,7 +63,7 @@ def ring_sliding_window_attn(
         The attended values, in the dtype of q.
 
     Raises:
-        ValueError: shapes, head counts, axis name, window or name that do not fit.
+        ValueError: shapes, head counts, axis name, window, exchange or name that do not fit.
         TypeError: dtypes that differ or are not floating-point, settings that are not static.
         NotImplementedError: the named implementation cannot do this.
 
@@ -76,6 +82,7 @@ def ring_sliding_window_attn(
         scale=scale,
         logits_soft_cap=logits_soft_cap,
         sink_logits=sink_logits,
+        exchange=exchange,
         implementation=implementation,
     )
 
@@ -91,6 +98,7 @@ def ring_streaming_llm_attn(
     scale: float | None = None,
     logits_soft_cap: float | None = None,
     sink_logits: Float[AnyArray, "N"] | None = None,
+    exchange: str | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T N Hv"]:
     """Sliding-window attention that also sees the first tokens of the sequence.
@@ -104,11 +112,17 @@ def ring_streaming_llm_attn(
         k: keys; N is a multiple of K.
         v: values, in the dtype of q and k.
         window_size: W: the W keys before a query and itself; None: all before it. Static.
-        num_sink_tokens: how many first tokens every query sees; at most T on several devices.
+        num_sink_tokens: how many first tokens every query sees; at most T on several devices,
+            except with exchange="all_to_all".
         axis_name: mesh axis (or tuple of axes) that cuts the sequence, or None.
         scale: factor of ``q.k``, by default ``H**-0.5``.
         logits_soft_cap: logits become ``cap * tanh(logits / cap)``.
         sink_logits: a learned logit a query head that enlarges the denominator.
+        exchange: how a device of several comes by its keys. "halo": those that the window reaches.
+            "all_to_all": the whole sequence of its share of the heads; the devices must divide
+            the query heads. "ring": without a window, all keys pass by. None: "halo" for a
+            window shorter than a chunk; else "all_to_all" where possible and the axis lies within
+            one host; else "halo" for a window, "ring" without one.
         implementation: "xla", "triton", "mosaic_gpu", "mosaic_gpu_nondeterministic", or None for
             the best deterministic one here.
 
@@ -131,12 +145,12 @@ def ring_streaming_llm_attn(
         k,
         v,
         axis=axis,
-        bounds=one_sequence(axis, q.shape[1]),
         window_size=window_size,
         num_sink_tokens=num_sink_tokens,
         scale=scale,
         logits_soft_cap=logits_soft_cap,
         sink_logits=sink_logits,
+        exchange=exchange,
         implementation=implementation,
     )
 
@@ -152,6 +166,7 @@ def ring_sliding_window_attn_varlen(
     scale: float | None = None,
     logits_soft_cap: float | None = None,
     sink_logits: Float[AnyArray, "N"] | None = None,
+    exchange: str | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "T N Hv"]:
     """Sliding-window attention inside each sequence of a packed row that is cut over an axis.
@@ -172,6 +187,11 @@ def ring_sliding_window_attn_varlen(
         scale: factor of ``q.k``, by default ``H**-0.5``.
         logits_soft_cap: logits become ``cap * tanh(logits / cap)``.
         sink_logits: a learned logit a query head that enlarges the denominator.
+        exchange: how a device of several comes by its keys. "halo": those that the window reaches.
+            "all_to_all": the whole sequence of its share of the heads; the devices must divide
+            the query heads. "ring": without a window, all keys pass by. None: "halo" for a
+            window shorter than a chunk; else "all_to_all" where possible and the axis lies within
+            one host; else "halo" for a window, "ring" without one.
         implementation: "xla", "triton", "mosaic_gpu", "mosaic_gpu_nondeterministic", or None for
             the best deterministic one here.
 
@@ -194,6 +214,7 @@ def ring_sliding_window_attn_varlen(
         scale=scale,
         logits_soft_cap=logits_soft_cap,
         sink_logits=sink_logits,
+        exchange=exchange,
         implementation=implementation,
     )
 
@@ -210,6 +231,7 @@ def ring_streaming_llm_attn_varlen(
     scale: float | None = None,
     logits_soft_cap: float | None = None,
     sink_logits: Float[AnyArray, "N"] | None = None,
+    exchange: str | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "T N Hv"]:
     """Sliding-window attention in a packed row that also sees each sequence's own first tokens.
@@ -224,11 +246,16 @@ def ring_streaming_llm_attn_varlen(
         window_size: W: the W keys before a query and itself; None: all before it. Static.
         cu_seqlens: ends of the sequences, as in `ring_sliding_window_attn_varlen`.
         num_sink_tokens: how many first tokens of its sequence a query sees; at most T on several
-            devices.
+            devices, except with exchange="all_to_all".
         axis_name: mesh axis (or tuple of axes) that cuts the packed row, or None.
         scale: factor of ``q.k``, by default ``H**-0.5``.
         logits_soft_cap: logits become ``cap * tanh(logits / cap)``.
         sink_logits: a learned logit a query head that enlarges the denominator.
+        exchange: how a device of several comes by its keys. "halo": those that the window reaches.
+            "all_to_all": the whole sequence of its share of the heads; the devices must divide
+            the query heads. "ring": without a window, all keys pass by. None: "halo" for a
+            window shorter than a chunk; else "all_to_all" where possible and the axis lies within
+            one host; else "halo" for a window, "ring" without one.
         implementation: "xla", "triton", "mosaic_gpu", "mosaic_gpu_nondeterministic", or None for
             the best deterministic one here.
 
@@ -249,12 +276,13 @@ def ring_streaming_llm_attn_varlen(
         k[None],
         v[None],
         axis=axis,
-        bounds=from_cu_seqlens(axis, q.shape[0], cu_seqlens),
+        cu_seqlens=cu_seqlens,
         window_size=window_size,
         num_sink_tokens=num_sink_tokens,
         scale=scale,
         logits_soft_cap=logits_soft_cap,
         sink_logits=sink_logits,
+        exchange=exchange,
         implementation=implementation,
     )[0]
 
@@ -265,58 +293,72 @@ def attend_chunk(
     v: Float[Array, "B T K Hv"],
     *,
     axis: SequenceAxis,
-    bounds: Bounds,
+    cu_seqlens: Int[Array, "n"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
     window_size: int | None,
     num_sink_tokens: int,
     scale: float | None,
     logits_soft_cap: float | None,
     sink_logits: Float[AnyArray, "N"] | None,
+    layout: str = "contiguous",
+    exchange: str | None,
     implementation: str | None,
 ) -> Float[Array, "B T N Hv"]:
     """What the per-shard functions and ring_attention share: checks, exchange, attention."""
-    chunk = q.shape[1]
-    longest_reach = axis.size * chunk - 1
+    chunk, heads = q.shape[1:3]
+    length = axis.size * chunk
     window = _checks.static_window(window_size)
-    window = None if window is None or window >= longest_reach else window
     num_sinks = _checks.static_sinks(num_sink_tokens)
-    num_sinks = 0 if window is None else num_sinks
-    _checks.check_sinks_fit(num_sinks, chunk, axis.size)
     if sink_logits is not None:
         sink_logits = _checks.as_array("sink_logits", sink_logits)
-    _checks.check_sink_logits(sink_logits, q.shape[2])
+    _checks.check_sink_logits(sink_logits, heads)
+    exchange = choose_exchange(
+        exchange, axis, chunk=chunk, heads=heads, window_size=window, num_sinks=num_sinks
+    )
+    window = None if window is None or window >= length - 1 else window
     spec = pallas_kernels.Spec(
         window=window,
-        num_sinks=min(num_sinks, chunk),
+        num_sinks=0 if window is None else min(num_sinks, length),
         scale=_checks.static_scale(scale, q.shape[-1]),
         soft_cap=_checks.static_soft_cap(logits_soft_cap),
         precision=matmul_precision(),
     )
-    name = pallas_kernels.choose(implementation, spec, q, v)
     if q.shape[0] == 0:
         return jnp.zeros((*q.shape[:-1], v.shape[-1]), q.dtype)
-    return _exchange_and_attend(q, k, v, sink_logits, bounds, axis=axis, spec=spec, name=name)
+    return _exchange_and_attend(
+        q, k, v, sink_logits, cu_seqlens, segment_ids,
+        axis=axis, layout=layout, exchange=exchange, spec=spec, implementation=implementation,
+    )  # fmt: skip
 
 
 # The jit is for calls outside of any other, which would compile the loops inside anew each time.
-@partial(jax.jit, static_argnames=("axis", "spec", "name"), inline=True)
+@partial(
+    jax.jit,
+    static_argnames=("axis", "layout", "exchange", "spec", "implementation"),
+    inline=True,
+)
 def _exchange_and_attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K Hv"],
     sink_logits: Float[Array, "N"] | None,
-    bounds: Bounds,
+    cu_seqlens: Int[Array, "n"] | None,
+    segment_ids: Int[Array, "B T"] | None,
     *,
     axis: SequenceAxis,
+    layout: str,
+    exchange: str,
     spec: pallas_kernels.Spec,
-    name: str,
+    implementation: str | None,
 ) -> Float[Array, "B T N Hv"]:
-    """Attention with checked settings by the implementation of this name."""
-    q, k, v, sink_logits, bounds = same_varying(axis, q, k, v, sink_logits, bounds)
-    sinks = None
-    if spec.num_sinks and axis.size > 1:
-        sinks = fetch_sinks(axis, k, v, bounds, spec.num_sinks)
-    halo = RingHalo.of_window(axis, q.shape[1], spec.window)
-    return pallas_kernels.attend(spec, halo, name, q, k, v, sinks, sink_logits, bounds.start)
+    """Attention with checked settings."""
+    if layout == "dual_chunk" and axis.size > 1 and segment_ids is not None:
+        segment_ids = HalfChunks(axis, q.shape[1]).collect(segment_ids)
+    attend = {"halo": _halo.attend, "all_to_all": _all_to_all.attend, "ring": _balanced_ring.attend}
+    return attend[exchange](
+        q, k, v, sink_logits, cu_seqlens, segment_ids,
+        axis=axis, layout=layout, spec=spec, implementation=implementation,
+    )  # fmt: skip
 
 
 def matmul_precision() -> str:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._axis import SequenceAxis, explicit_axes, mesh_of, reshard, spec_of
 from ring_swa_jax._integers import as_segment_ids
+from ring_swa_jax._layout import from_dual_order, to_dual_order
 
 
 @jax.tree_util.register_dataclass
@@ -97,6 +98,18 @@ def segment_positions(segment_ids: Int[AnyArray, "B S"]) -> Int[Array, "B S"]:
     return positions if mesh is None else reshard(positions, mesh, P(batch, seq))
 
 
+def dual_chunk_positions(segment_ids: Int[AnyArray, "B S"], devices: int) -> Int[Array, "B S"]:
+    """As `segment_positions`, of tokens in dual-chunk order over so many devices."""
+    segment_ids = as_segment_ids(segment_ids)
+    batch, seq = spec_of(segment_ids)
+    mesh = mesh_of(segment_ids) if explicit_axes(segment_ids) else None
+    if mesh is not None:  # JAX neither scans nor reshapes along a dimension that is cut
+        segment_ids = reshard(segment_ids, mesh, P(batch))
+    positions = segment_positions(from_dual_order(segment_ids, devices))
+    positions = to_dual_order(positions, devices)
+    return positions if mesh is None else reshard(positions, mesh, P(batch, seq))
+
+
 def from_segment_ids(axis: SequenceAxis, segment_ids: Int[Array, "B T"]) -> Bounds:
     """Bounds of packed rows cut over the axis; three integers a row and device are gathered."""
     chunk = segment_ids.shape[1]
@@ -125,3 +138,30 @@ def from_segment_ids(axis: SequenceAxis, segment_ids: Int[Array, "B T"]) -> Boun
     starts = jnp.where(changes, positions, here[:, None])
     starts = jnp.where(segment_ids < 0, positions + 1, lax.cummax(starts, axis=1))
     return Bounds(starts, crossing, chunk)
+
+
+def bounds_of(
+    axis: SequenceAxis,
+    chunk: int,
+    cu_seqlens: Int[Array, "n"] | None,
+    segment_ids: Int[Array, "B T"] | None,
+) -> Bounds:
+    """Bounds of one chunk, by what says where the sequences are; neither: rows are one sequence."""
+    if cu_seqlens is not None:
+        return from_cu_seqlens(axis, chunk, cu_seqlens)
+    if segment_ids is not None:
+        return from_segment_ids(axis, segment_ids)
+    return one_sequence(axis, chunk)
+
+
+def whole_starts(
+    axis: SequenceAxis,
+    chunk: int,
+    cu_seqlens: Int[Array, "n"] | None,
+    segment_ids: Int[Array, "B T"] | None,
+) -> Int[Array, ""] | Int[Array, "B S"]:
+    """Where each token's sequence starts, of whole rows; only what segment_ids say is gathered."""
+    if segment_ids is None:
+        return bounds_of(SequenceAxis(None, 1), axis.size * chunk, cu_seqlens, None).start
+    starts = from_segment_ids(axis, segment_ids).start + axis.index() * chunk
+    return lax.all_gather(starts, axis.name, axis=1, tiled=True)

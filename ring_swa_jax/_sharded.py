@@ -17,10 +17,11 @@ import pallas_kernels
 from ring_swa_jax import _checks
 from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._axis import AxisName, SequenceAxis, names_of, reshard, vmapped_axes
+from ring_swa_jax._exchange import check_exchange
 from ring_swa_jax._integers import as_segment_ids
+from ring_swa_jax._layout import check_halves, check_layout
 from ring_swa_jax._repeated_work import warn_of_unnamed_axes
 from ring_swa_jax._ring import attend_chunk
-from ring_swa_jax._segments import from_segment_ids, one_sequence
 
 
 def ring_attention(
@@ -38,6 +39,8 @@ def ring_attention(
     seq_axis: AxisName | None = "seq",
     batch_axis: AxisName | None = None,
     head_axis: AxisName | None = None,
+    layout: str = "contiguous",
+    exchange: str | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B S N Hv"]:
     r"""Sliding-window and streaming-LLM attention of whole sequences over the devices of a mesh.
@@ -48,8 +51,8 @@ def ring_attention(
     .. math:: o_i = \frac{\sum_j e^{s_{ij}} v_j}{e^{z} + \sum_j e^{s_{ij}}}
 
     with :math:`s_{ij} = q_i \cdot k_j \cdot \mathrm{scale}`, softly capped, and :math:`e^z` only
-    where there are ``sink_logits``. The sequence is cut into contiguous chunks over ``seq_axis``
-    and each device receives only the keys that its windows reach. Works in and out of jit.
+    where there are ``sink_logits``. The sequence is cut over ``seq_axis``; under a window each
+    device receives only the keys that its windows reach. Works in and out of jit.
 
     Args:
         q: queries of whole rows.
@@ -60,7 +63,7 @@ def ring_attention(
             FlashAttention's ``(W, 0)``. Hugging Face's ``sliding_window=n`` is ``n - 1`` here.
             None: all keys before it. Static.
         num_sink_tokens: how many first tokens of its own sequence a query always sees; at most a
-            chunk on several devices. Static.
+            chunk on several devices, except with exchange="all_to_all". Static.
         segment_ids: of any integer dtype; a new sequence starts where the id changes; a negative
             id is padding, with zeros as result and gradient.
         sink_logits: a learned logit a query head that enlarges the denominator.
@@ -72,6 +75,14 @@ def ring_attention(
         batch_axis: mesh axis or axes that cut the batch. On Explicit mesh axes None means what
             the sharding of q says.
         head_axis: mesh axis or axes that cut the heads, likewise.
+        layout: the order of the tokens in q, k, v, ``segment_ids`` and the result: "contiguous",
+            or "dual_chunk", where device r of P holds half chunks r and 2P-1-r (the load balancing
+            of MaxText and Transformer Engine).
+        exchange: how a device of several comes by its keys. "halo": those that the window reaches.
+            "all_to_all": the whole sequence of its share of the heads; the devices must divide
+            the query heads. "ring": without a window, all keys pass by. None: "halo" for a
+            window shorter than a chunk; else "all_to_all" where possible and ``seq_axis`` lies
+            within one host; else "halo" for a window, "ring" without one.
         implementation: "xla", "triton", "mosaic_gpu", "mosaic_gpu_nondeterministic", or None for
             the best deterministic one here.
 
@@ -79,8 +90,8 @@ def ring_attention(
         The attended values, in the dtype of q, cut over the mesh as q.
 
     Raises:
-        ValueError: shapes, head counts, axes, windows or names that do not fit, or an axis that
-            no mesh has.
+        ValueError: shapes, head counts, axes, windows, layouts or names that do not fit, or an
+            axis that no mesh has.
         TypeError: dtypes that differ or are not floating-point, settings that are not static.
         NotImplementedError: the named implementation cannot do this.
 
@@ -96,23 +107,29 @@ def ring_attention(
     if sink_logits is not None:
         sink_logits = _checks.as_array("sink_logits", sink_logits)
         _checks.check_sink_logits(sink_logits, q.shape[2])
+    check_layout(layout)
+    check_exchange(exchange)
+    axes = _Axes.resolve(q, mesh, seq_axis, batch_axis, head_axis)
+    check_halves(layout, q.shape[1], axes.size(axes.seq))
     return _sharded_attention(
         q,
         k,
         v,
         segment_ids,
         sink_logits,
-        layout=_Layout.resolve(q, mesh, seq_axis, batch_axis, head_axis),
+        axes=axes,
         window_size=_checks.static_window(window_size),
         num_sink_tokens=_checks.static_sinks(num_sink_tokens),
         logits_soft_cap=_checks.static_soft_cap(logits_soft_cap),
         scale=_checks.static_scale(scale, q.shape[-1]),
+        layout=layout,
+        exchange=exchange,
         implementation=implementation,
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class _Layout:
+class _Axes:
     """Which mesh axes cut which dimension; ``mesh=None`` where no axis cuts anything."""
 
     mesh: Mesh | AbstractMesh | None
@@ -121,7 +138,7 @@ class _Layout:
     head: AxisName | None
 
     @classmethod
-    def resolve(cls, q, mesh, seq_axis, batch_axis, head_axis) -> "_Layout":
+    def resolve(cls, q, mesh, seq_axis, batch_axis, head_axis) -> "_Axes":
         context = jax.sharding.get_abstract_mesh()
         if mesh is None or context.manual_axes:  # inside a shard_map there is no other mesh
             mesh = context
@@ -151,9 +168,9 @@ class _Layout:
                         "can cut one dimension only"
                     )
                 used[name] = argument
-        layout = cls(mesh, seq_axis, batch_axis, head_axis)
-        layout._check_sizes(q)
-        return layout
+        resolved = cls(mesh, seq_axis, batch_axis, head_axis)
+        resolved._check_sizes(q)
+        return resolved
 
     def explicit_axes(self) -> set[Hashable]:
         if self.mesh is None:
@@ -201,11 +218,13 @@ def _axes_of_sharding(q, mesh, seq_axis, batch_axis, head_axis):
 @partial(
     jax.jit,
     static_argnames=(
-        "layout",
+        "axes",
         "window_size",
         "num_sink_tokens",
         "logits_soft_cap",
         "scale",
+        "layout",
+        "exchange",
         "implementation",
     ),
 )
@@ -216,57 +235,55 @@ def _sharded_attention(
     segment_ids: Int[Array, "B S"] | None,
     sink_logits: Float[Array, "N"] | None,
     *,
-    layout: _Layout,
+    axes: _Axes,
     **settings: Any,
 ) -> Float[Array, "B S N Hv"]:
     def attend(q, k, v, segment_ids, sink_logits):
-        axis = SequenceAxis.named(layout.seq)
-        if segment_ids is None:
-            bounds = one_sequence(axis, q.shape[1])
-        else:
-            bounds = from_segment_ids(axis, segment_ids)
-        return attend_chunk(q, k, v, axis=axis, bounds=bounds, sink_logits=sink_logits, **settings)
+        axis = SequenceAxis.named(axes.seq)
+        return attend_chunk(
+            q, k, v, axis=axis, segment_ids=segment_ids, sink_logits=sink_logits, **settings
+        )
 
-    if layout.mesh is None:
+    if axes.mesh is None:
         return attend(q, k, v, segment_ids, sink_logits)
-    k, v = (_repeat_heads(x, layout) for x in (k, v))
+    k, v = (_repeat_heads(x, axes) for x in (k, v))
     arrays: tuple[Array | None, ...] = (q, k, v, segment_ids, sink_logits)
-    heads = P(layout.batch, layout.seq, layout.head)
-    specs = (heads, heads, heads, P(layout.batch, layout.seq), P(layout.head))
+    heads = P(axes.batch, axes.seq, axes.head)
+    specs = (heads, heads, heads, P(axes.batch, axes.seq), P(axes.head))
     in_specs = tuple(None if x is None else s for x, s in zip(arrays, specs, strict=True))
-    if explicit := layout.explicit_axes():
+    if explicit := axes.explicit_axes():
         arrays = tuple(
-            None if x is None else reshard(x, layout.mesh, only(s, explicit))
+            None if x is None else reshard(x, axes.mesh, only(s, explicit))
             for x, s in zip(arrays, specs, strict=True)
         )
     manual = set(jax.sharding.get_abstract_mesh().manual_axes)
     return jax.shard_map(
         attend,
-        mesh=layout.mesh,
+        mesh=axes.mesh,
         in_specs=in_specs,
         out_specs=heads,
-        axis_names=set(layout.mesh.axis_names) - manual,
+        axis_names=set(axes.mesh.axis_names) - manual,
         check_vma=not (pallas_kernels.interprets(settings["implementation"]) or vmapped_axes()),
     )(*arrays)
 
 
-def _repeat_heads(x: Float[Array, "B S K H"], layout: _Layout) -> Float[Array, "B S R H"]:
+def _repeat_heads(x: Float[Array, "B S K H"], axes: _Axes) -> Float[Array, "B S R H"]:
     """Keys or values with each head as often as the devices of the head axis need it.
 
     R is the least common multiple of K and the devices, which divides N as both do.
     """
-    times = math.lcm(x.shape[2], layout.size(layout.head)) // x.shape[2]
-    if layout.mesh is None or times == 1:
+    times = math.lcm(x.shape[2], axes.size(axes.head)) // x.shape[2]
+    if axes.mesh is None or times == 1:
         return x
-    if explicit := layout.explicit_axes():  # JAX does not repeat along a dimension that is cut
-        x = reshard(x, layout.mesh, only(P(layout.batch, layout.seq), explicit))
+    if explicit := axes.explicit_axes():  # JAX does not repeat along a dimension that is cut
+        x = reshard(x, axes.mesh, only(P(axes.batch, axes.seq), explicit))
     return jnp.repeat(x, times, axis=2)
 
 
 def sequence_devices(q, mesh, seq_axis, batch_axis, head_axis) -> int:
     """Over how many devices `ring_attention` would cut the sequence of q."""
-    layout = _Layout.resolve(q, mesh, seq_axis, batch_axis, head_axis)
-    return layout.size(layout.seq)
+    axes = _Axes.resolve(q, mesh, seq_axis, batch_axis, head_axis)
+    return axes.size(axes.seq)
 
 
 def only(spec: P, names: set[Hashable]) -> P:

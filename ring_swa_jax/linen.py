@@ -85,6 +85,8 @@ class RingSlidingWindowAttention(nn.Module):
     seq_axis: AxisName | None = "seq"
     batch_axis: AxisName | None = None
     head_axis: AxisName | None = None
+    layout: str = "contiguous"
+    exchange: str | None = None
     implementation: str | None = None
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32

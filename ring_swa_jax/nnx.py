@@ -66,6 +66,11 @@ class RingSlidingWindowAttention(nnx.Module):
             the sharding of x says.
         head_axis: mesh axis or axes that cut the heads; on Explicit axes None means what the
             sharding of the kernels says.
+        layout: the order of the tokens of x: "contiguous", or "dual_chunk", where device r of P
+            holds half chunks r and 2P-1-r; segment ids, positions and results are in the same
+            order.
+        exchange: how a device of several comes by its keys: "halo", "all_to_all", "ring" or None,
+            as `ring_swa_jax.ring_attention` says.
         implementation: "xla", "triton", "mosaic_gpu", "mosaic_gpu_nondeterministic", or None for
             the best deterministic one here.
         dtype: of the computation; by default inferred from x and the parameters.
@@ -116,6 +121,8 @@ class RingSlidingWindowAttention(nnx.Module):
         seq_axis: AxisName | None = "seq",
         batch_axis: AxisName | None = None,
         head_axis: AxisName | None = None,
+        layout: str = "contiguous",
+        exchange: str | None = None,
         implementation: str | None = None,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
@@ -158,6 +165,8 @@ class RingSlidingWindowAttention(nnx.Module):
             seq_axis=seq_axis,
             batch_axis=batch_axis,
             head_axis=head_axis,
+            layout=layout,
+            exchange=exchange,
             implementation=implementation,
         )
         linear = functools.partial(

@@ -10,7 +10,15 @@ from tests.helpers.processes import CPU, ROOT, start, succeed
 
 pytestmark = pytest.mark.slow
 DOCS = ROOT / "docs"
-PICTURES = {"halo.png", "hops.png", "mask.png", "schedule.png", "sinks.png", "tiles.png"}
+PICTURES = {
+    "balance.png",
+    "halo.png",
+    "hops.png",
+    "mask.png",
+    "schedule.png",
+    "sinks.png",
+    "tiles.png",
+}
 
 
 @pytest.fixture(scope="module")

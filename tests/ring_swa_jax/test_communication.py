@@ -17,7 +17,7 @@ from tests.helpers.ring_programs import CHUNK, far_case, programs, with_devices
 from tests.helpers.routes import over_mesh
 
 T, DEVICES = 8, 8
-WINDOWS = [0, T - 1, T, T + 1, 3 * T - 3, 100]
+WINDOWS = [0, T - 1, T, T + 1, 3 * T - 3, 8 * T - 2]
 MAY_MOVE = {"collective-permute", "reduce-scatter", "all-gather", "all-reduce"}
 
 

@@ -65,7 +65,10 @@ def programs(layer, devices):
     mesh = compile_target.mesh(devices)
     sharding = NamedSharding(mesh, P(None, "seq"))
     attend = functools.partial(
-        rsj.ring_attention, window_size=layer.window, implementation="triton"
+        rsj.ring_attention,
+        window_size=layer.window,
+        exchange="halo",
+        implementation="triton",
     )
 
     def heads(count):

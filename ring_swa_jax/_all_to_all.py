@@ -1,0 +1,300 @@
+"""Attention to the whole sequence of a share of the heads: exchange="all_to_all".
+
+Each device gives its chunk of most heads away, receives the other chunks of its own ones, attends,
+and gives the results back (DeepSpeed-Ulysses, arXiv:2309.14509). Without a window, where a device
+has several key/value heads, there are two launches, each of half of the heads: the second one's
+heads arrive under the first one, whose results leave under the second one.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, Int
+
+from pallas_kernels import (
+    KeyRun,
+    Spec,
+    State,
+    attend_keys,
+    attend_keys_backward,
+    choose,
+    sink_logits_gradient,
+)
+from ring_swa_jax._axis import SequenceAxis, same_varying
+from ring_swa_jax._layout import from_dual_order, to_dual_order
+from ring_swa_jax._segments import whole_starts
+
+MOST_LAUNCHES = 2
+"""Without a window. Under one, the forward kernel for Hopper takes every multiprocessor from its
+beginning on: with an exchange beside it, two launches took 15 to 22% longer than one on four H100
+(65536 tokens, windows of 8191 to 32767)."""
+
+
+class _Share(NamedTuple):
+    """Whole sequences of the heads that one launch attends."""
+
+    key: Float[Array, "B S k H"]
+    value: Float[Array, "B S k Hv"]
+    query: Float[Array, "B S n H"]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadExchange:
+    """Between chunks of all heads and whole sequences of a share of them.
+
+    Attributes:
+        axis: mesh axis that cuts the sequence; its size P divides the N query heads.
+        layout: order of the tokens in the caller's arrays.
+        kv_heads: K, of which N is a multiple.
+        launches: in so many launches each device attends its heads.
+    """
+
+    axis: SequenceAxis
+    layout: str
+    kv_heads: int
+    launches: int
+
+    @classmethod
+    def of_heads(
+        cls, axis: SequenceAxis, layout: str, kv_heads: int, most_launches: int
+    ) -> "HeadExchange":
+        """With as many launches as divide the key/value heads of a device."""
+        launches = math.gcd(math.lcm(kv_heads, axis.size) // axis.size, most_launches)
+        return cls(axis, layout, kv_heads, launches)
+
+    @property
+    def repeats(self) -> int:
+        """How often each key/value head is needed, so that there are lcm(K, P) of them."""
+        return math.lcm(self.kv_heads, self.axis.size) // self.kv_heads
+
+    def pipeline(
+        self,
+        inputs: list[Array],
+        compute: Callable[[int, list[Array], Array], list[Array]],
+        start: Array,
+    ) -> list[Array]:
+        """All launches, with the exchange of one under the computation of another.
+
+        Of several messages XLA lets only the last one travel while a kernel runs.
+
+        Args:
+            inputs: arrays [B, T, N, H] of this device's chunk, the largest one last.
+            compute: function of a launch's number, of its heads of the inputs [B, S, n, H] and of
+                ``start``, that returns arrays [B, S, n, H], the largest one last.
+            start: what only ``compute`` reads; on its way there it waits for the messages that are
+                to travel meanwhile.
+
+        Returns:
+            The results for this device's chunk, all heads of each, [B, T, N, H].
+        """
+        returned: list[list[Array]] = []
+        leaving: list[Array] = []
+        arrived, _ = self._fetch(inputs, 0, None)
+        for launch in range(self.launches):
+            here, begin = arrived, _after(start, *leaving[-1:])
+            if launch + 1 < self.launches:
+                arrived, message = self._fetch(inputs, launch + 1, here[-1])
+                begin = _after(begin, message)
+            leaving = [self._leaving(x) for x in compute(launch, here, begin)]
+            returned.append([self._returned(x) for x in leaving])
+        return [self._joined(parts) for parts in zip(*returned, strict=True)]
+
+    def sums_to_chunks(self, sums: list[Float[Array, "B n S"]]) -> Float[Array, "B N T"]:
+        """One number for each query and head, of what all launches have of them."""
+        once = dataclasses.replace(self, launches=1)
+        column = jnp.moveaxis(jnp.concatenate(sums, axis=1), 1, 2)[..., None]
+        column = once._joined([once._returned(once._leaving(column))])
+        return jnp.moveaxis(column[..., 0], 2, 1)
+
+    def sums_to_heads(self, sums: Float[Array, "B N T"]) -> list[Float[Array, "B n S"]]:
+        """The inverse of `sums_to_chunks`."""
+        once = dataclasses.replace(self, launches=1)
+        column = once._arrived(once._outgoing(jnp.moveaxis(sums, 1, 2)[..., None], 0))
+        return jnp.split(jnp.moveaxis(column[..., 0], 2, 1), self.launches, axis=1)
+
+    def sum_of_parts(self, x: Float[Array, "B T R H"], dtype) -> Float[Array, "B T K H"]:
+        """A gradient of keys from that of the repeated ones.
+
+        The parts that several devices have of a head are added by one sum, in their order.
+        """
+        return x.reshape(*x.shape[:2], self.kv_heads, -1, x.shape[-1]).sum(3).astype(dtype)
+
+    def own_heads(self, x: Float[Array, "N"]) -> Float[Array, "launches n"]:
+        """This device's share of one number for each head."""
+        return x.reshape(self.axis.size, self.launches, -1)[self.axis.index()]
+
+    def among_all_heads(self, x: Float[Array, "launches n"]) -> Float[Array, "N"]:
+        """Zeros for the heads of other devices: the transpose of `own_heads`."""
+        devices = jnp.arange(self.axis.size, dtype=jnp.int32)[:, None, None]
+        return jnp.where(devices == self.axis.index(), x[None], 0).reshape(-1)
+
+    def _fetch(
+        self, inputs: list[Array], launch: int, before: Array | None
+    ) -> tuple[list[Array], Array]:
+        """What arrives of a launch's heads, one after the other, and the last message."""
+        arrived: list[Array] = []
+        for x in inputs:
+            message = _after(self._outgoing(x, launch), before)
+            before = self._arrived(message)
+            arrived.append(before)
+        return arrived, message
+
+    def _outgoing(self, x: Float[Array, "B T N H"], launch: int) -> Float[Array, "P B T n H"]:
+        batch, chunk, _, dim = x.shape
+        x = x.reshape(batch, chunk, self.axis.size, self.launches, -1, dim)
+        return jnp.moveaxis(x[:, :, :, launch], 2, 0)
+
+    def _arrived(self, outgoing: Float[Array, "P B T n H"]) -> Float[Array, "B S n H"]:
+        x = jnp.moveaxis(self._exchange(outgoing), 0, 1)
+        x = x.reshape(x.shape[0], -1, *x.shape[3:])
+        return from_dual_order(x, self.axis.size) if self.layout == "dual_chunk" else x
+
+    def _leaving(self, x: Float[Array, "B S n H"]) -> Float[Array, "P B T n H"]:
+        x = to_dual_order(x, self.axis.size) if self.layout == "dual_chunk" else x
+        return jnp.moveaxis(x.reshape(x.shape[0], self.axis.size, -1, *x.shape[2:]), 1, 0)
+
+    def _returned(self, leaving: Float[Array, "P B T n H"]) -> Float[Array, "B T P n H"]:
+        return jnp.moveaxis(self._exchange(leaving), 0, 2)
+
+    def _exchange(self, x: Array) -> Array:
+        """Row d goes to device d; the rows that arrive stand in the order of their devices."""
+        return lax.all_to_all(x, self.axis.name, split_axis=0, concat_axis=0, tiled=True)
+
+    def _joined(self, parts: Sequence[Float[Array, "B T P n H"]]) -> Float[Array, "B T N H"]:
+        x = jnp.stack(parts, axis=3)
+        return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def _after(x: Array, other: Array | None = None) -> Array:
+    """``x``, but not before the other exists.
+
+    Without a latency-hiding scheduler XLA hides an exchange only where what is computed meanwhile
+    needs the message. The barrier alone would not do: compilers drop it before they order the
+    program. But until then it keeps them from finding the number elsewhere.
+    """
+    if other is None:
+        return x
+    number = lax.optimization_barrier(other)[(0,) * other.ndim]
+    exists = (number <= jnp.inf) | jnp.isnan(number)  # True, but no compiler says so
+    return jnp.where(exists, x, jnp.full_like(x, -1))  # no start is -1, so neither is dropped
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K Hv"],
+    sink_logits: Float[Array, "N"] | None,
+    cu_seqlens: Int[Array, "n"] | None,
+    segment_ids: Int[Array, "B T"] | None,
+    *,
+    axis: SequenceAxis,
+    layout: str,
+    spec: Spec,
+    implementation: str | None,
+) -> Float[Array, "B T N Hv"]:
+    """Attention of a chunk."""
+    batch, chunk, heads, dim = q.shape
+    most_launches = MOST_LAUNCHES if spec.window is None else 1
+    exchange = HeadExchange.of_heads(axis, layout, k.shape[2], most_launches)
+    whole = (batch, axis.size * chunk)
+    share = axis.size * exchange.launches
+    kv_share = k.shape[2] * exchange.repeats // share
+    # `choose` reads shapes and dtypes alone.
+    query = jnp.zeros((*whole, heads // share, dim), q.dtype)
+    value = jnp.zeros((*whole, kv_share, v.shape[-1]), v.dtype)
+    name = choose(implementation, spec, query, value)
+    start = whole_starts(axis, chunk, cu_seqlens, segment_ids)
+    q, k, v, sink_logits, start = same_varying(axis, q, k, v, sink_logits, start)
+    return attend_heads(spec, exchange, name, q, k, v, sink_logits, start)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def attend_heads(
+    spec: Spec,
+    exchange: HeadExchange,
+    implementation: str,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K Hv"],
+    sink_logits: Float[Array, "N"] | None,
+    start: Int[Array, ""] | Int[Array, "B S"],
+) -> Float[Array, "B T N Hv"]:
+    """Attention of a chunk's queries to the whole sequence.
+
+    Args:
+        spec: static settings.
+        exchange: how heads are exchanged for chunks.
+        implementation: that of the kernels.
+        query: queries of the chunk.
+        key: its keys; N is a multiple of lcm(K, P).
+        value: its values.
+        sink_logits: learned sinks; all inputs vary over the same manual mesh axes.
+        start: position of the first token of each query's sequence, of the whole sequence in the
+            order of its tokens.
+    """
+    arrays = (query, key, value, sink_logits, start)
+    return _attend_heads_fwd(spec, exchange, implementation, *arrays)[0]
+
+
+def _attend_heads_fwd(spec, exchange, implementation, query, key, value, sink_logits, start):
+    repeated = [jnp.repeat(x, exchange.repeats, axis=2) for x in (key, value)]
+    learned = _learned(exchange, sink_logits)
+    shares, sums = [], []
+
+    def compute(launch, arrived, start):
+        share = _Share(*arrived)
+        shares.append(share)
+        keys = KeyRun(share.key, share.value, 0)
+        state = attend_keys(
+            spec, implementation, share.query, keys, learned[launch], start, None, query.dtype
+        )
+        _, state = same_varying(exchange.axis, query, state)
+        sums.append(state.lse)
+        return [state.out]
+
+    (out,) = exchange.pipeline([*repeated, query], compute, start)
+    out = checkpoint_name(out, "context")
+    lse = checkpoint_name(exchange.sums_to_chunks(sums), "context")
+    return out, (shares, sink_logits, start, out, lse)
+
+
+def _attend_heads_bwd(spec, exchange, implementation, residuals, dout):
+    shares, sink_logits, start, out, lse = residuals
+    # Parts of a head's gradient stay as they were accumulated until they are added.
+    travel = lse.dtype if exchange.repeats > 1 else dout.dtype
+    learned, sums = _learned(exchange, sink_logits), exchange.sums_to_heads(lse)
+    dlearned: list[Any] = []
+
+    def compute(launch, arrived, start):
+        share, (out, dout) = shares[launch], arrived
+        keys, final = KeyRun(share.key, share.value, 0), State(out, sums[launch])
+        dquery, *dkeys, delta = attend_keys_backward(
+            spec, implementation, share.query, keys, start, final, dout, None, dout.dtype, travel
+        )
+        if learned[launch] is not None:
+            dlearned.append(sink_logits_gradient(learned[launch], final.lse, delta))
+        return [*dkeys, dquery]
+
+    *dkeys, dquery = exchange.pipeline([out, dout], compute, start)
+    dkey, dvalue = (exchange.sum_of_parts(x, dout.dtype) for x in dkeys)
+    dsink_logits = None
+    if sink_logits is not None:
+        dsink_logits = exchange.among_all_heads(jnp.stack(dlearned)).astype(sink_logits.dtype)
+    return dquery, dkey, dvalue, dsink_logits, None
+
+
+def _learned(exchange: HeadExchange, sink_logits: Array | None) -> list[Array | None]:
+    """The learned sinks of each launch's heads."""
+    if sink_logits is None:
+        return [None] * exchange.launches
+    return list(exchange.own_heads(sink_logits))
+
+
+attend_heads.defvjp(_attend_heads_fwd, _attend_heads_bwd)

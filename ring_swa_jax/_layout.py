@@ -1,0 +1,116 @@
+"""The order in which devices hold the tokens, and how tokens change from one order to the other.
+
+"contiguous": device r of P holds chunk r. "dual_chunk": device r holds the half chunks r and
+2P - 1 - r, so that under a causal mask all devices attend equally many keys.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Int
+
+from ring_swa_jax._axis import SequenceAxis
+
+LAYOUTS = ("contiguous", "dual_chunk")
+
+
+def check_layout(layout: str) -> None:
+    """Checks that a layout has this name.
+
+    Raises:
+        ValueError: none has.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is none of {LAYOUTS}")
+
+
+def check_halves(layout: str, length: int, devices: int) -> None:
+    """Checks that a sequence has two half chunks of the same length for each device.
+
+    Raises:
+        ValueError: it has not, and the layout needs them.
+    """
+    if layout == "dual_chunk" and devices > 1 and length % (2 * devices):
+        raise ValueError(
+            f"layout='dual_chunk' cuts the sequence into two half chunks a device, but its length "
+            f"{length} is not divided by 2 x {devices}; pad the sequence and give the padding a "
+            "negative segment id"
+        )
+
+
+def to_dual_order(x: Array, devices: int, axis: int = 1) -> Array:
+    """A whole array in the order of its tokens, put into dual-chunk order along an axis."""
+    shape = x.shape
+    halves = x.reshape(*shape[:axis], 2 * devices, -1, *shape[axis + 1 :])
+    first, second = jnp.split(halves, 2, axis)
+    return jnp.stack([first, jnp.flip(second, axis)], axis + 1).reshape(shape)
+
+
+def from_dual_order(x: Array, devices: int, axis: int = 1) -> Array:
+    """The inverse of `to_dual_order`."""
+    shape = x.shape
+    pairs = x.reshape(*shape[:axis], devices, 2, -1, *shape[axis + 1 :])
+    first, second = (lax.index_in_dim(pairs, n, axis + 1, keepdims=False) for n in (0, 1))
+    return jnp.concatenate([first, jnp.flip(second, axis)], axis).reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class HalfChunks:
+    """The 2P half chunks of a sequence of P chunks.
+
+    Chunk c is the half chunks 2c and 2c + 1; the first one is one token longer where a chunk's
+    length is odd.
+    """
+
+    axis: SequenceAxis
+    chunk: int
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a half chunk with an even number."""
+        return (self.chunk + 1) // 2
+
+    def of_device(self, device: Array) -> tuple[Array, Array]:
+        """Numbers of the half chunks that a device holds in dual-chunk order."""
+        return device, 2 * self.axis.size - 1 - device
+
+    def begin(self, half: Array) -> Int[Array, ""]:
+        """Position of a half chunk's first token."""
+        return half // 2 * self.chunk + half % 2 * self.longest
+
+    def length(self, half: Array) -> Int[Array, ""]:
+        """Tokens of a half chunk."""
+        return self.longest - half % 2 * (2 * self.longest - self.chunk)
+
+    def deal(self, x: Array, axis: int = 1) -> Array:
+        """This device's part of a contiguous array to that of the array in dual-chunk order.
+
+        The half chunks with even numbers travel in one permute, the others in another one.
+        """
+        even, odd = jnp.split(x, [self.longest], axis)
+        even = self._permute(even, 0, lambda source, target: (source, target))
+        odd = self._permute(odd, 1, lambda source, target: (source, target))
+        in_order, swapped = (jnp.concatenate(parts, axis) for parts in ((even, odd), (odd, even)))
+        return jnp.where(self.axis.index() % 2 == 0, in_order, swapped)
+
+    def collect(self, x: Array, axis: int = 1) -> Array:
+        """The inverse of `deal`."""
+        first_is_even = self.axis.index() % 2 == 0
+        even, odd = jnp.split(x, [self.longest], axis)
+        swapped_odd, swapped_even = jnp.split(x, [self.chunk - self.longest], axis)
+        even = jnp.where(first_is_even, even, swapped_even)
+        odd = jnp.where(first_is_even, odd, swapped_odd)
+        even = self._permute(even, 0, lambda source, target: (target, source))
+        odd = self._permute(odd, 1, lambda source, target: (target, source))
+        return jnp.concatenate([even, odd], axis)
+
+    def _permute(self, x: Array, parity: int, pair: Callable[[int, int], tuple[int, int]]) -> Array:
+        """Moves the half chunks 2c + parity between chunk c's device and their own."""
+        last = 2 * self.axis.size - 1
+        pairs = []
+        for source in range(self.axis.size):
+            half = 2 * source + parity
+            pairs.append(pair(source, min(half, last - half)))
+        return lax.ppermute(x, self.axis.name, pairs)
