@@ -29,6 +29,7 @@ from jaxtyping import Float
 from pallas_kernels import _implementations
 from pallas_kernels._derivatives import first_order
 from pallas_kernels._kernels import BackwardInputs, ForwardInputs, Gradients, Kernels
+from pallas_kernels._masks import is_real
 from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State, accumulator_dtype
 from pallas_kernels._varying import vary_as
 from pallas_kernels._vmap import folds_vmap
@@ -135,10 +136,11 @@ def _attend_bwd(
         home = halo.give_back(0, *gradients.dkeys[0])
     else:
         dquery = home = None
+        shared = _without_padding(key, value, start)
         # The farthest hop first: it reaches the fewest rows, so dquery and home only ever grow.
         done: list[Array] = []
         for hop in reversed(range(len(halo.lengths))):
-            far = _fetch(halo, hop, done, key, value) if kept is None else kept
+            far = _fetch(halo, hop, done, *shared) if kept is None else kept
             of_hop = inputs._replace(runs=(_hop_run(halo, hop, far),), sinks=None)
             found = launch(of_hop, dquery, rows=halo.lengths[hop], dquery_dtype=dtype)
             dquery = found.dquery
@@ -292,15 +294,16 @@ def _launch_all_forward(
     if not lengths:
         return launch(inputs, None, rows=(0, rows), out_dtype=query.dtype), None
 
+    shared = _without_padding(key, value, start)
     if len(lengths) == 1 and kernels.prefers_fused_halo_forward:
-        fetched = halo.fetch(0, key, value, after=None)
+        fetched = halo.fetch(0, *shared, after=None)
         joined = inputs._replace(runs=(_hop_run(halo, 0, fetched), local))
         return launch(joined, None, rows=(0, rows), out_dtype=query.dtype), fetched
 
     tile = kernels.query_tile_rows(spec, query, local)
     near = -(-lengths[0] // tile) * tile
     if len(lengths) == 1 and 2 * near <= rows:
-        fetched = halo.fetch(0, key, value, after=None)
+        fetched = halo.fetch(0, *shared, after=None)
         state = launch(inputs, None, rows=(near, rows), out_dtype=query.dtype)
         # What needs the halo waits for the launch, so that the halo travels under it.
         done = state.lse[0, 0, -1] <= jnp.inf  # True, but no compiler may assume it
@@ -312,7 +315,7 @@ def _launch_all_forward(
     state = launch(inputs, None, rows=(0, rows), out_dtype=dtype)
     ended: list[Array] = []
     for hop, length in enumerate(lengths):
-        fetched = _fetch(halo, hop, ended, key, value)
+        fetched = _fetch(halo, hop, ended, *shared)
         of_hop = ForwardInputs(query, (_hop_run(halo, hop, fetched),), None, None, start)
         state = launch(of_hop, state, rows=(0, length), out_dtype=dtype, resume=True)
         ended.append(state.lse[0, 0, 0])
@@ -329,6 +332,16 @@ def _add_last(longer: _KeyValue, shorter: _KeyValue | None) -> _KeyValue:
     if begin == 0:  # as .at[0:] it would crash the compiler of jax 0.11.2, inside shard_map
         return key + last_key, value + last_value
     return key.at[:, begin:].add(last_key), value.at[:, begin:].add(last_value)
+
+
+def _without_padding(
+    key: Float[Array, "B T K H"], value: Float[Array, "B T K Hv"], start: Starts
+) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K Hv"]]:
+    """Keys and values for other shards, which do not know what is padding here: zeros there."""
+    if not start.ndim:
+        return key, value
+    real = is_real(jnp.arange(start.shape[1], dtype=jnp.int32)[None], start)[..., None, None]
+    return jnp.where(real, key, jnp.zeros_like(key)), jnp.where(real, value, jnp.zeros_like(value))
 
 
 def _hop_run(halo: Halo, hop: int, fetched: _KeyValue) -> KeyRun:

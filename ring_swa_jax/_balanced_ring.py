@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from pallas_kernels import (
     KeyRun,
@@ -128,6 +128,19 @@ class BalancedRing:
             found.append(jnp.where(filled[None], past_all, own))
         return _Halves(*found)
 
+    def is_real(self, starts: _Halves) -> Bool[Array, "B T"]:
+        """Whether a token of this device is no padding, whatever that holds."""
+        rows = jnp.arange(self.halves.longest, dtype=jnp.int32)[None]
+        numbers = self.halves.of_device(self.axis.index())
+        return self.join(
+            _Halves(
+                *(
+                    start <= self.halves.begin(number) + rows
+                    for start, number in zip(starts, numbers, strict=True)
+                )
+            )
+        )
+
     def own_launches(self, keys: Array, starts: _Halves) -> list[_Launch]:
         """Each half to its own keys, and the second one to the keys of the first."""
         numbers = self.halves.of_device(self.axis.index())
@@ -232,6 +245,9 @@ def attend_ring(
 def _attend_ring_fwd(spec, ring, implementation, query, key, value, sink_logits, start):
     query, keys = ring.take(query), ring.take(jnp.concatenate([key, value], -1))
     starts = ring.starts(start, query.shape[0])
+    if start.ndim:
+        real = ring.is_real(starts)[..., None, None]
+        keys = jnp.where(real, keys, jnp.zeros_like(keys))
     states = _forward(spec, ring, implementation, query, keys, sink_logits, starts)
     _, states = same_varying(ring.axis, query, states)
     out = ring.join(_Halves(*(state.out for state in states))).astype(query.dtype)

@@ -17,6 +17,8 @@ SETTINGS = {
     "window": dict(window_size=9),
     "causal": dict(window_size=None),
     "sinks": dict(window_size=5, num_sink_tokens=3),
+    "all_to_all": dict(window_size=None, exchange="all_to_all"),
+    "ring": dict(window_size=None, exchange="ring"),
 }
 
 
@@ -55,6 +57,7 @@ def program(ids, implementation, devices, **settings):
 
 
 CASES = [("xla", 1, "causal"), ("xla", 2, "sinks"), ("triton", 1, "causal"), ("triton", 2, "sinks")]
+CASES += [("xla", 2, "all_to_all"), ("xla", 2, "ring")]
 SLOW = [("xla", 1, "sinks"), ("xla", 2, "window"), ("triton", 1, "sinks"), ("triton", 2, "window")]
 
 
