@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from pallas_kernels import (
     KeyRun,
@@ -128,18 +128,15 @@ class BalancedRing:
             found.append(jnp.where(filled[None], past_all, own))
         return _Halves(*found)
 
-    def is_real(self, starts: _Halves) -> Bool[Array, "B T"]:
-        """Whether a token of this device is no padding, whatever that holds."""
+    def without_padding(self, x: Float[Array, "B T R D"], starts: _Halves) -> Array:
+        """Zeros where a token of this device is padding, which no launch of a hop knows."""
         rows = jnp.arange(self.halves.longest, dtype=jnp.int32)[None]
         numbers = self.halves.of_device(self.axis.index())
-        return self.join(
-            _Halves(
-                *(
-                    start <= self.halves.begin(number) + rows
-                    for start, number in zip(starts, numbers, strict=True)
-                )
-            )
-        )
+        real = [
+            start <= self.halves.begin(number) + rows
+            for start, number in zip(starts, numbers, strict=True)
+        ]
+        return jnp.where(self.join(_Halves(*real))[..., None, None], x, jnp.zeros_like(x))
 
     def own_launches(self, keys: Array, starts: _Halves) -> list[_Launch]:
         """Each half to its own keys, and the second one to the keys of the first."""
@@ -246,15 +243,14 @@ def _attend_ring_fwd(spec, ring, implementation, query, key, value, sink_logits,
     query, keys = ring.take(query), ring.take(jnp.concatenate([key, value], -1))
     starts = ring.starts(start, query.shape[0])
     if start.ndim:
-        real = ring.is_real(starts)[..., None, None]
-        keys = jnp.where(real, keys, jnp.zeros_like(keys))
+        query, keys = (ring.without_padding(x, starts) for x in (query, keys))
     states = _forward(spec, ring, implementation, query, keys, sink_logits, starts)
     _, states = same_varying(ring.axis, query, states)
     out = ring.join(_Halves(*(state.out for state in states))).astype(query.dtype)
     lse = ring.join(_Halves(*(state.lse for state in states)), 2)
     out = checkpoint_name(ring.give(out), "context")
     lse = checkpoint_name(ring.give(lse, 2), "context")
-    return out, (query, keys, sink_logits, starts, out, lse)
+    return out, (query, keys, sink_logits, starts, out, lse, start)
 
 
 def _forward(spec, ring, implementation, query, keys, sink_logits, starts):
@@ -285,8 +281,11 @@ def _forward(spec, ring, implementation, query, keys, sink_logits, starts):
 
 
 def _attend_ring_bwd(spec, ring, implementation, residuals, dout):
-    query, keys, sink_logits, starts, out, lse = residuals
-    outs, douts = (ring.split(ring.take(x)) for x in (out, dout))
+    query, keys, sink_logits, starts, out, lse, start = residuals
+    outs, douts = ring.take(out), ring.take(dout)
+    if start.ndim:
+        douts = ring.without_padding(douts, starts)
+    outs, douts = ring.split(outs), ring.split(douts)
     lses = ring.split(ring.take(lse, 2), 2)
     finals = tuple(map(State, outs, lses))
     backward = _Backward(spec, implementation, ring.split(query), finals, douts)
