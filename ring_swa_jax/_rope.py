@@ -6,12 +6,12 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from pallas_kernels import accumulator_dtype
 from ring_swa_jax import _checks
 from ring_swa_jax._angles import angles
+from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._integers import as_positions
 from ring_swa_jax._rope_scaling import RopeScaling
 
@@ -43,8 +43,8 @@ class Rope:
 
 
 def apply_rope(
-    x: Float[ArrayLike, "B S N H"],
-    positions: Int[ArrayLike, "#B S"] | Int[ArrayLike, "S"],
+    x: Float[AnyArray, "B S N H"],
+    positions: Int[AnyArray, "#B S"] | Int[AnyArray, "S"],
     *,
     base: float = 10000.0,
     rotary_dim: int | None = None,
