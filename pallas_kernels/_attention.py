@@ -29,7 +29,6 @@ from jaxtyping import Float
 from pallas_kernels import _implementations
 from pallas_kernels._derivatives import first_order
 from pallas_kernels._kernels import BackwardInputs, ForwardInputs, Gradients, Kernels
-from pallas_kernels._masks import is_real
 from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State, accumulator_dtype
 from pallas_kernels._varying import vary_as
 from pallas_kernels._vmap import folds_vmap
@@ -49,10 +48,15 @@ class Halo(Protocol):
         hop: int,
         key: Float[Array, "B T K H"],
         value: Float[Array, "B T K Hv"],
+        start: Starts,
         *,
         after: Float[Array, ""] | None,
     ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
-        """The keys and values of a hop, from everybody's own, once the number ``after`` exists."""
+        """The keys and values of a hop: every shard passes its own, and where its sequences start.
+
+        The message is sent once the number ``after`` exists. It holds zeros for padding, which the
+        shard that receives it does not know of.
+        """
         ...
 
     def give_back(
@@ -136,7 +140,7 @@ def _attend_bwd(
         home = halo.give_back(0, *gradients.dkeys[0])
     else:
         dquery = home = None
-        shared = _without_padding(key, value, start)
+        shared = (key, value, start)
         # The farthest hop first: it reaches the fewest rows, so dquery and home only ever grow.
         done: list[Array] = []
         for hop in reversed(range(len(halo.lengths))):
@@ -294,7 +298,7 @@ def _launch_all_forward(
     if not lengths:
         return launch(inputs, None, rows=(0, rows), out_dtype=query.dtype), None
 
-    shared = _without_padding(key, value, start)
+    shared = (key, value, start)
     if len(lengths) == 1 and kernels.prefers_fused_halo_forward:
         fetched = halo.fetch(0, *shared, after=None)
         joined = inputs._replace(runs=(_hop_run(halo, 0, fetched), local))
@@ -334,16 +338,6 @@ def _add_last(longer: _KeyValue, shorter: _KeyValue | None) -> _KeyValue:
     return key.at[:, begin:].add(last_key), value.at[:, begin:].add(last_value)
 
 
-def _without_padding(
-    key: Float[Array, "B T K H"], value: Float[Array, "B T K Hv"], start: Starts
-) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K Hv"]]:
-    """Keys and values for other shards, which do not know what is padding here: zeros there."""
-    if not start.ndim:
-        return key, value
-    real = is_real(jnp.arange(start.shape[1], dtype=jnp.int32)[None], start)[..., None, None]
-    return jnp.where(real, key, jnp.zeros_like(key)), jnp.where(real, value, jnp.zeros_like(value))
-
-
 def _hop_run(halo: Halo, hop: int, fetched: _KeyValue) -> KeyRun:
     key, value = fetched
     return KeyRun(key, value, -sum(halo.lengths[: hop + 1]))
@@ -355,9 +349,10 @@ def _fetch(
     done: list[Array],
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K Hv"],
+    start: Starts,
 ) -> _KeyValue:
     """Fetches a hop when the hop before the last is done, so that two are in flight."""
-    return halo.fetch(hop, key, value, after=done[-2] if len(done) > 1 else None)
+    return halo.fetch(hop, key, value, start, after=done[-2] if len(done) > 1 else None)
 
 
 def _launch_forward(

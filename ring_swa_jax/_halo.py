@@ -40,17 +40,25 @@ class RingHalo:
         hop: int,
         key: Float[Array, "B T K H"],
         value: Float[Array, "B T K Hv"],
+        start: Int[Array, ""] | Int[Array, "B T"],
         *,
         after: Float[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
         """The last ``lengths[hop]`` keys and values of the device ``hop + 1`` chunks before.
 
+        Padding, where ``start`` is behind the token, travels as zeros.
         With ``after`` the message is not made before that number is known. An optimization
         barrier would not do: compilers drop it before they order the program.
         """
         begin = key.shape[1] - self.lengths[hop]
         pairs = [(r, r + hop + 1) for r in range(self.axis.size - hop - 1)]
-        return self._send(key[:, begin:], value[:, begin:], pairs, after)
+        key, value = key[:, begin:], value[:, begin:]
+        if start.ndim:
+            real = start[:, begin:] <= begin + jnp.arange(self.lengths[hop], dtype=jnp.int32)[None]
+            key, value = (
+                jnp.where(real[..., None, None], x, jnp.zeros_like(x)) for x in (key, value)
+            )
+        return self._send(key, value, pairs, after)
 
     def give_back(
         self, hop: int, dkey: Float[Array, "B S K H"], dvalue: Float[Array, "B S K Hv"]

@@ -21,7 +21,7 @@ class RepeatedHalo:
 
     lengths: tuple[int, ...]
 
-    def fetch(self, hop, key, value, *, after=None):
+    def fetch(self, hop, key, value, start, *, after=None):
         begin = key.shape[1] - self.lengths[hop]
         return key[:, begin:], value[:, begin:]
 
