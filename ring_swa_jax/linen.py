@@ -16,8 +16,9 @@ from jaxtyping import Bool, Float, Int
 from ring_swa_jax._attention_fn import attention_fn as attention_fn
 from ring_swa_jax._axis import AxisName, explicit_axes
 from ring_swa_jax._cache import Cache
-from ring_swa_jax._layer import AttentionLayer, Learned
+from ring_swa_jax._layer import AttentionLayer, KeysValues, Learned, Projected
 from ring_swa_jax._layer_decode import decode, init_cache, prefill
+from ring_swa_jax._query_scaling import QueryScaling
 from ring_swa_jax._rope import Rope
 
 __all__ = ["RingSlidingWindowAttention", "attention_fn"]
@@ -26,15 +27,15 @@ __all__ = ["RingSlidingWindowAttention", "attention_fn"]
 class _Parts(NamedTuple):
     """The layer's submodules and parameters."""
 
-    query: nn.DenseGeneral
-    key: nn.DenseGeneral
-    value: nn.DenseGeneral
+    projections: dict[str, nn.DenseGeneral | None]
     out: nn.DenseGeneral
     learned: Learned
 
-    def project(self, x: Array) -> tuple[Array, Array, Array]:
-        """Queries, keys and values of x, not yet normalised nor rotated."""
-        return self.query(x), self.key(x), self.value(x)
+    def project(self, x: Array) -> Projected:
+        """The projections of x, not yet normalised nor rotated."""
+        return Projected(
+            **{name: None if p is None else p(x) for name, p in self.projections.items()}
+        )
 
 
 class RingSlidingWindowAttention(nn.Module):
@@ -68,7 +69,17 @@ class RingSlidingWindowAttention(nn.Module):
     scale: float | None = None
     qk_norm: bool | Literal["all_heads"] = False
     qk_norm_epsilon: float = 1e-6
+    qk_norm_scale: bool = True
+    qk_norm_after_rope: bool = False
+    value_norm: bool = False
+    context_norm: bool = False
     rope: Rope | None = Rope()
+    query_scaling: QueryScaling | None = None
+    attention_chunk_size: int | None = None
+    key_as_value: bool = False
+    kv_shared: bool = False
+    output_gate: Literal["headwise", "elementwise"] | None = None
+    output_gate_activation: Literal["sigmoid", "softplus"] = "sigmoid"
     mesh: Mesh | AbstractMesh | None = None
     seq_axis: AxisName | None = "seq"
     batch_axis: AxisName | None = None
@@ -94,7 +105,9 @@ class RingSlidingWindowAttention(nn.Module):
         *,
         segment_ids: Int[Array, "B S"] | None = None,
         positions: Int[Array, "B S"] | None = None,
-    ) -> Float[Array, "B S out_features"]:
+        shared_kv: KeysValues | None = None,
+        return_kv: bool = False,
+    ) -> Float[Array, "B S out_features"] | tuple[Float[Array, "B S out_features"], KeysValues]:
         """Attends within whole rows.
 
         Args:
@@ -102,19 +115,27 @@ class RingSlidingWindowAttention(nn.Module):
             segment_ids: a new sequence starts where the id changes; a negative id is padding.
             positions: of the tokens, for the rotation alone; by default they start anew in every
                 sequence, or count from 0 where there are no ``segment_ids``.
+            shared_kv: keys and values of an earlier layer, for a layer with ``kv_shared``.
+            return_kv: whether to return keys and values too, for such layers.
 
         Returns:
-            The layer's output; a padding token's is the bias of ``out``.
+            The layer's output; a padding token's is the bias of ``out``. With ``return_kv`` a
+            pair of it and keys and values, normalised and rotated.
 
         Raises:
             ValueError: shapes or mesh axes that do not fit.
             TypeError: ids or positions that are not integers.
         """
         layer, parts = self._layer_and_parts(x)
-        context = layer.forward(
-            *parts.project(x), parts.learned, segment_ids=segment_ids, positions=positions
+        context, kv = layer.forward(
+            parts.project(x),
+            parts.learned,
+            segment_ids=segment_ids,
+            positions=positions,
+            shared_kv=shared_kv,
         )
-        return parts.out(context)
+        y = parts.out(context)
+        return (y, kv) if return_kv else y
 
     @nn.nowrap
     def init_cache(
@@ -152,22 +173,27 @@ class RingSlidingWindowAttention(nn.Module):
         positions: Int[Array, "B S"] | None = None,
         max_length: int | None = None,
         relative_positions: bool = False,
-    ) -> tuple[Float[Array, "B S out_features"], Cache]:
+        return_kv: bool = False,
+    ) -> (
+        tuple[Float[Array, "B S out_features"], Cache]
+        | tuple[Float[Array, "B S out_features"], Cache, KeysValues]
+    ):
         """The output of a call and the cache that `decode` goes on with, as the NNX module's.
 
         ``y, cache = module.apply(variables, x, method="prefill")``
         """
         layer, parts = self._layer_and_parts(x)
-        context, cache = prefill(
+        context, cache, kv = prefill(
             layer,
-            *parts.project(x),
+            parts.project(x),
             parts.learned,
             segment_ids=segment_ids,
             positions=positions,
             max_length=max_length,
             relative_positions=relative_positions,
         )
-        return parts.out(context), cache
+        y = parts.out(context)
+        return (y, cache, kv) if return_kv else (y, cache)
 
     def decode(
         self,
@@ -176,16 +202,28 @@ class RingSlidingWindowAttention(nn.Module):
         *,
         valid: Bool[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T out_features"], Cache]:
+        shared_kv: KeysValues | None = None,
+        return_kv: bool = False,
+    ) -> (
+        tuple[Float[Array, "B T out_features"], Cache]
+        | tuple[Float[Array, "B T out_features"], Cache, KeysValues]
+    ):
         """Attends from the next tokens of each row, as the NNX module does.
 
         ``y, cache = module.apply(variables, x, cache, method="decode")``
         """
         layer, parts = self._layer_and_parts(x)
-        context, cache = decode(
-            layer, *parts.project(x), parts.learned, cache, valid=valid, positions=positions
+        context, cache, kv = decode(
+            layer,
+            parts.project(x),
+            parts.learned,
+            cache,
+            valid=valid,
+            positions=positions,
+            shared_kv=shared_kv,
         )
-        return parts.out(context), cache
+        y = parts.out(context)
+        return (y, cache, kv) if return_kv else (y, cache)
 
     @nn.nowrap
     def _layer(self, in_features: int) -> AttentionLayer:
@@ -212,17 +250,20 @@ class RingSlidingWindowAttention(nn.Module):
         )
         project = functools.partial(
             dense,
-            use_bias=self.use_bias,
             kernel_init=self.kernel_init,
             bias_init=self.bias_init,
             promote_dtype=self.qkv_promote_dtype,
             dot_general=_dot_general(x, functools.partial(layer.sharding_of_heads, x)),
         )
         query_shape, key_shape = layer.norm_shapes
+        sinks_shape = (layer.num_heads,) if self.learned_sinks else None
         return _Parts(
-            query=project((layer.num_heads, layer.head_dim), name="query"),
-            key=project((layer.num_kv_heads, layer.head_dim), name="key"),
-            value=project((layer.num_kv_heads, layer.value_dim), name="value"),
+            projections={
+                name: None
+                if shape is None
+                else project(shape, name=name, use_bias=self.use_bias and name != "gate")
+                for name, shape in layer.projections.items()
+            },
             out=dense(
                 layer.out_features,
                 axis=(-2, -1),
@@ -234,17 +275,15 @@ class RingSlidingWindowAttention(nn.Module):
                 name="out",
             ),
             learned=Learned(
-                self._param(self.qk_norm, "query_norm", self.qk_norm_init, query_shape),
-                self._param(self.qk_norm, "key_norm", self.qk_norm_init, key_shape),
-                self._param(
-                    self.learned_sinks, "sink_logits", self.sink_logits_init, (layer.num_heads,)
-                ),
+                self._param("query_norm", self.qk_norm_init, query_shape),
+                self._param("key_norm", self.qk_norm_init, key_shape),
+                self._param("sink_logits", self.sink_logits_init, sinks_shape),
             ),
         )
 
     @nn.nowrap
-    def _param(self, present, name: str, init: Initializer, shape) -> Array | None:
-        return self.param(name, init, shape, self.param_dtype) if present else None
+    def _param(self, name: str, init: Initializer, shape) -> Array | None:
+        return None if shape is None else self.param(name, init, shape, self.param_dtype)
 
 
 def _dot_general(x: Array, sharding_of: Callable[[Array], PartitionSpec | None]):

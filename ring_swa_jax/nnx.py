@@ -16,8 +16,9 @@ from jaxtyping import Bool, Float, Int
 from ring_swa_jax._attention_fn import attention_fn as attention_fn
 from ring_swa_jax._axis import AxisName
 from ring_swa_jax._cache import Cache
-from ring_swa_jax._layer import AttentionLayer, Learned
+from ring_swa_jax._layer import AttentionLayer, KeysValues, Learned, Projected
 from ring_swa_jax._layer_decode import decode, init_cache, prefill
+from ring_swa_jax._query_scaling import QueryScaling
 from ring_swa_jax._rope import Rope
 
 __all__ = ["RingSlidingWindowAttention", "attention_fn"]
@@ -34,7 +35,8 @@ class RingSlidingWindowAttention(nnx.Module):
     (``rope``); `ring_swa_jax.ring_attention` defines the attention. The parameters are those of
     `flax.nnx.MultiHeadAttention`: ``query``, ``key``, ``value`` and ``out``, each with a
     ``kernel`` ([E, N, H], [E, K, H], [E, K, Hv], [N, Hv, out_features]) and a ``bias``; besides
-    them ``query_norm`` and ``key_norm`` where there is a norm, and ``sink_logits`` [N].
+    them ``query_norm`` and ``key_norm`` where there is a norm, ``sink_logits`` [N], and ``gate``
+    with a ``kernel`` ([E, N, 1] or [E, N, Hv]) where there is an output gate.
 
     Args:
         num_heads: N, the number of query heads.
@@ -54,8 +56,25 @@ class RingSlidingWindowAttention(nnx.Module):
         qk_norm: True: an RMSNorm of every head of q and k before the rotation, with a factor [H];
             "all_heads": one of all heads of a token together, with factors [N, H] and [K, H], as
             in OLMo 2 and 3. The factors multiply as they are: Gemma's weights are ``factor - 1``.
-        qk_norm_epsilon: added to the mean square.
+        qk_norm_epsilon: added to the mean square, of the other norms too.
+        qk_norm_scale: whether the norms of q and k have factors; False as in Llama 4.
+        qk_norm_after_rope: whether they come after the rotation, as in Hunyuan and Llama 4.
+        value_norm: an RMSNorm of every head of v, without factor, as in Gemma 3n and 4.
+        context_norm: an RMSNorm of every head of the attended values, without factor, before the
+            output gate.
         rope: rotary settings; None: no rotation.
+        query_scaling: a factor of the queries that grows with their position, after rotation and
+            norm, as in Ministral 3 and Llama 4; positions are those of the rotation.
+        attention_chunk_size: C; the query at position p of its document sees the keys from
+            ``p - p % C`` on, as in Llama 4's layers that rotate (`ring_swa_jax.chunk_segment_ids`).
+            Goes with ``window_size=None``.
+        key_as_value: the values are the keys before their norm and rotation, and there is no
+            ``value``, as in Gemma 4's layers without a window.
+        kv_shared: keys and values come from an earlier layer, with each call, and there is neither
+            ``key`` nor ``value``, as in the upper layers of Gemma 3n and 4.
+        output_gate: "elementwise": the attended values are multiplied by a gate computed from x,
+            one for each feature; "headwise": one for each head. None: no gate.
+        output_gate_activation: "sigmoid", or "softplus" as in Laguna.
         mesh: by default that of ``jax.set_mesh``.
         seq_axis: mesh axis or axes (a tuple, major first) that cut the sequence; None: it is not
             cut.
@@ -108,7 +127,17 @@ class RingSlidingWindowAttention(nnx.Module):
         scale: float | None = None,
         qk_norm: bool | Literal["all_heads"] = False,
         qk_norm_epsilon: float = 1e-6,
+        qk_norm_scale: bool = True,
+        qk_norm_after_rope: bool = False,
+        value_norm: bool = False,
+        context_norm: bool = False,
         rope: Rope | None = Rope(),  # noqa: B008  frozen
+        query_scaling: QueryScaling | None = None,
+        attention_chunk_size: int | None = None,
+        key_as_value: bool = False,
+        kv_shared: bool = False,
+        output_gate: Literal["headwise", "elementwise"] | None = None,
+        output_gate_activation: Literal["sigmoid", "softplus"] = "sigmoid",
         mesh: Mesh | AbstractMesh | None = None,
         seq_axis: AxisName | None = "seq",
         batch_axis: AxisName | None = None,
@@ -150,7 +179,17 @@ class RingSlidingWindowAttention(nnx.Module):
             scale=scale,
             qk_norm=qk_norm,
             qk_norm_epsilon=qk_norm_epsilon,
+            qk_norm_scale=qk_norm_scale,
+            qk_norm_after_rope=qk_norm_after_rope,
+            value_norm=value_norm,
+            context_norm=context_norm,
             rope=rope,
+            query_scaling=query_scaling,
+            attention_chunk_size=attention_chunk_size,
+            key_as_value=key_as_value,
+            kv_shared=kv_shared,
+            output_gate=output_gate,
+            output_gate_activation=output_gate_activation,
             mesh=mesh,
             seq_axis=seq_axis,
             batch_axis=batch_axis,
@@ -163,16 +202,15 @@ class RingSlidingWindowAttention(nnx.Module):
         project = functools.partial(
             linear,
             layer.in_features,
-            use_bias=use_bias,
             kernel_init=kernel_init,
             bias_init=bias_init,
             promote_dtype=qkv_promote_dtype,
             kernel_metadata=kernel_metadata,
             bias_metadata=bias_metadata,
         )
-        self.query = project((layer.num_heads, layer.head_dim))
-        self.key = project((layer.num_kv_heads, layer.head_dim))
-        self.value = project((layer.num_kv_heads, layer.value_dim))
+        for name, shape in layer.projections.items():
+            bias = use_bias and name != "gate"
+            setattr(self, name, nnx.data(None) if shape is None else project(shape, use_bias=bias))
         self.out = linear(
             (layer.num_heads, layer.value_dim),
             layer.out_features,
@@ -185,17 +223,16 @@ class RingSlidingWindowAttention(nnx.Module):
             bias_metadata=out_bias_metadata or bias_metadata,
         )
 
-        def parameter(present, init, shape, metadata):
-            if not present:
+        def parameter(init, shape, metadata):
+            if shape is None:
                 return nnx.data(None)
             return nnx.Param(init(rngs.params(), shape, param_dtype), **metadata)
 
         query_shape, key_shape = layer.norm_shapes
-        self.query_norm = parameter(qk_norm, qk_norm_init, query_shape, query_norm_metadata)
-        self.key_norm = parameter(qk_norm, qk_norm_init, key_shape, key_norm_metadata)
-        self.sink_logits = parameter(
-            learned_sinks, sink_logits_init, (layer.num_heads,), sink_logits_metadata
-        )
+        sinks_shape = (layer.num_heads,) if learned_sinks else None
+        self.query_norm = parameter(qk_norm_init, query_shape, query_norm_metadata)
+        self.key_norm = parameter(qk_norm_init, key_shape, key_norm_metadata)
+        self.sink_logits = parameter(sink_logits_init, sinks_shape, sink_logits_metadata)
 
     def __call__(
         self,
@@ -203,7 +240,9 @@ class RingSlidingWindowAttention(nnx.Module):
         *,
         segment_ids: Int[Array, "B S"] | None = None,
         positions: Int[Array, "B S"] | None = None,
-    ) -> Float[Array, "B S out_features"]:
+        shared_kv: KeysValues | None = None,
+        return_kv: bool = False,
+    ) -> Float[Array, "B S out_features"] | tuple[Float[Array, "B S out_features"], KeysValues]:
         """Attends within whole rows.
 
         Args:
@@ -211,19 +250,27 @@ class RingSlidingWindowAttention(nnx.Module):
             segment_ids: a new sequence starts where the id changes; a negative id is padding.
             positions: of the tokens, for the rotation alone; by default they start anew in every
                 sequence, or count from 0 where there are no ``segment_ids``.
+            shared_kv: keys and values of an earlier layer, for a layer with ``kv_shared``.
+            return_kv: whether to return keys and values too, for such layers.
 
         Returns:
-            The layer's output; a padding token's is the bias of ``out``.
+            The layer's output; a padding token's is the bias of ``out``. With ``return_kv`` a
+            pair of it and keys and values, normalised and rotated.
 
         Raises:
             ValueError: shapes or mesh axes that do not fit.
             TypeError: ids or positions that are not integers.
         """
         self.layer.check_input(x)
-        context = self.layer.forward(
-            *self._project(x), self._learned(), segment_ids=segment_ids, positions=positions
+        context, kv = self.layer.forward(
+            self._project(x),
+            self._learned(),
+            segment_ids=segment_ids,
+            positions=positions,
+            shared_kv=shared_kv,
         )
-        return self._project_out(context, x)
+        y = self._project_out(context, x)
+        return (y, kv) if return_kv else y
 
     def init_cache(
         self,
@@ -250,7 +297,7 @@ class RingSlidingWindowAttention(nnx.Module):
             self.layer,
             batch_size,
             max_length=max_length,
-            dtype=dtype or self.key.dtype or self.key.param_dtype,
+            dtype=dtype or self.query.dtype or self.query.param_dtype,
             relative_positions=relative_positions,
         )
 
@@ -262,7 +309,11 @@ class RingSlidingWindowAttention(nnx.Module):
         positions: Int[Array, "B S"] | None = None,
         max_length: int | None = None,
         relative_positions: bool = False,
-    ) -> tuple[Float[Array, "B S out_features"], Cache]:
+        return_kv: bool = False,
+    ) -> (
+        tuple[Float[Array, "B S out_features"], Cache]
+        | tuple[Float[Array, "B S out_features"], Cache, KeysValues]
+    ):
         """Attends within whole rows, as a call does, and keeps what `decode` goes on with.
 
         Args:
@@ -275,27 +326,30 @@ class RingSlidingWindowAttention(nnx.Module):
                 `decode`, token by token. With ``num_sink_tokens``, a prompt longer than
                 ``num_sink_tokens + window_size + 1`` is attended chunk after chunk on a sequence
                 that is not cut, and token after token where there are ``segment_ids``.
+            return_kv: whether to return keys and values too, for calls of layers with
+                ``kv_shared``.
 
         Returns:
-            The layer's output, and the cache.
+            The layer's output, and the cache; with ``return_kv`` keys and values as a third.
 
         Raises:
             ValueError: shapes or mesh axes that do not fit, a prompt longer than ``max_length``,
                 ``relative_positions`` with ``positions``, or with a long prompt that is cut over
-                devices.
+                devices; a layer with ``kv_shared``, which is called instead.
             TypeError: ids or positions that are not integers.
         """
         self.layer.check_input(x)
-        context, cache = prefill(
+        context, cache, kv = prefill(
             self.layer,
-            *self._project(x),
+            self._project(x),
             self._learned(),
             segment_ids=segment_ids,
             positions=positions,
             max_length=max_length,
             relative_positions=relative_positions,
         )
-        return self._project_out(context, x), cache
+        y = self._project_out(context, x)
+        return (y, cache, kv) if return_kv else (y, cache)
 
     def decode(
         self,
@@ -304,7 +358,12 @@ class RingSlidingWindowAttention(nnx.Module):
         *,
         valid: Bool[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T out_features"], Cache]:
+        shared_kv: KeysValues | None = None,
+        return_kv: bool = False,
+    ) -> (
+        tuple[Float[Array, "B T out_features"], Cache]
+        | tuple[Float[Array, "B T out_features"], Cache, KeysValues]
+    ):
         """Attends from the next tokens of each row: a call on the whole sequence, to rounding.
 
         The cost does not depend on how long the sequence has become. *Cache-relative positions*
@@ -315,13 +374,18 @@ class RingSlidingWindowAttention(nnx.Module):
 
         Args:
             x: features of T >= 1 new tokens a row. No mesh axis may cut T.
-            cache: of this layer, after the tokens before.
+            cache: of this layer, after the tokens before. For a layer with ``kv_shared`` the
+                earlier layer's, as that layer's `decode` was given it.
             valid: False for padding, which is not counted; None: all are tokens.
             positions: of the new tokens, for the rotation alone; by default they go on counting.
+            shared_kv: keys and values of the earlier layer's `decode` of the same tokens, for a
+                layer with ``kv_shared``.
+            return_kv: whether to return keys and values too, for such layers.
 
         Returns:
             The layer's output (a padding token's is the bias of ``out``) and the cache with the
-            new tokens. Tokens past the cache's ``max_length`` get NaN.
+            new tokens, which is the one given for a layer with ``kv_shared``; with ``return_kv``
+            keys and values as a third. Tokens past the cache's ``max_length`` get NaN.
 
         Raises:
             ValueError: shapes that do not fit, a cache of another layer, or ``positions`` with a
@@ -329,21 +393,30 @@ class RingSlidingWindowAttention(nnx.Module):
             TypeError: a dtype that is not the cache's, or no cache.
         """
         self.layer.check_input(x)
-        context, cache = decode(
-            self.layer, *self._project(x), self._learned(), cache, valid=valid, positions=positions
+        context, cache, kv = decode(
+            self.layer,
+            self._project(x),
+            self._learned(),
+            cache,
+            valid=valid,
+            positions=positions,
+            shared_kv=shared_kv,
         )
-        return self._project_out(context, x), cache
+        y = self._project_out(context, x)
+        return (y, cache, kv) if return_kv else (y, cache)
 
     def _learned(self) -> Learned:
         return Learned(*map(_value, (self.query_norm, self.key_norm, self.sink_logits)))
 
-    def _project(self, x) -> tuple[Array, Array, Array]:
-        """Queries, keys and values of x, not yet normalised nor rotated."""
+    def _project(self, x) -> Projected:
+        """The projections of x, not yet normalised nor rotated."""
 
         def project(linear):
+            if linear is None:
+                return None
             return linear(x, out_sharding=self.layer.sharding_of_heads(x, linear.kernel[...]))
 
-        return project(self.query), project(self.key), project(self.value)
+        return Projected(*(project(getattr(self, name)) for name in Projected._fields))
 
     def _project_out(self, context, x):
         """The output of a context, sharded as x."""
