@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 from ring_swa_jax._hugging_face import layer_types as types
@@ -11,7 +10,6 @@ from ring_swa_jax._hugging_face.layer_types import LayerTypes
 from ring_swa_jax._hugging_face.reader import Reader
 from ring_swa_jax._hugging_face.rotation import Rotates
 
-_NONE: Mapping[str, Any] = MappingProxyType({})
 Bias = bool | str  # a key's name, or what the model always does
 Extras = Callable[[Reader, int, str], dict[str, Any]]  # (config, layer, its type) -> settings
 
@@ -53,7 +51,7 @@ class Family:
     extras: Extras = _no_extras
     local_theta: str | None = None
     full_slides: bool = False
-    defaults: Mapping[str, Any] = _NONE
-    aliases: Mapping[str, str] = _NONE
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     notes: str = ""
