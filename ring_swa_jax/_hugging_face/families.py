@@ -220,6 +220,13 @@ families: Mapping[str, Family] = MappingProxyType(
             rotates=rotation.where_sliding,
             qk_norm=True,
             defaults={"sliding_window": 512, "head_dim": 128},
+            ignored=(
+                "linear_conv_kernel_dim",
+                "linear_key_head_dim",
+                "linear_num_key_heads",
+                "linear_num_value_heads",
+                "linear_value_head_dim",
+            ),
         ),
         "lfm3": Family(
             layer_types=types.lfm3,
@@ -290,6 +297,12 @@ families: Mapping[str, Family] = MappingProxyType(
             **_NO_BIAS,
             layer_types=types.cycle("linear_attention", types.FULL),
             full_slides=True,
+            ignored=(
+                "full_attn_alpha_factor",
+                "full_attn_beta_factor",
+                "linear_attn_alpha_factor",
+                "linear_attn_beta_factor",
+            ),
             defaults={"num_key_value_heads": 8, "rope_theta": 1_000_000.0},
         ),
         "ministral": Family(**_NO_BIAS, defaults={"sliding_window": 4096}),

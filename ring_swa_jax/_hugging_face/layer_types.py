@@ -24,9 +24,8 @@ INSTEAD_OF_LAYER_TYPES = (
 
 def window_of(reader: Reader) -> int | None:
     """Keys that a sliding layer sees, its own among them; None: the model does not slide."""
-    if not reader.get("use_sliding_window", True):
-        return None
-    return reader.get("sliding_window") or None
+    window = reader.get("sliding_window") or None
+    return window if reader.get("use_sliding_window", True) else None
 
 
 def window_of_mimo(reader: Reader) -> int | None:

@@ -7,7 +7,7 @@ from typing import Any
 # Keys with such a word may change the attention; in a known model type they must be understood.
 _DECIDING = re.compile(
     r"attn|attention|window|rope|rotary|theta|head|kv|qk|query|sink|norm|gat(e|ing)\b|bidirection"
-    r"|causal|position|v_dim|softcap|swa_|value_scale|layers_block|block_types"
+    r"|is_causal|position|v_dim|softcap|swa_|value_scale|layers_block|block_types"
 )
 # They have such a word, or stand in many a config, and do not touch an attention layer of text.
 _HARMLESS = frozenset(

@@ -38,7 +38,12 @@ if __name__ == "__main__":
 
     for name in sys.argv[1:] or SMALL:
         try:
-            print(name, {i: tuple(f"{d:.1e}" for d in ds) for i, ds in differences(name).items()}, flush=True)
+            print(
+                name,
+                {i: tuple(f"{d:.1e}" for d in ds) for i, ds in differences(name).items()},
+                flush=True,
+            )
         except Exception as error:
             print(name, "FAILED", type(error).__name__, str(error)[:300], flush=True)
-            if len(sys.argv) == 2: traceback.print_exc()
+            if len(sys.argv) == 2:
+                traceback.print_exc()

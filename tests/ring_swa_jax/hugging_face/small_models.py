@@ -33,6 +33,15 @@ SIZES = {
     "num_dense_layers": 1,
     "n_shared_experts": 1,
     "v_head_dim": 4,
+    "rms_norm_eps": 1e-3,  # large, so that another one shows
+}
+_MROPE = {
+    "num_attention_heads": 2,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [2, 1, 1],
+    },
 }
 ALTERNATE = ["sliding_attention", "full_attention"] * 2
 _LONG = {
@@ -204,16 +213,14 @@ SMALL: dict[str, Small] = {
         "PocketTTSAudioTokenizerTransformerModel"),
     "qwen2": _usual("Qwen2", "qwen2", layers=(0, 2)),
     "qwen2_5_omni": Small("qwen2_5_omni", "Qwen2_5OmniTextConfig",
-                          "Qwen2_5OmniThinkerTextModel", layers=(0, 2)),
+                          "Qwen2_5OmniThinkerTextModel", layers=(0, 2), settings=_MROPE),
     "qwen2_5_vl": Small("qwen2_5_vl", "Qwen2_5_VLTextConfig", "Qwen2_5_VLTextModel",
-                        layers=(0, 2)),
+                        layers=(0, 2), settings=_MROPE),
     "qwen2_moe": _usual("Qwen2Moe", "qwen2_moe", layers=(0, 1)),
-    "qwen2_vl": Small("qwen2_vl", "Qwen2VLTextConfig", "Qwen2VLTextModel", layers=(0, 2)),
+    "qwen2_vl": Small("qwen2_vl", "Qwen2VLTextConfig", "Qwen2VLTextModel", layers=(0, 2),
+                     settings=_MROPE),
     "qwen3": _usual("Qwen3", "qwen3", layers=(0, 2)),
     "qwen3_moe": _usual("Qwen3Moe", "qwen3_moe"),
-    "qwen3_omni_moe": Small(
-        "qwen3_omni_moe", "Qwen3OmniMoeTalkerCodePredictorConfig",
-        "Qwen3OmniMoeTalkerCodePredictorModel", layers=(0, 2)),
     "recurrent_gemma": _usual("RecurrentGemma", "recurrent_gemma", layers=(2,)),
     "smollm3": _usual("SmolLM3", "smollm3", layers=(0, 3)),
     "starcoder2": _usual("Starcoder2", "starcoder2"),
@@ -228,7 +235,7 @@ SMALL: dict[str, Small] = {
     ),
     "t5gemma": Small("t5gemma", "T5GemmaModuleConfig", "T5GemmaDecoder", layers=(0, 1),
                      settings={"is_decoder": True, "query_pre_attn_scalar": 21,
-                               "cross_attention_hidden_size": 16}),
+                               "cross_attention_hidden_size": 16, "dropout_rate": 0.0}),
     "vaultgemma": _usual("VaultGemma", "vaultgemma", layers=(0, 1)),
     "voxtral_realtime": Small("voxtral_realtime", "VoxtralRealtimeTextConfig",
                               "VoxtralRealtimeTextModel"),

@@ -62,6 +62,8 @@ def _captured(model, config, layers, length: int) -> dict[int, dict[str, Any]]:
         def remember(module, args, kwargs):
             names = list(inspect.signature(module.forward).parameters)
             calls[index] = dict(zip(names, args, strict=False)) | kwargs
+            if calls[index].get("cache") is not None:
+                calls[index]["cache"] = None  # it would have the keys twice
 
         return remember
 
@@ -73,6 +75,8 @@ def _captured(model, config, layers, length: int) -> dict[int, dict[str, Any]]:
     arguments: dict[str, Any] = {"use_cache": False} if "use_cache" in names else {}
     if "encoder_hidden_states" in names:
         arguments["encoder_hidden_states"] = torch.zeros(1, 3, config.hidden_size)
+    if type(model).__name__ == "VoxtralRealtimeTextModel":
+        arguments["t_cond"] = torch.zeros(1, config.hidden_size)
     if "input_ids" in names:
         arguments["input_ids"] = ids
     elif "inputs_embeds" in names:

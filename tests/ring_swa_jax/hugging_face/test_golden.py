@@ -1,0 +1,107 @@
+"""Attention layers of transformers' models, from their config.json and tensors."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+import ring_swa_jax as rsj
+from tests.helpers.layers import quick
+from tests.helpers.one_program import one_program_for_all  # noqa: F401  a fixture
+from tests.ring_swa_jax.hugging_face.golden import golden, names, records
+from tests.ring_swa_jax.hugging_face.ours import Layer, relative_difference
+
+NAMES = names()
+LAYERS = [(name, int(i)) for name in NAMES for i in records()["models"][name]["shapes"]]
+TOLERANCE = 1e-5
+# Between them everything that a layer does with positions, keys and masks of other devices.
+CUT = {
+    ("gemma4", 3),
+    ("gpt_oss", 0),
+    ("llama4", 0),
+    ("llama4", 3),
+    ("mimo_v2_flash", 1),
+}
+
+
+def by(chosen, layers=LAYERS):
+    """All layers, those that are not chosen as slow tests."""
+    return [
+        pytest.param(*layer, marks=[] if layer in chosen else pytest.mark.slow) for layer in layers
+    ]
+
+
+@functools.cache
+def model_layers(name):
+    model = golden(name)
+    return rsj.settings_from_hugging_face(model.config, max_length=model.max_length)
+
+
+def of_each_kind():
+    """The first layer of each kind of settings, whichever model has it."""
+    found = {}
+    for name, i in LAYERS:
+        layers = model_layers(name)
+        source = layers.kv_from[i]
+        kinds = [layers.kinds[layers.layers[j]] for j in (i, source) if j is not None]
+        found.setdefault(repr([sorted(kind.items()) for kind in kinds]), (name, i))
+    return set(found.values())
+
+
+@pytest.mark.usefixtures("one_program_for_all")
+@pytest.mark.parametrize(("name", "i"), LAYERS)
+def test_whole_and_packed(name, i):
+    model = golden(name)
+    layer = Layer(model_layers(name), i, model.shapes, seq_axis=None)
+    out, gradient = layer.out_and_gradient(jit=lambda f: f)
+    assert relative_difference(out, model.out[i]) < TOLERANCE
+    assert relative_difference(gradient, model.gradient[i]) < TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "i"), by(CUT))
+def test_cut_over_devices(name, i):
+    model = golden(name)
+    mesh = jax.make_mesh((8,), ("seq",), axis_types=(AxisType.Auto,))
+    layer = Layer(model_layers(name), i, model.shapes, mesh=mesh)
+    out, gradient = layer.out_and_gradient(jit=quick)
+    assert relative_difference(out, model.out[i]) < TOLERANCE
+    assert relative_difference(gradient, model.gradient[i]) < TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "i"), by(of_each_kind()))
+def test_decoded_token_by_token(name, i):
+    model = golden(name)
+    layer = Layer(model_layers(name), i, model.shapes, seq_axis=None)
+    assert relative_difference(layer.decoded(jit=quick), model.out[i][:1]) < TOLERANCE
+
+
+def test_there_are_enough():
+    types = {golden(name).config["model_type"] for name in NAMES}
+    assert len(types) >= 25
+
+
+@pytest.mark.parametrize(("name", "i"), [("gpt_oss", 0), ("afmoe", 0)])
+def test_one_more_key_shows(name, i):
+    model = golden(name)
+    layers = model_layers(name)
+    window = layers.kinds[layers.layers[i]]["window_size"]
+    layer = Layer(layers, i, model.shapes, seq_axis=None, window_size=window + 1)
+    out, _ = layer.out_and_gradient(jit=quick)
+    assert relative_difference(out, model.out[i]) > 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_transformers_gives_the_same_today(name):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from tests.ring_swa_jax.hugging_face.small_models import SMALL
+    from tests.ring_swa_jax.hugging_face.torch_layers import config_and_results
+
+    model = golden(name)
+    _, results = config_and_results(SMALL[name])
+    for i, result in results.items():
+        np.testing.assert_allclose(result.out, model.out[i], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(result.gradient, model.gradient[i], rtol=1e-4, atol=1e-5)
