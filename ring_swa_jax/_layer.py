@@ -177,9 +177,10 @@ class AttentionLayer:
         """Shapes of the factors that the norms of q and of k learn; None where there are none."""
         if not (self.qk_norm and self.qk_norm_scale):
             return None, None
-        query, key = (self.head_dim,), (self.head_dim,)
+        query: tuple[int, ...] = (self.head_dim,)
+        key: tuple[int, ...] = (self.head_dim,)
         if self.qk_norm == "all_heads":
-            query, key = (self.num_heads, self.head_dim), (self.num_kv_heads, self.head_dim)
+            query, key = (self.num_heads, *query), (self.num_kv_heads, *key)
         return query, None if self.kv_shared else key
 
     @property
@@ -221,13 +222,13 @@ class AttentionLayer:
         segment_ids: Int[Array, "B S"] | None,
         positions: Int[Array, "B S"] | None,
         shared_kv: KeysValues | None,
-    ) -> tuple[Float[Array, "B S N Hv"], KeysValues]:
-        """From the projections of whole rows to what the output projects, and keys and values."""
+    ) -> Float[Array, "B S N Hv"]:
+        """From the projections of whole rows to what the output projects."""
         positions = self.positions(projected.query, segment_ids, positions)
         q = self.queries(projected.query, learned, positions)
         kv = self.keys_values(projected, learned, positions, shared_kv)
         context = self.attend(q, kv.key, kv.value, segment_ids, learned.sink_logits)
-        return self.gated(context, projected.gate), kv
+        return self.gated(context, projected.gate)
 
     def queries(
         self,
@@ -246,7 +247,7 @@ class AttentionLayer:
         projected: Projected,
         learned: Learned,
         positions: Int[Array, "B S"] | None,
-        shared_kv: KeysValues | None,
+        shared_kv: KeysValues | None = None,
     ) -> KeysValues:
         """Keys and values as they meet the queries; without positions keys are not rotated.
 
@@ -255,16 +256,19 @@ class AttentionLayer:
         """
         if self.kv_shared != (shared_kv is not None):
             raise ValueError(
-                "a layer with kv_shared=True takes the keys and values of an earlier layer, "
-                "shared_kv=..., which that layer's call gives with return_kv=True; "
-                f"kv_shared={self.kv_shared}, shared_kv={'given' if shared_kv else None}"
+                "a layer with kv_shared=True, and no other, takes the keys and values of an "
+                "earlier layer, shared_kv=..., from that layer's keys_values(x, ...); got "
+                f"kv_shared={self.kv_shared} and "
+                f"shared_kv={None if shared_kv is None else 'keys and values'}"
             )
         if shared_kv is not None:
             return KeysValues(*shared_kv)
-        value = projected.key if self.key_as_value else projected.value
+        key = projected.key
+        value = key if self.key_as_value else projected.value
+        assert key is not None and value is not None  # as this layer has its own
         if self.value_norm:
             value = self._rms_norm(value)
-        return KeysValues(self._turned(projected.key, learned.key_norm, positions), value)
+        return KeysValues(self._turned(key, learned.key_norm, positions), value)
 
     def gated(
         self, context: Float[Array, "B S N Hv"], gate: Float[Array, "B S N Hv"] | None

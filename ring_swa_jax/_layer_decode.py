@@ -48,15 +48,15 @@ def prefill(
     positions: Int[Array, "B S"] | None,
     max_length: int | None,
     relative_positions: bool,
-) -> tuple[Float[Array, "B S N Hv"], Cache, KeysValues]:
+) -> tuple[Float[Array, "B S N Hv"], Cache]:
     """The attended values of whole rows, and the cache that goes on with their last sequences."""
     _check_own_kv(layer)
     _check_positions(layer, positions, relative_positions)
     positions = layer.positions(projected.query, segment_ids, positions)
     q = layer.queries(projected.query, learned, positions)
-    kv = cached = layer.keys_values(projected, learned, positions, None)
+    kv = cached = layer.keys_values(projected, learned, positions)
     if relative_positions:
-        cached = layer.keys_values(projected, learned, None, None)
+        cached = layer.keys_values(projected, learned, None)
     cache = _cache.prefill_cache(
         *cached,
         window_size=layer.cached_window,
@@ -71,7 +71,7 @@ def prefill(
         context = _attend_chunks(layer, q, *cached, segment_ids, learned.sink_logits)
     else:
         context = layer.attend(q, *kv, segment_ids, learned.sink_logits)
-    return layer.gated(context, projected.gate), cache, kv
+    return layer.gated(context, projected.gate), cache
 
 
 def decode(
@@ -83,23 +83,51 @@ def decode(
     valid: Bool[Array, "B T"] | None,
     positions: Int[Array, "B T"] | None,
     shared_kv: KeysValues | None,
-) -> tuple[Float[Array, "B T N Hv"], Cache, KeysValues]:
+) -> tuple[Float[Array, "B T N Hv"], Cache]:
     """The attended values of the next tokens of each row, and the cache with these.
 
     A layer that shares another one's keys and values leaves the cache as that one found it.
     """
     _cache.check_cache(cache)
     _check_positions(layer, positions, cache.relative_positions)
-    if cache.relative_positions:
-        positions = None
-    elif positions is None:
-        positions = _cache.next_positions(cache, projected.query.shape[1], valid)
-    else:
-        positions = jnp.asarray(positions)
+    positions = _positions_after(cache, projected.query.shape[1], valid, positions)
     q = layer.queries(projected.query, learned, positions)
     kv = layer.keys_values(projected, learned, positions, shared_kv)
     context, after = _attend_step(layer, q, *kv, cache, valid, learned.sink_logits)
-    return layer.gated(context, projected.gate), cache if layer.kv_shared else after, kv
+    return layer.gated(context, projected.gate), cache if layer.kv_shared else after
+
+
+def keys_values(
+    layer: AttentionLayer,
+    projected: Projected,
+    learned: Learned,
+    *,
+    segment_ids: Int[Array, "B S"] | None,
+    positions: Int[Array, "B S"] | None,
+    cache: Cache | None,
+    valid: Bool[Array, "B S"] | None,
+) -> KeysValues:
+    """Keys and values as the layer's queries meet them, of whole rows or of the next tokens."""
+    if cache is None:
+        positions = layer.positions(projected.query, segment_ids, positions)
+    else:
+        _cache.check_cache(cache)
+        positions = _positions_after(cache, projected.query.shape[1], valid, positions)
+    return layer.keys_values(projected, learned, positions)
+
+
+def _positions_after(
+    cache: Cache,
+    num_tokens: int,
+    valid: Bool[Array, "B T"] | None,
+    positions: Int[Array, "B T"] | None,
+) -> Int[Array, "B T"] | None:
+    """Positions to rotate the next tokens by; None where the cache holds unrotated keys."""
+    if cache.relative_positions:
+        return None
+    if positions is None:
+        return _cache.next_positions(cache, num_tokens, valid)
+    return jnp.asarray(positions)
 
 
 def _attend_step(layer, q, k, v, cache, valid, sink_logits):
@@ -159,8 +187,8 @@ def _same_positions(layer: AttentionLayer) -> float:
 def _check_own_kv(layer: AttentionLayer) -> None:
     if layer.kv_shared:
         raise ValueError(
-            "a layer with kv_shared=True has no cache to fill: call it with "
-            "shared_kv=..., which prefill of the earlier layer gives with return_kv=True"
+            "a layer with kv_shared=True has no cache to fill: beside the earlier layer's prefill "
+            "call it with shared_kv=..., that layer's keys_values(x, ...)"
         )
 
 

@@ -17,7 +17,7 @@ from ring_swa_jax._attention_fn import attention_fn as attention_fn
 from ring_swa_jax._axis import AxisName, explicit_axes
 from ring_swa_jax._cache import Cache
 from ring_swa_jax._layer import AttentionLayer, KeysValues, Learned, Projected
-from ring_swa_jax._layer_decode import decode, init_cache, prefill
+from ring_swa_jax._layer_decode import decode, init_cache, keys_values, prefill
 from ring_swa_jax._query_scaling import QueryScaling
 from ring_swa_jax._rope import Rope
 
@@ -27,15 +27,14 @@ __all__ = ["RingSlidingWindowAttention", "attention_fn"]
 class _Parts(NamedTuple):
     """The layer's submodules and parameters."""
 
-    projections: dict[str, nn.DenseGeneral | None]
+    projections: list[Any]  # submodules, in `Projected`'s order, None for none
     out: nn.DenseGeneral
     learned: Learned
 
     def project(self, x: Array) -> Projected:
         """The projections of x, not yet normalised nor rotated."""
-        return Projected(
-            **{name: None if p is None else p(x) for name, p in self.projections.items()}
-        )
+        query, *rest = self.projections
+        return Projected(query(x), *(None if p is None else p(x) for p in rest))
 
 
 class RingSlidingWindowAttention(nn.Module):
@@ -106,8 +105,7 @@ class RingSlidingWindowAttention(nn.Module):
         segment_ids: Int[Array, "B S"] | None = None,
         positions: Int[Array, "B S"] | None = None,
         shared_kv: KeysValues | None = None,
-        return_kv: bool = False,
-    ) -> Float[Array, "B S out_features"] | tuple[Float[Array, "B S out_features"], KeysValues]:
+    ) -> Float[Array, "B S out_features"]:
         """Attends within whole rows.
 
         Args:
@@ -115,27 +113,48 @@ class RingSlidingWindowAttention(nn.Module):
             segment_ids: a new sequence starts where the id changes; a negative id is padding.
             positions: of the tokens, for the rotation alone; by default they start anew in every
                 sequence, or count from 0 where there are no ``segment_ids``.
-            shared_kv: keys and values of an earlier layer, for a layer with ``kv_shared``.
-            return_kv: whether to return keys and values too, for such layers.
+            shared_kv: `keys_values` of an earlier layer, for a layer with ``kv_shared``.
 
         Returns:
-            The layer's output; a padding token's is the bias of ``out``. With ``return_kv`` a
-            pair of it and keys and values, normalised and rotated.
+            The layer's output; a padding token's is the bias of ``out``.
 
         Raises:
             ValueError: shapes or mesh axes that do not fit.
             TypeError: ids or positions that are not integers.
         """
         layer, parts = self._layer_and_parts(x)
-        context, kv = layer.forward(
+        context = layer.forward(
             parts.project(x),
             parts.learned,
             segment_ids=segment_ids,
             positions=positions,
             shared_kv=shared_kv,
         )
-        y = parts.out(context)
-        return (y, kv) if return_kv else y
+        return parts.out(context)
+
+    def keys_values(
+        self,
+        x: Float[Array, "B S E"],
+        *,
+        segment_ids: Int[Array, "B S"] | None = None,
+        positions: Int[Array, "B S"] | None = None,
+        cache: Cache | None = None,
+        valid: Bool[Array, "B S"] | None = None,
+    ) -> KeysValues:
+        """Keys and values for later layers with ``kv_shared``, as the NNX module's.
+
+        ``kv = module.apply(variables, x, method="keys_values")``
+        """
+        layer, parts = self._layer_and_parts(x)
+        return keys_values(
+            layer,
+            parts.project(x),
+            parts.learned,
+            segment_ids=segment_ids,
+            positions=positions,
+            cache=cache,
+            valid=valid,
+        )
 
     @nn.nowrap
     def init_cache(
@@ -173,17 +192,13 @@ class RingSlidingWindowAttention(nn.Module):
         positions: Int[Array, "B S"] | None = None,
         max_length: int | None = None,
         relative_positions: bool = False,
-        return_kv: bool = False,
-    ) -> (
-        tuple[Float[Array, "B S out_features"], Cache]
-        | tuple[Float[Array, "B S out_features"], Cache, KeysValues]
-    ):
+    ) -> tuple[Float[Array, "B S out_features"], Cache]:
         """The output of a call and the cache that `decode` goes on with, as the NNX module's.
 
         ``y, cache = module.apply(variables, x, method="prefill")``
         """
         layer, parts = self._layer_and_parts(x)
-        context, cache, kv = prefill(
+        context, cache = prefill(
             layer,
             parts.project(x),
             parts.learned,
@@ -192,8 +207,7 @@ class RingSlidingWindowAttention(nn.Module):
             max_length=max_length,
             relative_positions=relative_positions,
         )
-        y = parts.out(context)
-        return (y, cache, kv) if return_kv else (y, cache)
+        return parts.out(context), cache
 
     def decode(
         self,
@@ -203,17 +217,13 @@ class RingSlidingWindowAttention(nn.Module):
         valid: Bool[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         shared_kv: KeysValues | None = None,
-        return_kv: bool = False,
-    ) -> (
-        tuple[Float[Array, "B T out_features"], Cache]
-        | tuple[Float[Array, "B T out_features"], Cache, KeysValues]
-    ):
+    ) -> tuple[Float[Array, "B T out_features"], Cache]:
         """Attends from the next tokens of each row, as the NNX module does.
 
         ``y, cache = module.apply(variables, x, cache, method="decode")``
         """
         layer, parts = self._layer_and_parts(x)
-        context, cache, kv = decode(
+        context, cache = decode(
             layer,
             parts.project(x),
             parts.learned,
@@ -222,8 +232,7 @@ class RingSlidingWindowAttention(nn.Module):
             positions=positions,
             shared_kv=shared_kv,
         )
-        y = parts.out(context)
-        return (y, cache, kv) if return_kv else (y, cache)
+        return parts.out(context), cache
 
     @nn.nowrap
     def _layer(self, in_features: int) -> AttentionLayer:
@@ -258,12 +267,12 @@ class RingSlidingWindowAttention(nn.Module):
         query_shape, key_shape = layer.norm_shapes
         sinks_shape = (layer.num_heads,) if self.learned_sinks else None
         return _Parts(
-            projections={
-                name: None
+            projections=[
+                None
                 if shape is None
                 else project(shape, name=name, use_bias=self.use_bias and name != "gate")
                 for name, shape in layer.projections.items()
-            },
+            ],
             out=dense(
                 layer.out_features,
                 axis=(-2, -1),

@@ -17,7 +17,7 @@ from ring_swa_jax._attention_fn import attention_fn as attention_fn
 from ring_swa_jax._axis import AxisName
 from ring_swa_jax._cache import Cache
 from ring_swa_jax._layer import AttentionLayer, KeysValues, Learned, Projected
-from ring_swa_jax._layer_decode import decode, init_cache, prefill
+from ring_swa_jax._layer_decode import decode, init_cache, keys_values, prefill
 from ring_swa_jax._query_scaling import QueryScaling
 from ring_swa_jax._rope import Rope
 
@@ -208,9 +208,16 @@ class RingSlidingWindowAttention(nnx.Module):
             kernel_metadata=kernel_metadata,
             bias_metadata=bias_metadata,
         )
-        for name, shape in layer.projections.items():
-            bias = use_bias and name != "gate"
-            setattr(self, name, nnx.data(None) if shape is None else project(shape, use_bias=bias))
+
+        def projection(name):
+            if (shape := layer.projections[name]) is None:
+                return nnx.data(None)
+            return project(shape, use_bias=use_bias and name != "gate")
+
+        self.query = projection("query")
+        self.key = projection("key")
+        self.value = projection("value")
+        self.gate = projection("gate")
         self.out = linear(
             (layer.num_heads, layer.value_dim),
             layer.out_features,
@@ -241,8 +248,7 @@ class RingSlidingWindowAttention(nnx.Module):
         segment_ids: Int[Array, "B S"] | None = None,
         positions: Int[Array, "B S"] | None = None,
         shared_kv: KeysValues | None = None,
-        return_kv: bool = False,
-    ) -> Float[Array, "B S out_features"] | tuple[Float[Array, "B S out_features"], KeysValues]:
+    ) -> Float[Array, "B S out_features"]:
         """Attends within whole rows.
 
         Args:
@@ -250,27 +256,58 @@ class RingSlidingWindowAttention(nnx.Module):
             segment_ids: a new sequence starts where the id changes; a negative id is padding.
             positions: of the tokens, for the rotation alone; by default they start anew in every
                 sequence, or count from 0 where there are no ``segment_ids``.
-            shared_kv: keys and values of an earlier layer, for a layer with ``kv_shared``.
-            return_kv: whether to return keys and values too, for such layers.
+            shared_kv: `keys_values` of an earlier layer, for a layer with ``kv_shared``.
 
         Returns:
-            The layer's output; a padding token's is the bias of ``out``. With ``return_kv`` a
-            pair of it and keys and values, normalised and rotated.
+            The layer's output; a padding token's is the bias of ``out``.
 
         Raises:
             ValueError: shapes or mesh axes that do not fit.
             TypeError: ids or positions that are not integers.
         """
         self.layer.check_input(x)
-        context, kv = self.layer.forward(
+        context = self.layer.forward(
             self._project(x),
             self._learned(),
             segment_ids=segment_ids,
             positions=positions,
             shared_kv=shared_kv,
         )
-        y = self._project_out(context, x)
-        return (y, kv) if return_kv else y
+        return self._project_out(context, x)
+
+    def keys_values(
+        self,
+        x: Float[Array, "B S E"],
+        *,
+        segment_ids: Int[Array, "B S"] | None = None,
+        positions: Int[Array, "B S"] | None = None,
+        cache: Cache | None = None,
+        valid: Bool[Array, "B S"] | None = None,
+    ) -> KeysValues:
+        """Keys and values as this layer's queries meet them, for later layers with ``kv_shared``.
+
+        Beside the call on the same x, under jit, nothing is computed twice.
+
+        Args:
+            x: features, as in the call, `prefill` or `decode` beside.
+            segment_ids: as in a call.
+            positions: as in a call.
+            cache: beside `decode`: the one that it is given too.
+            valid: as in `decode`.
+
+        Raises:
+            ValueError: a layer that has no keys of its own.
+        """
+        self.layer.check_input(x)
+        return keys_values(
+            self.layer,
+            self._project(x),
+            self._learned(),
+            segment_ids=segment_ids,
+            positions=positions,
+            cache=cache,
+            valid=valid,
+        )
 
     def init_cache(
         self,
@@ -309,11 +346,7 @@ class RingSlidingWindowAttention(nnx.Module):
         positions: Int[Array, "B S"] | None = None,
         max_length: int | None = None,
         relative_positions: bool = False,
-        return_kv: bool = False,
-    ) -> (
-        tuple[Float[Array, "B S out_features"], Cache]
-        | tuple[Float[Array, "B S out_features"], Cache, KeysValues]
-    ):
+    ) -> tuple[Float[Array, "B S out_features"], Cache]:
         """Attends within whole rows, as a call does, and keeps what `decode` goes on with.
 
         Args:
@@ -326,11 +359,9 @@ class RingSlidingWindowAttention(nnx.Module):
                 `decode`, token by token. With ``num_sink_tokens``, a prompt longer than
                 ``num_sink_tokens + window_size + 1`` is attended chunk after chunk on a sequence
                 that is not cut, and token after token where there are ``segment_ids``.
-            return_kv: whether to return keys and values too, for calls of layers with
-                ``kv_shared``.
 
         Returns:
-            The layer's output, and the cache; with ``return_kv`` keys and values as a third.
+            The layer's output, and the cache.
 
         Raises:
             ValueError: shapes or mesh axes that do not fit, a prompt longer than ``max_length``,
@@ -339,7 +370,7 @@ class RingSlidingWindowAttention(nnx.Module):
             TypeError: ids or positions that are not integers.
         """
         self.layer.check_input(x)
-        context, cache, kv = prefill(
+        context, cache = prefill(
             self.layer,
             self._project(x),
             self._learned(),
@@ -348,8 +379,7 @@ class RingSlidingWindowAttention(nnx.Module):
             max_length=max_length,
             relative_positions=relative_positions,
         )
-        y = self._project_out(context, x)
-        return (y, cache, kv) if return_kv else (y, cache)
+        return self._project_out(context, x), cache
 
     def decode(
         self,
@@ -359,11 +389,7 @@ class RingSlidingWindowAttention(nnx.Module):
         valid: Bool[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         shared_kv: KeysValues | None = None,
-        return_kv: bool = False,
-    ) -> (
-        tuple[Float[Array, "B T out_features"], Cache]
-        | tuple[Float[Array, "B T out_features"], Cache, KeysValues]
-    ):
+    ) -> tuple[Float[Array, "B T out_features"], Cache]:
         """Attends from the next tokens of each row: a call on the whole sequence, to rounding.
 
         The cost does not depend on how long the sequence has become. *Cache-relative positions*
@@ -378,14 +404,13 @@ class RingSlidingWindowAttention(nnx.Module):
                 earlier layer's, as that layer's `decode` was given it.
             valid: False for padding, which is not counted; None: all are tokens.
             positions: of the new tokens, for the rotation alone; by default they go on counting.
-            shared_kv: keys and values of the earlier layer's `decode` of the same tokens, for a
-                layer with ``kv_shared``.
-            return_kv: whether to return keys and values too, for such layers.
+            shared_kv: `keys_values` of the earlier layer with that cache, for a layer with
+                ``kv_shared``.
 
         Returns:
             The layer's output (a padding token's is the bias of ``out``) and the cache with the
-            new tokens, which is the one given for a layer with ``kv_shared``; with ``return_kv``
-            keys and values as a third. Tokens past the cache's ``max_length`` get NaN.
+            new tokens, or the cache as it was for a layer with ``kv_shared``. Tokens past the
+            cache's ``max_length`` get NaN.
 
         Raises:
             ValueError: shapes that do not fit, a cache of another layer, or ``positions`` with a
@@ -393,7 +418,7 @@ class RingSlidingWindowAttention(nnx.Module):
             TypeError: a dtype that is not the cache's, or no cache.
         """
         self.layer.check_input(x)
-        context, cache, kv = decode(
+        context, cache = decode(
             self.layer,
             self._project(x),
             self._learned(),
@@ -402,8 +427,7 @@ class RingSlidingWindowAttention(nnx.Module):
             positions=positions,
             shared_kv=shared_kv,
         )
-        y = self._project_out(context, x)
-        return (y, cache, kv) if return_kv else (y, cache)
+        return self._project_out(context, x), cache
 
     def _learned(self) -> Learned:
         return Learned(*map(_value, (self.query_norm, self.key_norm, self.sink_logits)))

@@ -50,9 +50,9 @@ def gate(activation: str) -> Extras:
         heads = reader.get("num_attention_heads_per_layer")
         if heads is not None:
             settings["num_heads"] = heads[index]
-        slides = layer_type == types.SLIDING
-        if slides and reader.get("num_sliding_attention_heads") is not None:
-            settings["num_heads"] = reader.get("num_sliding_attention_heads")
+        sliding_heads = reader.get("num_sliding_attention_heads")
+        if layer_type == types.SLIDING and sliding_heads is not None:
+            settings["num_heads"] = sliding_heads
         return settings
 
     return extras
@@ -120,8 +120,8 @@ def ministral3(reader: Reader, index: int, layer_type: str) -> dict[str, Any]:
     beta = parameters.get("llama_4_scaling_beta")
     if beta is None:
         return {}
-    length = parameters.get("original_max_position_embeddings")
-    return {"query_scaling": QueryScaling(float(beta), int(length))}
+    length = int(parameters["original_max_position_embeddings"])
+    return {"query_scaling": QueryScaling(float(beta), length)}
 
 
 def decoder_only(reader: Reader, index: int, layer_type: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Read off transformers 5.24.0 and compared with it layer by layer (docs/migrating
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -11,8 +12,8 @@ from ring_swa_jax._hugging_face import extras, rotation
 from ring_swa_jax._hugging_face import layer_types as types
 from ring_swa_jax._hugging_face.family import Family
 
-_NO_BIAS = {"bias": False, "out_bias": False}
-_QKV_BIAS = {"bias": True, "out_bias": False}
+_unbiased = functools.partial(Family, bias=False, out_bias=False)
+_qkv_biased = functools.partial(Family, bias=True, out_bias=False)
 _GEMMA = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "rms_norm_eps": 1e-6}
 _GEMMA2 = Family(
     layer_types=types.every(2),
@@ -37,9 +38,8 @@ _GEMMA4 = Family(
         },
     },
 )
-_MISTRAL = Family(**_NO_BIAS, ignored=("layer_types",))
-_PHI3 = Family(
-    **_NO_BIAS,
+_MISTRAL = _unbiased(ignored=("layer_types",))
+_PHI3 = _unbiased(
     notes="sliding_window=n are n keys, as transformers has it since 4.56. Phi-3's first own code "
     "passed n on to FlashAttention, which sees n + 1 keys: window_size=n gives that.",
 )
@@ -48,9 +48,8 @@ _PHIMOE = Family(
     notes="For sequences past the original length transformers 5.24 keeps the short factors and "
     "takes long_mscale; here, as in the model's own code, the long factors go with it.",
 )
-_QWEN2 = Family(**_QKV_BIAS, layer_types=types.upper, defaults={"use_sliding_window": False})
-_QWEN2_VL = Family(
-    **_QKV_BIAS,
+_QWEN2 = _qkv_biased(layer_types=types.upper, defaults={"use_sliding_window": False})
+_QWEN2_VL = _qkv_biased(
     layer_types=types.upper,
     defaults={"use_sliding_window": False, "rope_theta": 1_000_000.0},
     notes="For text, whose three positions are one; images ask for mrope, which is not here.",
@@ -58,8 +57,7 @@ _QWEN2_VL = Family(
 _QWEN3 = Family(
     layer_types=types.upper, qk_norm=True, defaults={"use_sliding_window": False, "head_dim": 128}
 )
-_EXAONE4 = Family(
-    **_NO_BIAS,
+_EXAONE4 = _unbiased(
     layer_types=types.every(4),
     rotates=rotation.where_sliding_if_any,
     qk_norm=True,
@@ -75,7 +73,7 @@ _CODEC = Family(
     defaults={"sliding_window": 250, "num_attention_heads": 8, "num_key_value_heads": 8},
     aliases={"rms_norm_eps": "norm_eps"},
 )
-_VOXTRAL = Family(**_NO_BIAS)
+_VOXTRAL = _unbiased()
 
 families: Mapping[str, Family] = MappingProxyType(
     {
@@ -103,8 +101,7 @@ families: Mapping[str, Family] = MappingProxyType(
             defaults={"sliding_window": 4096},
             notes="For text, whose three positions are one; images ask for mrope, not here.",
         ),
-        "cwm": Family(
-            **_NO_BIAS,
+        "cwm": _unbiased(
             layer_types=types.every(4, at=0),
             defaults={
                 "sliding_window": 8192,
@@ -192,8 +189,7 @@ families: Mapping[str, Family] = MappingProxyType(
         ),
         "granite_swa": _GRANITE,
         "granitemoe_swa": _GRANITE,
-        "kolibri1": Family(
-            **_NO_BIAS,
+        "kolibri1": _unbiased(
             layer_types=types.every(5),
             rotates=rotation.where_sliding_if_any,
             qk_norm=True,
@@ -293,8 +289,7 @@ families: Mapping[str, Family] = MappingProxyType(
             notes="sliding_window_size=n are n + 1 keys, as in transformers and SGLang; vLLM is "
             "said to see n.",
         ),
-        "minimax": Family(
-            **_NO_BIAS,
+        "minimax": _unbiased(
             layer_types=types.cycle("linear_attention", types.FULL),
             full_slides=True,
             ignored=(
@@ -305,9 +300,8 @@ families: Mapping[str, Family] = MappingProxyType(
             ),
             defaults={"num_key_value_heads": 8, "rope_theta": 1_000_000.0},
         ),
-        "ministral": Family(**_NO_BIAS, defaults={"sliding_window": 4096}),
-        "ministral3": Family(
-            **_NO_BIAS,
+        "ministral": _unbiased(defaults={"sliding_window": 4096}),
+        "ministral3": _unbiased(
             extras=extras.ministral3,
             ignored=("layer_types",),
             defaults={
@@ -326,9 +320,7 @@ families: Mapping[str, Family] = MappingProxyType(
             },
         ),
         "mistral": _MISTRAL,
-        "mixtral": Family(
-            **_NO_BIAS, defaults={"num_key_value_heads": 8, "rope_theta": 1_000_000.0}
-        ),
+        "mixtral": _unbiased(defaults={"num_key_value_heads": 8, "rope_theta": 1_000_000.0}),
         "modernbert-decoder": Family(
             layer_types=types.every(3, at=0, key="global_attn_every_n_layers"),
             window=types.window_of_modernbert_decoder,
@@ -407,6 +399,7 @@ families: Mapping[str, Family] = MappingProxyType(
         "t5_gemma_module": dataclasses.replace(
             _GEMMA2,
             extras=extras.decoder_only,
+            ignored=("cross_attention_hidden_size",),
             notes="The decoder's attention to itself; the encoder's windows are of both sides.",
         ),
         "vaultgemma": _GEMMA2,
@@ -435,6 +428,7 @@ refused: Mapping[str, str] = MappingProxyType(
             ("gemma4_assistant", "gemma4_unified_assistant"), "attention to another model's keys"
         ),
         **dict.fromkeys(("inkling", "inkling2", "inkling2_loop"), "biases by distance"),
+        "paligemma": "a prefix that is seen from both sides",
         "unlimited_ocr": "a mask that refers to another document",
         "zaya": "convolutions on keys",
     }

@@ -14,20 +14,20 @@ _HARMLESS = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _attn_implementation_internal
     add_cross_attention attention_dropout attention_probs_dropout_prob attn_pdrop head_bias
-    layer_norm_eps max_position_embeddings norm_bias norm_eps norm_topk_prob normalize_embedding
-    output_attentions post_norm_eps route_norm use_sandwich_norm _name_or_path architectures
-    aux_loss_alpha bos_token_id cache_implementation chunk_size_feed_forward classifier_activation
-    classifier_bias classifier_dropout classifier_pooling cls_token_id conv1d_width conv_L_cache
-    conv_bias decoder_sparse_step dtype embd_pdrop embedding_dropout embedding_multiplier
-    eos_token_id expert_layer_offset expert_layer_period final_logit_softcapping
-    first_k_dense_replace hidden_act hidden_activation hidden_dropout id2label
-    initializer_cutoff_factor initializer_range intermediate_size is_decoder is_encoder_decoder
-    label2id logit_scale logits_scaling mlp_bias mlp_layer_types mlp_only_layers model_type
-    moe_intermediate_size n_group n_routed_experts n_shared_experts name_or_path num_dense_layers
-    num_experts num_experts_per_tok num_local_experts num_nextn_predict_layers num_shared_experts
-    output_hidden_states output_router_logits pad_token_id resid_pdrop residual_dropout
-    residual_multiplier return_dict route_scale routed_scaling_factor router_aux_loss_coef
-    router_gate_bias router_jitter_noise score_func scoring_func sep_token_id
+    layer_norm_eps norm_epsilon max_position_embeddings norm_bias norm_eps norm_topk_prob
+    normalize_embedding output_attentions post_norm_eps route_norm use_sandwich_norm _name_or_path
+    architectures aux_loss_alpha bos_token_id cache_implementation chunk_size_feed_forward
+    classifier_activation classifier_bias classifier_dropout classifier_pooling cls_token_id
+    conv1d_width conv_L_cache conv_bias decoder_sparse_step dtype embd_pdrop embedding_dropout
+    embedding_multiplier eos_token_id expert_layer_offset expert_layer_period
+    final_logit_softcapping first_k_dense_replace hidden_act hidden_activation hidden_dropout
+    id2label initializer_cutoff_factor initializer_range intermediate_size is_decoder
+    is_encoder_decoder label2id logit_scale logits_scaling mlp_bias mlp_layer_types mlp_only_layers
+    model_type moe_intermediate_size n_group n_routed_experts n_shared_experts name_or_path
+    num_dense_layers num_experts num_experts_per_tok num_local_experts num_nextn_predict_layers
+    num_shared_experts output_hidden_states output_router_logits pad_token_id resid_pdrop
+    residual_dropout residual_multiplier return_dict route_scale routed_scaling_factor
+    router_aux_loss_coef router_gate_bias router_jitter_noise score_func scoring_func sep_token_id
     shared_expert_intermediate_size sparsity swiglu_limit task_specific_params tie_word_embeddings
     topk_group topk_method torch_dtype transformers_version use_cache vocab_size
     """.split()  # noqa: SIM905  thirty lines otherwise

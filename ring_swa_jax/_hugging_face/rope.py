@@ -43,8 +43,9 @@ def rope_of(
     """
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     part = parameters.get("partial_rotary_factor") or 1.0
+    used: set[str] = set()
     if kind in ("default", "mrope"):  # for text the three positions of mrope are one
-        scaling, used = None, set()
+        scaling = None
     elif kind in _SCALINGS:
         scaling, used = _SCALINGS[kind](reader, parameters, max_length)
     else:
@@ -81,6 +82,7 @@ def rope_parameters(
         layer_type: as in ``layer_types``.
         local_theta: key of version 4 for the base of sliding layers, which then are not scaled.
     """
+    reader.ignore("original_max_position_embeddings")  # of scalings, which read it
     old = reader.says("rope_theta") or reader.says("rope_scaling")
     whole = {} if old and not reader.says("rope_parameters") else reader.get("rope_parameters", {})
     common = {

@@ -58,8 +58,6 @@ def settings_from_hugging_face(
         )
     config = _of_text(config)
     model_type = config.get("model_type", "")
-    if model_type in refused:
-        raise NotImplementedError(f"model_type={model_type!r}: {refused[model_type]}")
     known = families.get(model_type) or families.get(model_type.removesuffix("_text"))
     family = known or Family()
     reader = Reader(config, family.defaults, family.aliases)
@@ -82,11 +80,19 @@ def settings_from_hugging_face(
 
 
 def _of_text(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config of the text decoder, with the outer model type where it has none of its own."""
-    while isinstance(config.get("text_config"), Mapping):
-        inner = config["text_config"]
-        config = {"model_type": config.get("model_type", "")} | dict(inner)
-    return config
+    """The config of the text decoder, with the outer model type where it has none of its own.
+
+    Raises:
+        NotImplementedError: a model type that asks for what is not here.
+    """
+    while True:
+        model_type = config.get("model_type", "")
+        if model_type in refused:
+            raise NotImplementedError(f"model_type={model_type!r}: {refused[model_type]}")
+        inner = config.get("text_config")
+        if not isinstance(inner, Mapping):
+            return config
+        config = {"model_type": model_type} | dict(inner)
 
 
 def _notes(family: Family, model_type: str, known: bool) -> str:
@@ -188,7 +194,7 @@ def _scale(reader: Reader) -> dict[str, float]:
 
 
 def _norm(reader: Reader, family: Family, settings: Mapping[str, Any]) -> dict[str, Any]:
-    own = {"qk_norm": family.qk_norm} if family.qk_norm else {}
+    own: dict[str, Any] = {"qk_norm": family.qk_norm} if family.qk_norm else {}
     if {"qk_norm", "value_norm", "context_norm"} & (settings.keys() | own.keys()):
         own["qk_norm_epsilon"] = float(reader.get("rms_norm_eps", 1e-6))
     else:
@@ -213,7 +219,7 @@ def _mask(reader: Reader, family: Family, layer_type: str) -> dict[str, Any]:
 def _overrides(reader: Reader, index: int) -> dict[str, Any]:
     """Of ``per_layer_config``, which has the layer's index as its key."""
     layers = reader.get("per_layer_config", {})
-    own = next((layer for key, layer in layers.items() if int(key) == index), {})
+    own: Mapping[str, Any] = next((o for key, o in layers.items() if int(key) == index), {})
     unknown = {key: value for key, value in own.items() if key not in _OVERRIDES}
     if unknown:
         raise reader.refuse("per_layer_config", f"not understood: {unknown}")

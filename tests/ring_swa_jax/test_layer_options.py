@@ -194,7 +194,7 @@ def shared_pair():
 def test_keys_and_values_of_an_earlier_layer(through):
     own, later, whole = shared_pair()
     assert set(later) == {"query", "query_norm", "out"}
-    _, kv = through(OWN)(own, X, segment_ids=IDS, return_kv=True)
+    kv = through(OWN, "keys_values")(own, X, segment_ids=IDS)
     out = through(SHARED)(later, X, segment_ids=IDS, shared_kv=kv)
     want = dense(whole, X, IDS, OWN)
     real = IDS >= 0
@@ -207,7 +207,8 @@ def test_decoding_with_keys_of_an_earlier_layer():
 
     @quick
     def step(cache, x):
-        _, after, kv = first.apply({"params": own}, x, cache, return_kv=True, method="decode")
+        kv = first.apply({"params": own}, x, cache=cache, method="keys_values")
+        _, after = first.apply({"params": own}, x, cache, method="decode")
         y, same = second.apply({"params": later}, x, cache, shared_kv=kv, method="decode")
         assert same is cache
         return y, after
@@ -240,12 +241,12 @@ def test_query_scaling_of_another_type():
 
 def test_a_layer_without_keys_asks_for_them():
     layer = make_nnx(kv_shared=True)
-    with pytest.raises(ValueError, match=r"return_kv=True.*shared_kv=None"):
+    with pytest.raises(ValueError, match=r"keys_values\(x.*kv_shared=True and shared_kv=None"):
         layer(X)
     with pytest.raises(ValueError, match="no cache to fill"):
         layer.prefill(X)
     own = make_nnx()
-    with pytest.raises(ValueError, match="kv_shared=False, shared_kv=given"):
+    with pytest.raises(ValueError, match="kv_shared=False and shared_kv=keys"):
         own(X, shared_kv=(X, X))
 
 

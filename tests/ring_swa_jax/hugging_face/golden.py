@@ -1,6 +1,6 @@
 """Results of transformers, stored: each small model's config.json, tensors' shapes and layers.
 
-To compute them anew, with torch and transformers: ``python -m tests.ring_swa_jax.hugging_face.golden``.
+With torch and transformers ``python -m tests.ring_swa_jax.hugging_face.golden`` computes them anew.
 """
 
 import functools

@@ -43,11 +43,10 @@ class Layer:
     def __call__(self, parameters, x, segment_ids=None):
         """The layer's output."""
         kv = None
-        for module, own in zip(self.modules, parameters, strict=True):
-            y, kv = module.apply(
-                {"params": own}, x, segment_ids=segment_ids, shared_kv=kv, return_kv=True
-            )
-        return y
+        for module, own in zip(self.modules[:-1], parameters[:-1], strict=True):
+            kv = module.apply({"params": own}, x, segment_ids=segment_ids, method="keys_values")
+        variables = {"params": parameters[-1]}
+        return self.modules[-1].apply(variables, x, segment_ids=segment_ids, shared_kv=kv)
 
     def out_and_gradient(self, segment_ids=SEGMENT_IDS, jit=jax.jit):
         """(output, gradient of x) of both rows."""
@@ -69,16 +68,15 @@ class Layer:
             cache = self.modules[0].init_cache(1, max_length=x.shape[1])
 
             def step(cache, token):
-                kv, before = None, cache
-                for module, own in zip(self.modules, parameters, strict=True):
-                    y, after, kv = module.apply(
-                        {"params": own}, token[:, None], before, method="decode",
-                        shared_kv=kv, return_kv=True,
-                    )  # fmt: skip
-                    cache = cache if module.kv_shared else after
-                return cache, y[:, 0]
+                kv, before, first = None, cache, {"params": parameters[0]}
+                if len(self.modules) > 1:
+                    kv = self.modules[0].apply(first, token, cache=cache, method="keys_values")
+                    _, cache = self.modules[0].apply(first, token, cache, method="decode")
+                own = {"params": parameters[-1]}
+                y, after = self.modules[-1].apply(own, token, before, shared_kv=kv, method="decode")
+                return cache if len(self.modules) > 1 else after, y
 
-            return jax.lax.scan(step, cache, jnp.swapaxes(x, 0, 1))[1]
+            return jax.lax.scan(step, cache, jnp.swapaxes(x, 0, 1)[:, :, None])[1][:, :, 0]
 
         return np.swapaxes(jax.device_get(run(self.parameters, x)), 0, 1)
 

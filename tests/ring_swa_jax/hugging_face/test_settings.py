@@ -204,7 +204,7 @@ def test_a_config_object_is_told_to_become_a_mapping():
 
 
 def test_layer_types_of_another_length():
-    with pytest.raises(ValueError, match="3 entries.*num_hidden_layers=4"):
+    with pytest.raises(ValueError, match=r"3 entries.*num_hidden_layers=4"):
         settings_from_hugging_face(
             LLAMA | {"model_type": "gemma2", "layer_types": ["full_attention"] * 3}
         )
