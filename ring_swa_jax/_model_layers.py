@@ -1,8 +1,6 @@
 """The attention layers of a whole model, as data."""
 
 import dataclasses
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 
@@ -37,16 +35,18 @@ class ModelLayers:
 
     source: str
     layers: tuple[str, ...]
-    kinds: Mapping[str, Mapping[str, Any]]
+    kinds: dict[str, dict[str, Any]]
     notes: str = ""
     kv_from: tuple[int | None, ...] = ()
     checkpoint: Checkpoint = Checkpoint()
 
     def __post_init__(self):
-        kinds = {name: MappingProxyType(dict(kind)) for name, kind in self.kinds.items()}
-        object.__setattr__(self, "kinds", MappingProxyType(kinds))
         if not self.kv_from:
             object.__setattr__(self, "kv_from", (None,) * len(self.layers))
+
+    def __hash__(self) -> int:
+        kinds = frozenset((kind, frozenset(own.items())) for kind, own in self.kinds.items())
+        return hash((self.source, self.layers, kinds, self.notes, self.kv_from, self.checkpoint))
 
     @property
     def num_layers(self) -> int:

@@ -1,5 +1,6 @@
 """Attention settings of published models, by name: what their config.json says of attention."""
 
+import copy
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -14,7 +15,8 @@ def layer_settings(model: str) -> ModelLayers:
     A model's attention is then a list: ``settings = layer_settings("gemma3_4b")`` and
     ``[RingSlidingWindowAttention(**settings.kinds[kind], rngs=rngs) for kind in settings.layers]``.
     Window sizes are of this library: W means **W + 1 keys**. Any other model's come from its
-    config.json through `settings_from_hugging_face`, as these did.
+    config.json through `settings_from_hugging_face`, as these did. The settings are yours to
+    change: each call returns new ones.
 
     Args:
         model: a name in `ring_swa_jax.models`.
@@ -27,7 +29,7 @@ def layer_settings(model: str) -> ModelLayers:
             f"no settings for {model!r}; there are some for {', '.join(models)}, and "
             "settings_from_hugging_face has them for any config.json"
         )
-    return models[model]
+    return copy.deepcopy(models[model])
 
 
 def _yarn(factor: float, original_length: int, **more: Any) -> dict[str, Any]:
