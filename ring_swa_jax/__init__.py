@@ -4,6 +4,7 @@ from ring_swa_jax._cache import Cache as Cache
 from ring_swa_jax._cache import init_cache as init_cache
 from ring_swa_jax._cache import next_positions as next_positions
 from ring_swa_jax._cache import prefill_cache as prefill_cache
+from ring_swa_jax._cache import trim_cache as trim_cache
 from ring_swa_jax._chunks import chunk_segment_ids as chunk_segment_ids
 from ring_swa_jax._decode import decode_attention as decode_attention
 from ring_swa_jax._hugging_face import settings_from_hugging_face as settings_from_hugging_face
@@ -15,6 +16,7 @@ from ring_swa_jax._models import models as models
 from ring_swa_jax._processes import check_processes as check_processes
 from ring_swa_jax._query_scaling import QueryScaling as QueryScaling
 from ring_swa_jax._reference import reference_attention as reference_attention
+from ring_swa_jax._repeated_work import RepeatedWorkWarning as RepeatedWorkWarning
 from ring_swa_jax._ring import ring_sliding_window_attn as ring_sliding_window_attn
 from ring_swa_jax._ring import ring_sliding_window_attn_varlen as ring_sliding_window_attn_varlen
 from ring_swa_jax._ring import ring_streaming_llm_attn as ring_streaming_llm_attn
@@ -38,6 +40,7 @@ __all__ = [
     "ModelLayers",
     "ProportionalScaling",
     "QueryScaling",
+    "RepeatedWorkWarning",
     "Rope",
     "YarnScaling",
     "apply_rope",
@@ -57,5 +60,6 @@ __all__ = [
     "ring_streaming_llm_attn_varlen",
     "segment_positions",
     "settings_from_hugging_face",
+    "trim_cache",
     "weights_from_hugging_face",
 ]

@@ -6,9 +6,17 @@ from collections.abc import Hashable
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import AxisType
+from jax._src import core
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AxisName = Hashable | tuple[Hashable, ...]
+
+
+def names_of(axis: AxisName | None) -> tuple[Hashable, ...]:
+    """The mesh axes that it names."""
+    if axis is None:
+        return ()
+    return axis if isinstance(axis, tuple) else (axis,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,15 +35,14 @@ class SequenceAxis:
         """
         if name is None:
             return cls(None, 1)
-        try:
-            return cls(name, lax.axis_size(name))
-        except NameError:
-            manual = tuple(jax.sharding.get_abstract_mesh().manual_axes)
+        manual = jax.sharding.get_abstract_mesh().manual_axes  # a vmap's axis is none of them
+        if not set(names_of(name)) <= set(manual):
             raise ValueError(
                 f"axis_name={name!r} is not an axis of a surrounding jax.shard_map "
                 f"(its axes are {manual}); call this function inside jax.shard_map over a mesh "
                 f"with that axis, or pass axis_name=None for a sequence that is here as a whole"
-            ) from None
+            )
+        return cls(name, lax.axis_size(name))
 
     def index(self) -> Array:
         """Which chunk this device holds."""
@@ -58,11 +65,31 @@ def same_varying(axis: SequenceAxis, *trees):
     return jax.tree.map(cast, trees)
 
 
+def vmapped_axes() -> frozenset[Hashable]:
+    """Mesh axes that surrounding ``jax.vmap`` name as their ``spmd_axis_name``.
+
+    JAX has no public name for them. Inside a ``jax.shard_map`` with ``check_vma=True`` its vmap of
+    loops casts some values to vary over these axes and forgets others.
+    """
+    return frozenset(core.get_axis_env().spmd_axis_names)
+
+
 def explicit_axes(x: Array) -> set[Hashable]:
     """Names of the Explicit axes of the mesh that x lies on."""
     mesh = jax.typeof(x).sharding.mesh
     axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return {name for name, kind in axes if kind == AxisType.Explicit}
+
+
+def mesh_of(x: Array) -> Mesh | AbstractMesh:
+    """The mesh that x lies on; an array outside of jit moves only on a mesh of devices."""
+    traced = isinstance(x, jax.core.Tracer)
+    return (jax.typeof(x) if traced else x).sharding.mesh
+
+
+def reshard(x: Array, mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> Array:
+    """``jax.sharding.reshard`` on a mesh that need not be the one of ``jax.set_mesh``."""
+    return jax.sharding.reshard(x, NamedSharding(mesh, spec))
 
 
 def spec_of(x: Array) -> tuple:

@@ -5,6 +5,7 @@ from jax import Array
 from jaxtyping import Int
 
 from ring_swa_jax import _checks
+from ring_swa_jax._integers import as_segment_ids
 from ring_swa_jax._segments import segment_positions
 
 
@@ -27,8 +28,7 @@ def chunk_segment_ids(segment_ids: Int[Array, "B S"], chunk_size: int) -> Int[Ar
         TypeError: ids that are not integers, or a size that is not a static integer.
     """
     size = _checks.static_size("chunk_size", chunk_size)
-    segment_ids = jnp.asarray(segment_ids)
-    _checks.check_segment_ids(segment_ids, segment_ids.shape[:2])
+    segment_ids = as_segment_ids(segment_ids)
     positions = segment_positions(segment_ids)
     first = jnp.arange(segment_ids.shape[1], dtype=jnp.int32) - positions % size
     return jnp.where(segment_ids < 0, -1, first)

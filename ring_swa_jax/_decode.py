@@ -7,12 +7,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
+from pallas_kernels import accumulator_dtype
 from ring_swa_jax import _checks
 from ring_swa_jax._cache import (
     Cache,
     append_sinks,
     append_window,
     check_cache,
+    effective_window,
     next_positions,
     slot_positions,
     within_reach,
@@ -89,7 +91,7 @@ def decode_attention(
     References:
         Xiao et al., Efficient Streaming Language Models with Attention Sinks, arXiv:2309.17453.
     """
-    q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
+    q, k, v = (_checks.as_array(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     _checks.check_heads(q, k, v)
     window = _checks.static_window(window_size)
     num_sinks = _checks.static_sinks(num_sink_tokens)
@@ -97,14 +99,16 @@ def decode_attention(
     scale = _checks.static_scale(scale, q.shape[-1])
     chunk = _static_chunk(attention_chunk_size, window, num_sinks)
     if sink_logits is not None:
-        sink_logits = jnp.asarray(sink_logits)
+        sink_logits = _checks.as_array("sink_logits", sink_logits)
         _checks.check_sink_logits(sink_logits, q.shape[2])
+    check_cache(cache)
+    window = effective_window(window, num_sinks, cache.max_length)
     _check_fits(cache, k, v, window, num_sinks, relative=rotate is not None)
     batch, num_tokens = q.shape[:2]
     if valid is None:
         valid = jnp.ones((batch, num_tokens), bool)
     else:
-        valid = jnp.asarray(valid)
+        valid = _checks.as_array("valid", valid)
         _checks.check_valid(valid, (batch, num_tokens))
         # Weights of zero would not hide the NaN that a row's padding may hold.
         k, v = (jnp.where(valid[..., None, None], x, 0) for x in (k, v))
@@ -112,7 +116,7 @@ def decode_attention(
     positions = next_positions(cache, num_tokens, valid)
     lost = valid & ~within_reach(cache, num_tokens, valid)
     # Where cache-relative positions end, and by how much those of the window lag behind.
-    last_index = num_sinks + (window or 0)
+    last_index = num_sinks + (window or 0)  # fits into int32, as the cache has so many slots
     gap = 0 if window is None else jnp.maximum(cache.length - last_index, 0)[:, None]
 
     def in_window(key, value, key_positions):
@@ -128,7 +132,8 @@ def decode_attention(
         return _Run(query, _turn(rotate, key, jnp.maximum(key_positions - gap, 0)), value, seen)
 
     def before_window(key, value, window):
-        slots = jnp.broadcast_to(jnp.arange(key.shape[2], dtype=jnp.int32), (batch, key.shape[2]))
+        slots = jnp.arange(key.shape[2], dtype=jnp.int32)[None]
+        slots = jnp.broadcast_to(slots, (batch, key.shape[2]))
         seen = (positions[:, :, None] - slots[:, None] > window) & valid[..., None]
         if rotate is None:
             return _Run(q, key, value, seen)
@@ -142,7 +147,7 @@ def decode_attention(
         runs.append(before_window(cache.sink_key, cache.sink_value, window))
     if num_tokens == 1:  # what it overwrites is out of its window, so one run has all keys
         cache = append_window(cache, k, v, valid)
-        stored = stored + valid[:, 0]
+        stored = stored + valid[:, 0].astype(jnp.int32)
     else:
         new_positions = jnp.where(valid, positions, -1)
         runs.append(in_window(k.swapaxes(1, 2), v.swapaxes(1, 2), new_positions))
@@ -182,16 +187,16 @@ def _turn(rotate, key, positions):
 
 def _attend(runs, sink_logits, scale, cap) -> Float[Array, "B T N Hv"]:
     """One softmax over all runs; zeros for a query that sees no key."""
-    batch, length, heads, _ = runs[0].query.shape
+    batch, length, heads, dim = runs[0].query.shape
     _, num_kv, _, value_dim = runs[0].value.shape
-    dtype = jnp.promote_types(runs[0].query.dtype, jnp.float32)
+    dtype = accumulator_dtype(runs[0].query.dtype)
     precision = matmul_precision()
 
     def dot(equation, x, y):
         return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=dtype)
 
     def logits(run):
-        grouped = run.query.reshape(batch, length, num_kv, heads // num_kv, -1)
+        grouped = run.query.reshape(batch, length, num_kv, heads // num_kv, dim)
         x = dot("btkgh,bksh->bkgts", grouped, run.key) * scale
         x = x if cap is None else cap * jnp.tanh(x / cap)
         return jnp.where(run.seen[:, None, None], x, -jnp.inf)
@@ -199,7 +204,7 @@ def _attend(runs, sink_logits, scale, cap) -> Float[Array, "B T N Hv"]:
     all_logits = [logits(run) for run in runs]
     top = jnp.max(jnp.stack([x.max(-1) for x in all_logits]), axis=0)
     if sink_logits is not None:
-        learned = sink_logits.astype(dtype).reshape(num_kv, -1, 1)
+        learned = sink_logits.astype(dtype).reshape(1, num_kv, -1, 1)
         top = jnp.maximum(top, learned)
     top = jnp.where(top == -jnp.inf, 0, top)
     total = jnp.zeros_like(top) if sink_logits is None else jnp.exp(learned - top)
@@ -214,7 +219,6 @@ def _attend(runs, sink_logits, scale, cap) -> Float[Array, "B T N Hv"]:
 
 def _check_fits(cache, k, v, window, num_sinks, *, relative) -> None:
     """Checks that the cache is one of this layer and of keys like these."""
-    check_cache(cache)
     for name, new, old in (("k", k, cache.key), ("v", v, cache.value)):
         if (new.shape[0], *new.shape[2:]) != (*old.shape[:2], old.shape[3]):
             raise ValueError(

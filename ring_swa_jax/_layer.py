@@ -1,17 +1,20 @@
 """What the Flax modules share: an attention layer's settings, and its maths between projections."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
+from pallas_kernels import accumulator_dtype
 from ring_swa_jax import _checks
-from ring_swa_jax._axis import AxisName, explicit_axes, spec_of
+from ring_swa_jax._axis import AxisName, explicit_axes, mesh_of, names_of, spec_of
 from ring_swa_jax._chunks import chunk_segment_ids
+from ring_swa_jax._integers import as_positions, as_segment_ids
 from ring_swa_jax._query_scaling import QueryScaling
 from ring_swa_jax._rope import Rope, apply_rope
 from ring_swa_jax._segments import segment_positions
@@ -203,16 +206,19 @@ class AttentionLayer:
             return self.attention_chunk_size - 1
         return self.window_size
 
-    def check_input(self, x: Array) -> None:
-        """Checks that x is [B, S, features].
+    def check_input(self, x) -> Array:
+        """``x`` as an array [B, S, features].
 
         Raises:
-            ValueError: it is not.
+            ValueError: another shape.
+            TypeError: no array.
         """
+        x = _checks.as_array("x", x)
         if x.ndim != 3 or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"x must have the shape [B, S, {self.in_features}] of in_features, got {x.shape}"
             )
+        return x
 
     def forward(
         self,
@@ -224,6 +230,8 @@ class AttentionLayer:
         shared_kv: KeysValues | None,
     ) -> Float[Array, "B S N Hv"]:
         """From the projections of whole rows to what the output projects."""
+        if segment_ids is not None:
+            segment_ids = as_segment_ids(segment_ids, projected.query.shape[:2])
         positions = self.positions(projected.query, segment_ids, positions)
         q = self.queries(projected.query, learned, positions)
         kv = self.keys_values(projected, learned, positions, shared_kv)
@@ -279,7 +287,7 @@ class AttentionLayer:
         if gate is None:
             return context
         activation = ACTIVATIONS[self.output_gate_activation]
-        wide = jnp.promote_types(context.dtype, jnp.float32)
+        wide = accumulator_dtype(context.dtype)
         return (context.astype(wide) * activation(gate.astype(wide))).astype(context.dtype)
 
     def _turned(
@@ -304,10 +312,13 @@ class AttentionLayer:
         self, x: Float[Array, "B S N H"], factor: Array | None = None, *, all_heads: bool = False
     ) -> Float[Array, "B S N H"]:
         """RMSNorm over each head, or over all heads of a token together, in float32."""
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = x.astype(accumulator_dtype(x.dtype))
         square = jnp.mean(wide * wide, axis=(-2, -1) if all_heads else -1, keepdims=True)
         normal = wide * jax.lax.rsqrt(square + self.qk_norm_epsilon)
-        return (normal if factor is None else normal * factor).astype(x.dtype)
+        if factor is not None:
+            factor = jnp.expand_dims(factor, range(x.ndim - factor.ndim)).astype(wide.dtype)
+            normal = normal * factor
+        return normal.astype(x.dtype)
 
     def positions(
         self,
@@ -317,24 +328,32 @@ class AttentionLayer:
     ) -> Int[Array, "B S"] | Int[Array, "1 S"]:
         """By default positions restart in each document, or count through without documents."""
         if positions is not None:
-            return jnp.asarray(positions)
+            return as_positions(positions)
         if segment_ids is None:
             return jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-        _checks.check_segment_ids(segment_ids, x.shape[:2])
         return segment_positions(segment_ids)
 
-    def sharding_of_heads(self, x: Array, kernel: Array) -> PartitionSpec | None:
-        """How x @ kernel [E, heads, H] is to lie on Explicit mesh axes; None on others."""
+    def sharding_of_heads(self, x: Array, kernel: Array) -> NamedSharding | None:
+        """How x @ kernel [E, heads, H] is to lie on Explicit mesh axes; None on others.
+
+        Heads that the devices do not divide are not cut: `ring_attention` repeats them.
+        """
         explicit = explicit_axes(x)
         if not explicit:
             return None
         batch, seq, _ = spec_of(x)
-        return only(PartitionSpec(batch, seq, self.head_axis or spec_of(kernel)[1], None), explicit)
+        mesh = mesh_of(x)
+        spec = only(PartitionSpec(batch, seq, self.head_axis or spec_of(kernel)[1]), explicit)
+        devices = math.prod(mesh.shape[name] for name in names_of(spec[2]))
+        spec = spec if kernel.shape[1] % devices == 0 else spec[:2]
+        return NamedSharding(mesh, PartitionSpec(*spec))
 
-    def sharding_of_output(self, x: Array) -> PartitionSpec | None:
+    def sharding_of_output(self, x: Array) -> NamedSharding | None:
         """How the layer's output is to lie on Explicit mesh axes, as x does; None on others."""
         explicit = explicit_axes(x)
-        return only(PartitionSpec(*spec_of(x)), explicit) if explicit else None
+        if not explicit:
+            return None
+        return NamedSharding(mesh_of(x), only(PartitionSpec(*spec_of(x)), explicit))
 
     def attend(
         self,

@@ -1,8 +1,10 @@
 """Decoding of a layer, from its projections to the attended values, for both Flax modules."""
 
 import dataclasses
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
@@ -10,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from ring_swa_jax import _cache
 from ring_swa_jax._cache import Cache
 from ring_swa_jax._decode import decode_attention
+from ring_swa_jax._integers import as_positions, as_segment_ids
 from ring_swa_jax._layer import AttentionLayer, KeysValues, Learned, Projected
 from ring_swa_jax._segments import segment_positions
 from ring_swa_jax._sharded import sequence_devices
@@ -22,6 +25,7 @@ def init_cache(
     batch_size: int,
     *,
     max_length: int | None,
+    max_trim: int,
     dtype,
     relative_positions: bool,
 ) -> Cache:
@@ -33,6 +37,7 @@ def init_cache(
         window_size=layer.cached_window,
         num_sink_tokens=layer.num_sink_tokens,
         max_length=max_length,
+        max_trim=max_trim,
         value_dim=layer.value_dim,
         dtype=dtype,
         relative_positions=relative_positions,
@@ -47,11 +52,14 @@ def prefill(
     segment_ids: Int[Array, "B S"] | None,
     positions: Int[Array, "B S"] | None,
     max_length: int | None,
+    max_trim: int,
     relative_positions: bool,
 ) -> tuple[Float[Array, "B S N Hv"], Cache]:
     """The attended values of whole rows, and the cache that goes on with their last sequences."""
     _check_own_kv(layer)
     _check_positions(layer, positions, relative_positions)
+    if segment_ids is not None:
+        segment_ids = as_segment_ids(segment_ids, projected.query.shape[:2])
     positions = layer.positions(projected.query, segment_ids, positions)
     q = layer.queries(projected.query, learned, positions)
     kv = cached = layer.keys_values(projected, learned, positions)
@@ -63,10 +71,11 @@ def prefill(
         num_sink_tokens=layer.num_sink_tokens,
         segment_ids=segment_ids,
         max_length=max_length,
+        max_trim=max_trim,
         relative_positions=relative_positions,
     )
     if relative_positions and q.shape[1] > _same_positions(layer):
-        _check_not_cut(layer, q, kv.key)
+        _check_not_cut(layer, q)
         q = layer.queries(projected.query, learned, None)
         context = _attend_chunks(layer, q, *cached, segment_ids, learned.sink_logits)
     else:
@@ -108,6 +117,8 @@ def keys_values(
     valid: Bool[Array, "B S"] | None,
 ) -> KeysValues:
     """Keys and values as the layer's queries meet them, of whole rows or of the next tokens."""
+    if segment_ids is not None:
+        segment_ids = as_segment_ids(segment_ids, projected.query.shape[:2])
     if cache is None:
         positions = layer.positions(projected.query, segment_ids, positions)
     else:
@@ -127,7 +138,7 @@ def _positions_after(
         return None
     if positions is None:
         return _cache.next_positions(cache, num_tokens, valid)
-    return jnp.asarray(positions)
+    return as_positions(positions)
 
 
 def _attend_step(layer, q, k, v, cache, valid, sink_logits):
@@ -147,10 +158,15 @@ def _attend_step(layer, q, k, v, cache, valid, sink_logits):
     )
 
 
+# The jit is for calls outside of any other, which would compile the loop anew each time.
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 def _attend_chunks(layer, q, k, v, segment_ids, sink_logits) -> Float[Array, "B S N Hv"]:
     """Attention of whole rows with cache-relative positions."""
     batch, length = q.shape[:2]
-    cache = init_cache(layer, batch, max_length=None, dtype=k.dtype, relative_positions=True)
+    cache = init_cache(
+        layer, batch, max_length=None, max_trim=1, dtype=k.dtype, relative_positions=True
+    )
+    cache = _cache.lie_as(k, cache)
     if segment_ids is None:
         chunk = _CHUNK
         valid = jnp.ones((batch, length), bool)
@@ -208,9 +224,9 @@ def _check_positions(layer: AttentionLayer, positions, relative_positions: bool)
             )
 
 
-def _check_not_cut(layer: AttentionLayer, q, k) -> None:
+def _check_not_cut(layer: AttentionLayer, q) -> None:
     axes = (layer.seq_axis, layer.batch_axis, layer.head_axis)
-    devices = sequence_devices(q, k, layer.mesh, *axes)
+    devices = sequence_devices(q, layer.mesh, *axes)
     if devices > 1:
         raise ValueError(
             f"with relative_positions=True a prompt of {q.shape[1]} tokens, more than "

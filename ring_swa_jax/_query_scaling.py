@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from pallas_kernels import accumulator_dtype
+
 
 @dataclasses.dataclass(frozen=True)
 class QueryScaling:
@@ -47,7 +49,7 @@ class QueryScaling:
         self, x: Float[Array, "B S N H"], positions: Int[Array, "B S"]
     ) -> Float[Array, "B S N H"]:
         """Queries times the factor of their positions, in the dtype of x."""
-        wide = jnp.promote_types(x.dtype, jnp.float32)
+        wide = accumulator_dtype(x.dtype)
         periods = (positions + self.offset) // self.original_length
         factor = 1 + self.beta * jnp.log1p(periods.astype(wide))
         return (x.astype(wide) * factor[..., None, None]).astype(x.dtype)

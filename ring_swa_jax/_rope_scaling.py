@@ -3,10 +3,8 @@
 import dataclasses
 import math
 
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +24,9 @@ class LinearScaling:
     def __post_init__(self):
         _check_at_least("factor", self.factor, 1)
 
-    def frequencies(self, frequencies: Float[Array, "R"], base: float) -> Float[Array, "R"]:
+    def frequencies(
+        self, frequencies: Float64[np.ndarray, "R"], base: float
+    ) -> Float64[np.ndarray, "R"]:
         """The frequencies, all slower."""
         return frequencies / self.factor
 
@@ -80,7 +80,9 @@ class YarnScaling:
             if getattr(self, name) is not None:
                 _check_at_least(name, getattr(self, name), 0, strictly=name == "attention_factor")
 
-    def frequencies(self, frequencies: Float[Array, "R"], base: float) -> Float[Array, "R"]:
+    def frequencies(
+        self, frequencies: Float64[np.ndarray, "R"], base: float
+    ) -> Float64[np.ndarray, "R"]:
         """The frequencies, the lower ones slower."""
         half = frequencies.size
         kept_to, divided_from = (
@@ -92,8 +94,7 @@ class YarnScaling:
         # The authors' program clips to the numbers of features, not of their pairs.
         kept_to, divided_from = max(kept_to, 0), min(divided_from, 2 * half - 1)
         width = max(divided_from - kept_to, 1e-3)
-        index = jnp.arange(half, dtype=frequencies.dtype)
-        divided = jnp.clip((index - kept_to) / width, 0, 1)
+        divided = np.clip((np.arange(half) - kept_to) / width, 0, 1)
         return frequencies * (1 - divided) + frequencies / self.factor * divided
 
     def magnitude(self) -> float:
@@ -141,11 +142,13 @@ class Llama3Scaling:
             "high_freq_factor", self.high_freq_factor, self.low_freq_factor, strictly=True
         )
 
-    def frequencies(self, frequencies: Float[Array, "R"], base: float) -> Float[Array, "R"]:
+    def frequencies(
+        self, frequencies: Float64[np.ndarray, "R"], base: float
+    ) -> Float64[np.ndarray, "R"]:
         """The frequencies, the lower ones slower."""
         turns = self.original_length * frequencies / (2 * math.pi)
         width = self.high_freq_factor - self.low_freq_factor
-        kept = jnp.clip((turns - self.low_freq_factor) / width, 0, 1)
+        kept = np.clip((turns - self.low_freq_factor) / width, 0, 1)
         return frequencies * kept + frequencies / self.factor * (1 - kept)
 
     def magnitude(self) -> float:
@@ -178,14 +181,16 @@ class LongRopeScaling:
             _check_at_least("each of factors", factor, 0, strictly=True)
         _check_at_least("attention_factor", self.attention_factor, 0, strictly=True)
 
-    def frequencies(self, frequencies: Float[Array, "R"], base: float) -> Float[Array, "R"]:
+    def frequencies(
+        self, frequencies: Float64[np.ndarray, "R"], base: float
+    ) -> Float64[np.ndarray, "R"]:
         """The frequencies, each divided by its own factor."""
         if frequencies.size != len(self.factors):
             raise ValueError(
                 f"LongRopeScaling has {len(self.factors)} factors, but {frequencies.size} pairs of "
                 "features turn; give one factor for each pair"
             )
-        return frequencies / np.asarray(self.factors, frequencies.dtype)
+        return frequencies / np.asarray(self.factors)
 
     def magnitude(self) -> float:
         """Factor of the rotated features."""
@@ -214,10 +219,12 @@ class ProportionalScaling:
             raise ValueError(f"fraction must be in 0..1, got {self.fraction!r}")
         _check_at_least("factor", self.factor, 1)
 
-    def frequencies(self, frequencies: Float[Array, "R"], base: float) -> Float[Array, "R"]:
+    def frequencies(
+        self, frequencies: Float64[np.ndarray, "R"], base: float
+    ) -> Float64[np.ndarray, "R"]:
         """The frequencies, zero from the first pair on that stays."""
         turning = np.arange(frequencies.size) < int(self.fraction * frequencies.size)
-        return frequencies * turning.astype(frequencies.dtype) / self.factor
+        return frequencies * turning / self.factor
 
     def magnitude(self) -> float:
         """Factor of the rotated features."""

@@ -1,5 +1,6 @@
 """Flax Linen modules: an attention layer, and an adapter for Flax's own attention."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -10,18 +11,26 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jax import Array, lax
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Bool, Float, Int
 
+from ring_swa_jax import _checks
+from ring_swa_jax import _serialization as _serialization
 from ring_swa_jax._attention_fn import attention_fn as attention_fn
 from ring_swa_jax._axis import AxisName, explicit_axes
 from ring_swa_jax._cache import Cache
 from ring_swa_jax._layer import AttentionLayer, KeysValues, Learned, Projected
 from ring_swa_jax._layer_decode import decode, init_cache, keys_values, prefill
+from ring_swa_jax._linen_init import axes_that_divide, repeated_work_is_meant
 from ring_swa_jax._query_scaling import QueryScaling
 from ring_swa_jax._rope import Rope
 
 __all__ = ["RingSlidingWindowAttention", "attention_fn"]
+
+
+def _lecun_normal(key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Array:
+    """Flax's default, which as Flax makes it, inside of a function, could not be pickled."""
+    return nn.initializers.lecun_normal()(key, shape, dtype)
 
 
 class _Parts(NamedTuple):
@@ -72,7 +81,7 @@ class RingSlidingWindowAttention(nn.Module):
     qk_norm_after_rope: bool = False
     value_norm: bool = False
     context_norm: bool = False
-    rope: Rope | None = Rope()
+    rope: Rope | None
     query_scaling: QueryScaling | None = None
     attention_chunk_size: int | None = None
     key_as_value: bool = False
@@ -89,7 +98,7 @@ class RingSlidingWindowAttention(nn.Module):
     precision: PrecisionLike = None
     use_bias: bool = True
     use_out_bias: bool | None = None
-    kernel_init: Initializer = nn.initializers.lecun_normal()
+    kernel_init: Initializer = _lecun_normal
     out_kernel_init: Initializer | None = None
     bias_init: Initializer = nn.initializers.zeros_init()
     out_bias_init: Initializer | None = None
@@ -109,7 +118,8 @@ class RingSlidingWindowAttention(nn.Module):
         """Attends within whole rows.
 
         Args:
-            x: features of whole rows, in or out of jit.
+            x: features of whole rows, in or out of jit. While the module initialises, the mesh
+                need not divide its rows and tokens.
             segment_ids: a new sequence starts where the id changes; a negative id is padding.
             positions: of the tokens, for the rotation alone; by default they start anew in every
                 sequence, or count from 0 where there are no ``segment_ids``.
@@ -122,14 +132,21 @@ class RingSlidingWindowAttention(nn.Module):
             ValueError: shapes or mesh axes that do not fit.
             TypeError: ids or positions that are not integers.
         """
+        x = _checks.as_array("x", x)
         layer, parts = self._layer_and_parts(x)
-        context = layer.forward(
-            parts.project(x),
-            parts.learned,
-            segment_ids=segment_ids,
-            positions=positions,
-            shared_kv=shared_kv,
-        )
+        projected = parts.project(x)
+        meant: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if self.is_initializing():
+            axes = axes_that_divide(x.shape, layer.mesh, layer.seq_axis, layer.batch_axis)
+            layer, meant = dataclasses.replace(layer, **axes), repeated_work_is_meant()
+        with meant:
+            context = layer.forward(
+                projected,
+                parts.learned,
+                segment_ids=segment_ids,
+                positions=positions,
+                shared_kv=shared_kv,
+            )
         return parts.out(context)
 
     def keys_values(
@@ -145,6 +162,7 @@ class RingSlidingWindowAttention(nn.Module):
 
         ``kv = module.apply(variables, x, method="keys_values")``
         """
+        x = _checks.as_array("x", x)
         layer, parts = self._layer_and_parts(x)
         return keys_values(
             layer,
@@ -162,6 +180,7 @@ class RingSlidingWindowAttention(nn.Module):
         batch_size: int,
         *,
         max_length: int | None = None,
+        max_trim: int = 1,
         dtype: Dtype | None = None,
         relative_positions: bool = False,
     ) -> Cache:
@@ -180,6 +199,7 @@ class RingSlidingWindowAttention(nn.Module):
             self._layer(in_features),
             batch_size,
             max_length=max_length,
+            max_trim=max_trim,
             dtype=dtype or self.dtype or self.param_dtype,
             relative_positions=relative_positions,
         )
@@ -191,12 +211,14 @@ class RingSlidingWindowAttention(nn.Module):
         segment_ids: Int[Array, "B S"] | None = None,
         positions: Int[Array, "B S"] | None = None,
         max_length: int | None = None,
+        max_trim: int = 1,
         relative_positions: bool = False,
     ) -> tuple[Float[Array, "B S out_features"], Cache]:
         """The output of a call and the cache that `decode` goes on with, as the NNX module's.
 
         ``y, cache = module.apply(variables, x, method="prefill")``
         """
+        x = _checks.as_array("x", x)
         layer, parts = self._layer_and_parts(x)
         context, cache = prefill(
             layer,
@@ -205,6 +227,7 @@ class RingSlidingWindowAttention(nn.Module):
             segment_ids=segment_ids,
             positions=positions,
             max_length=max_length,
+            max_trim=max_trim,
             relative_positions=relative_positions,
         )
         return parts.out(context), cache
@@ -222,6 +245,7 @@ class RingSlidingWindowAttention(nn.Module):
 
         ``y, cache = module.apply(variables, x, cache, method="decode")``
         """
+        x = _checks.as_array("x", x)
         layer, parts = self._layer_and_parts(x)
         context, cache = decode(
             layer,
@@ -295,7 +319,7 @@ class RingSlidingWindowAttention(nn.Module):
         return None if shape is None else self.param(name, init, shape, self.param_dtype)
 
 
-def _dot_general(x: Array, sharding_of: Callable[[Array], PartitionSpec | None]):
+def _dot_general(x: Array, sharding_of: Callable[[Array], NamedSharding | None]):
     """On Explicit axes a dot_general whose result lies as told of the kernel; else the default."""
     if not explicit_axes(x):
         return None

@@ -13,6 +13,7 @@ from jax import Array
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Bool, Float, Int
 
+from ring_swa_jax import _serialization as _serialization
 from ring_swa_jax._attention_fn import attention_fn as attention_fn
 from ring_swa_jax._axis import AxisName
 from ring_swa_jax._cache import Cache
@@ -62,7 +63,8 @@ class RingSlidingWindowAttention(nnx.Module):
         value_norm: an RMSNorm of every head of v, without factor, as in Gemma 3n and 4.
         context_norm: an RMSNorm of every head of the attended values, without factor, before the
             output gate.
-        rope: rotary settings; None: no rotation.
+        rope: rotary settings, `ring_swa_jax.Rope`; None: no rotation, as in Flax's own attention.
+            No default, as either would be wrong in silence for the other half of all models.
         query_scaling: a factor of the queries that grows with their position, after rotation and
             norm, as in Ministral 3 and Llama 4; positions are those of the rotation.
         attention_chunk_size: C; the query at position p of its document sees the keys from
@@ -131,7 +133,7 @@ class RingSlidingWindowAttention(nnx.Module):
         qk_norm_after_rope: bool = False,
         value_norm: bool = False,
         context_norm: bool = False,
-        rope: Rope | None = Rope(),  # noqa: B008  frozen
+        rope: Rope | None,
         query_scaling: QueryScaling | None = None,
         attention_chunk_size: int | None = None,
         key_as_value: bool = False,
@@ -265,7 +267,7 @@ class RingSlidingWindowAttention(nnx.Module):
             ValueError: shapes or mesh axes that do not fit.
             TypeError: ids or positions that are not integers.
         """
-        self.layer.check_input(x)
+        x = self.layer.check_input(x)
         context = self.layer.forward(
             self._project(x),
             self._learned(),
@@ -298,7 +300,7 @@ class RingSlidingWindowAttention(nnx.Module):
         Raises:
             ValueError: a layer that has no keys of its own.
         """
-        self.layer.check_input(x)
+        x = self.layer.check_input(x)
         return keys_values(
             self.layer,
             self._project(x),
@@ -314,6 +316,7 @@ class RingSlidingWindowAttention(nnx.Module):
         batch_size: int,
         *,
         max_length: int | None = None,
+        max_trim: int = 1,
         dtype: Dtype | None = None,
         relative_positions: bool = False,
     ) -> Cache:
@@ -322,6 +325,7 @@ class RingSlidingWindowAttention(nnx.Module):
         Args:
             batch_size: number of rows, B.
             max_length: the most tokens that a row will have; needed where ``window_size=None``.
+            max_trim: how many tokens `ring_swa_jax.trim_cache` may take back at a time.
             dtype: of keys and values, which is that of the projections of x; by default the
                 module's dtype, or its parameters' where it has none.
             relative_positions: whether to decode with cache-relative positions (see `decode`).
@@ -334,6 +338,7 @@ class RingSlidingWindowAttention(nnx.Module):
             self.layer,
             batch_size,
             max_length=max_length,
+            max_trim=max_trim,
             dtype=dtype or self.query.dtype or self.query.param_dtype,
             relative_positions=relative_positions,
         )
@@ -345,6 +350,7 @@ class RingSlidingWindowAttention(nnx.Module):
         segment_ids: Int[Array, "B S"] | None = None,
         positions: Int[Array, "B S"] | None = None,
         max_length: int | None = None,
+        max_trim: int = 1,
         relative_positions: bool = False,
     ) -> tuple[Float[Array, "B S out_features"], Cache]:
         """Attends within whole rows, as a call does, and keeps what `decode` goes on with.
@@ -355,6 +361,7 @@ class RingSlidingWindowAttention(nnx.Module):
                 either side. `decode` goes on with each row's last sequence.
             positions: as in a call; if given here, then give them to `decode` too.
             max_length: the most tokens that a row will have; needed where ``window_size=None``.
+            max_trim: how many tokens `ring_swa_jax.trim_cache` may take back at a time.
             relative_positions: cache-relative positions, see `decode`. The results equal those of
                 `decode`, token by token. With ``num_sink_tokens``, a prompt longer than
                 ``num_sink_tokens + window_size + 1`` is attended chunk after chunk on a sequence
@@ -369,7 +376,7 @@ class RingSlidingWindowAttention(nnx.Module):
                 devices; a layer with ``kv_shared``, which is called instead.
             TypeError: ids or positions that are not integers.
         """
-        self.layer.check_input(x)
+        x = self.layer.check_input(x)
         context, cache = prefill(
             self.layer,
             self._project(x),
@@ -377,6 +384,7 @@ class RingSlidingWindowAttention(nnx.Module):
             segment_ids=segment_ids,
             positions=positions,
             max_length=max_length,
+            max_trim=max_trim,
             relative_positions=relative_positions,
         )
         return self._project_out(context, x), cache
@@ -417,7 +425,7 @@ class RingSlidingWindowAttention(nnx.Module):
                 cache of relative ones.
             TypeError: a dtype that is not the cache's, or no cache.
         """
-        self.layer.check_input(x)
+        x = self.layer.check_input(x)
         context, cache = decode(
             self.layer,
             self._project(x),

@@ -13,7 +13,7 @@ from pallas_kernels import _device, _support
 from pallas_kernels._kernels import BackwardInputs, ForwardInputs, Gradients, Kernels
 from pallas_kernels._mosaic_gpu.backward import choice
 from pallas_kernels._mosaic_gpu.forward.kernel import forward
-from pallas_kernels._mosaic_gpu.primitives import of_eighths
+from pallas_kernels._mosaic_gpu.primitives import pad_front_to_multiple_of_8
 from pallas_kernels._mosaic_gpu.tiles import MosaicTiles, mosaic_tiles
 from pallas_kernels._spec import KeyRun, Spec, State
 from pallas_kernels._xla import XlaKernels
@@ -21,11 +21,11 @@ from pallas_kernels._xla import XlaKernels
 
 @dataclasses.dataclass(frozen=True)
 class MosaicKernels:
-    """Mosaic GPU's kernels; for what no fused backward kernel computes, another backend's.
+    """Mosaic GPU's kernels. Where none is the fastest backward kernel, another backend's.
 
     Attributes:
         name: the implementation, for messages.
-        fallback: the backend whose backward pass is taken where `choice.fused_backward` has none.
+        fallback: the backend that computes the backward pass where `choice.fused_backward` is None.
         deterministic: whether gradients of queries are added up in a fixed order.
     """
 
@@ -65,7 +65,7 @@ class MosaicKernels:
         query, runs = inputs.query, inputs.runs
         return forward(
             spec,
-            inputs._replace(runs=tuple(of_eighths(run) for run in runs)),
+            inputs._replace(runs=tuple(pad_front_to_multiple_of_8(run) for run in runs)),
             state,
             rows=rows,
             resume=resume,
@@ -128,10 +128,11 @@ KERNELS_NONDETERMINISTIC: Kernels = _kernels("mosaic_gpu_nondeterministic", dete
 
 
 def _programs(spec: Spec) -> int:
-    """How many programs share the tiles.
+    """The most programs of a forward launch, which share the tiles of queries.
 
-    Under a window all have as many keys, and each multiprocessor gets its share at once. Without
-    one the GPU deals them out.
+    Under a window all tiles take about as long, so one program on each multiprocessor takes an
+    equal share of them. Without one they differ, so each tile has a program of its own and the GPU
+    starts the next program wherever one has ended.
     """
     return _device.multiprocessors() if spec.window is not None else 2**31 - 1
 
@@ -139,8 +140,9 @@ def _programs(spec: Spec) -> int:
 def _tiles_for(
     spec: Spec, query: Float[Array, "B T N H"], run: KeyRun, *, whole: bool
 ) -> MosaicTiles:
+    """The tiles of a forward launch; ``whole`` is that of `mosaic_tiles`."""
     heads, dim = query.shape[2:]
-    group = heads // run.key.shape[2]
+    group_size = heads // run.key.shape[2]
     return mosaic_tiles(
-        dim, run.value.shape[-1], spec.window, group, whole=whole, sinks=spec.num_sinks > 0
+        dim, run.value.shape[-1], spec.window, group_size, whole=whole, sinks=spec.num_sinks > 0
     )

@@ -1,4 +1,8 @@
-"""What the Mosaic GPU kernels share: layouts, shared memory, loops, and what Pallas lacks."""
+"""What the Mosaic GPU kernels share: layouts, shared memory, semaphores, and what Pallas lacks.
+
+A *matrix* here has `ROWS` rows in the registers of a warpgroup, as WGMMA leaves its result. A
+*column* has one number for each row of a matrix, a *row* one number for each column.
+"""
 
 import functools
 from collections.abc import Callable
@@ -10,38 +14,57 @@ from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, nvvm, vector
+from jaxtyping import Bool, Float32, Int, Shaped
 
 from pallas_kernels._mosaic_gpu.tiles import FOLD
 from pallas_kernels._spec import KeyRun
 
-
-def across(x: Array) -> Array:
-    """A row as a matrix of equal rows."""
-    return lax.broadcast_in_dim(x, (ROWS, x.shape[0]), [1])
-
-
-def zeros(width: int) -> Array:
-    """A matrix of zeros, to add products to."""
-    return plgpu.layout_cast(lax.broadcast(jnp.float32(0), (ROWS, width)), MATRIX)
-
-
 ROWS = 64
-"""Rows of a warpgroup's matrices: what a WGMMA instruction has."""
+"""Rows of a matrix: M of a WGMMA instruction."""
 
 
 MATRIX = plgpu.Layout.WGMMA
+"""Each of four warps has 16 rows; a thread has 2 of every 8 columns, in two rows."""
 
 
 COLUMN = plgpu.Layout.WGMMA.reduce(1)
+"""The layout of what is left of a matrix when its columns are reduced."""
 
 
 ROW = plgpu.Layout.WGMMA.reduce(0)
+"""The layout of what is left of a matrix when its rows are reduced."""
+
+
+def zeros(columns: int) -> Float32[Array, "64 {columns}"]:
+    """A matrix of zeros."""
+    return plgpu.layout_cast(lax.broadcast(jnp.float32(0), (ROWS, columns)), MATRIX)
+
+
+def broadcast_row(x: Shaped[Array, "columns"]) -> Shaped[Array, "64 columns"]:
+    """A matrix of which each row is x."""
+    return lax.broadcast_in_dim(x, (ROWS, x.shape[0]), [1])
+
+
+def broadcast_column(x: Shaped[Array, "64"], columns: int) -> Shaped[Array, "64 {columns}"]:
+    """A matrix of which each column is x."""
+    return lax.broadcast_in_dim(x, (ROWS, columns), [0])
+
+
+def fold_columns(
+    combine: Callable[[Array, Array], Array], x: Float32[Array, "64 columns"]
+) -> Float32[Array, "64 8"]:
+    """Combines column n with columns n + `FOLD`, n + 2 * `FOLD`, ...; no thread needs another."""
+    return functools.reduce(combine, [x[:, n : n + FOLD] for n in range(0, x.shape[1], FOLD)])
 
 
 def swizzled(shape: tuple[int, ...], dtype, inner: int | None = None, columns: int | None = None):
-    """SMEM that TMA writes and WGMMA reads.
+    """SMEM that TMA writes and WGMMA reads, with the widest swizzle that fits.
 
-    ``inner`` is the length of a product's inner axis, ``columns`` that of a part of each row.
+    Args:
+        shape: of the array; its last two axes are tiled.
+        dtype: of the array.
+        inner: length of the axis that WGMMA contracts, where that is not the last one.
+        columns: of the parts in which the last axis is sliced, if it is.
     """
     size = jnp.dtype(dtype).itemsize
 
@@ -54,16 +77,16 @@ def swizzled(shape: tuple[int, ...], dtype, inner: int | None = None, columns: i
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def load(ref: Any, layout) -> Array:
-    """All of a ref."""
+def load_as(ref: Any, layout) -> Array:
+    """All of a ref, in global or shared memory, as an array of this layout."""
     return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]  # jax 0.10's
 
 
-def of_eighths(run: KeyRun) -> KeyRun:
-    """The run with zeros before it, so that TMA can count it by 8 rows.
+def pad_front_to_multiple_of_8(run: KeyRun) -> KeyRun:
+    """The run with zeros in front, as TMA counts rows by 8.
 
-    They stand before all keys that a window reaches: only the farthest part of a halo is of
-    another length.
+    No window reaches these zeros: only the farthest part of a halo has a length that is not a
+    multiple of 8.
     """
     missing = -run.key.shape[1] % 8
     if not missing:
@@ -72,72 +95,76 @@ def of_eighths(run: KeyRun) -> KeyRun:
     return KeyRun(jnp.pad(run.key, pad), jnp.pad(run.value, pad), run.offset - missing)
 
 
-def spread(x: Array, width: int) -> Array:
-    """A column as a matrix of equal columns."""
-    return lax.broadcast_in_dim(x, (ROWS, width), [0])
-
-
-def fold_columns(combine: Callable[[Array, Array], Array], x: Array) -> Array:
-    """The columns of a matrix combined into ``FOLD``, in each thread by itself."""
-    return functools.reduce(combine, [x[:, n : n + FOLD] for n in range(0, x.shape[1], FOLD)])
-
-
 def fori(begin, end, body, carry):
-    """A loop whose bounds may be Python's integers."""
+    """``lax.fori_loop`` whose bounds may be Python's integers."""
     return lax.fori_loop(jnp.int32(begin), jnp.int32(end), body, carry)
 
 
-def tell_and_wait(told: Any, tells: Any, turn: Any, value: Any, behind: int = 0) -> None:
-    """Adds one to a counter if it ``tells``, and waits until another one has reached a value.
+def semaphore_signal_and_wait(
+    signal: Any,
+    signals: int | Int[Array, ""],
+    wait_for: Any,
+    value: Int[Array, ""],
+    behind: int = 0,
+) -> None:
+    """Increments ``signal`` if ``signals`` is not 0; waits until ``wait_for`` is at least a value.
 
-    Both are in global memory. Who sees the first one grow sees all that this warpgroup has written
-    through TMA, but for so many copies ``behind``; and this warpgroup what was written before the
-    second one grew.
+    Incrementing ``signal`` releases all TMA stores of this warpgroup except the last ``behind``
+    groups. Waiting on ``wait_for`` acquires what other programs have released.
+
+    Args:
+        signal: ref of one int32 in global memory.
+        signals: whether to increment it.
+        wait_for: another one.
+        value: what it must have reached.
+        behind: how many groups of copies may still be under way when ``signal`` is incremented.
     """
     ref, scalar = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
 
     @plgpu.inline_mgpu(arg_types=(ref, scalar, ref, scalar))
-    def side_by_side(_, told, tells, turn, value):
+    def signal_and_wait(_, signal, signals, wait_for, value):
         i32 = ir.IntegerType.get_signless(32)
         thread = arith.remui(utils.thread_idx(), utils.c(utils.WARPGROUP_SIZE, i32))
-        first = utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP)  # TMA's
-        tells = arith.cmpi(arith.CmpIPredicate.ne, tells.registers[()], utils.c(0, i32))
-        with utils.when(arith.andi(first, tells)):
+        # The thread that issues this warpgroup's TMA copies: only this one can wait for them.
+        tma_thread = utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP)
+        signals = arith.cmpi(arith.CmpIPredicate.ne, signals.registers[()], utils.c(0, i32))
+        with utils.when(arith.andi(tma_thread, signals)):
             nvvm.cp_async_bulk_wait_group(behind)
-            _ptx("red.release.gpu.global.add.u32 [$0], 1;", utils.memref_ptr(told))
-        other_warp = arith.cmpi(arith.CmpIPredicate.eq, thread, utils.c(utils.WARP_SIZE, i32))
-        with utils.when(other_warp):
+            _ptx("red.release.gpu.global.add.u32 [$0], 1;", utils.memref_ptr(signal))
+        # A thread of another warp spins meanwhile.
+        spinning_thread = arith.cmpi(arith.CmpIPredicate.eq, thread, utils.c(utils.WARP_SIZE, i32))
+        with utils.when(spinning_thread):
             _ptx(
                 "{ .reg .pred waits; .reg .b32 now; "
                 "again: ld.acquire.gpu.global.u32 now, [$0]; setp.lt.u32 waits, now, $1; "
                 "@waits bra again; fence.proxy.async.global; }",
-                utils.memref_ptr(turn),
+                utils.memref_ptr(wait_for),
                 value.registers[()],
             )
         utils.warpgroup_barrier()
 
-    side_by_side(told, jnp.int32(tells), turn, value)
+    signal_and_wait(signal, jnp.int32(signals), wait_for, value)
 
 
-def tell_of_stores(told: Any) -> None:
-    """Adds one to a counter in global memory, behind all that this warpgroup has stored there.
+def semaphore_signal_after_stores(signal: Any) -> None:
+    """Increments an int32 in global memory; releases what this warpgroup's threads have stored.
 
-    For what threads store by themselves, as `tell_and_wait` is for TMA.
+    For stores by threads, as `semaphore_signal_and_wait` is for stores by TMA.
     """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def behind_stores(_, told):
+    def signal_after_stores(_, signal):
         utils.warpgroup_barrier()
         with utils.when(utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP)):
-            _ptx("red.release.gpu.global.add.u32 [$0], 1;", utils.memref_ptr(told))
+            _ptx("red.release.gpu.global.add.u32 [$0], 1;", utils.memref_ptr(signal))
 
-    behind_stores(told)
+    signal_after_stores(signal)
 
 
-def release_smem() -> None:
-    """Lets TMA and WGMMA see what a thread has written, once it has arrived at a barrier.
+def fence_async_smem() -> None:
+    """Makes a thread's writes to SMEM visible to TMA and WGMMA once it has arrived at a barrier.
 
-    ``plgpu.commit_smem`` without waiting for the other threads of the warpgroup.
+    As ``plgpu.commit_smem``, but without waiting for the other threads of the warpgroup.
     """
 
     @plgpu.inline_mgpu(arg_types=())
@@ -147,29 +174,29 @@ def release_smem() -> None:
     fence()
 
 
-def fresh(x: Any) -> Array:
-    """The number x, of which the compiler knows nothing.
+def opaque_to_compiler(x: int | Int[Array, ""]) -> Int[Array, ""]:
+    """The number x, whose value the compiler cannot know.
 
-    So what is computed from it stays where it is used: moved out of a loop, it would take
-    registers that matrices need.
+    What is computed from it is therefore computed where it is used. Moved out of a loop, it would
+    hold registers that matrices need.
     """
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.Layout.WG_SPLAT(()),),
         return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(())),
     )
-    def hide(_, x):
+    def identity(_, x):
         number = x.registers[()]
-        hidden = _ptx("mov.b32 $0, $1;", number, result_types=number.type)
-        return type(x).splat(hidden, (), is_signed=True)
+        opaque = _ptx("mov.b32 $0, $1;", number, result_types=number.type)
+        return type(x).splat(opaque, (), is_signed=True)
 
-    return hide(jnp.int32(x))
+    return identity(jnp.int32(x))
 
 
-def not_all_one(x: Array) -> Array:
-    """Whether any of the numbers that a warp holds of a column is not 1.
+def not_all_one(x: Float32[Array, "64"]) -> Bool[Array, ""]:
+    """Whether any number of a column is not 1, among the rows of the warp that asks.
 
-    Warps may have different answers: what depends on one must not wait for other warps.
+    Warps may get different answers, so a branch on one must not wait for other warps.
     """
     answer = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(()))
 

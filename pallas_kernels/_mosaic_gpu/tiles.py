@@ -3,15 +3,22 @@
 import dataclasses
 import math
 
+from jax.experimental import pallas as pl
+
 
 @dataclasses.dataclass(frozen=True)
 class MosaicTiles:
     """Tiles of the Mosaic GPU forward kernel.
 
-    A tile of queries has 64 rows for each of the ``warpgroups`` that compute: the same positions
-    of ``heads`` heads of a group. ``slots`` tiles of ``key`` keys and values are in flight, and
-    ``query_slots`` tiles of queries. Results have shared memory of their own if ``apart``, else
-    that of their queries. With a ``lazy`` softmax sums are rescaled only where they must be.
+    Attributes:
+        key: rows of a tile of keys and of a tile of values.
+        slots: tiles of keys, and of values, in shared memory.
+        heads: query heads of one key head that share a tile of queries.
+        query_slots: tiles of queries in shared memory.
+        warpgroups: consumer warpgroups. Each has 64 rows of a tile of queries: the same positions
+            of each of the ``heads``.
+        apart: results have shared memory of their own, rather than that of their queries.
+        lazy: sums are rescaled only where a maximum has grown much.
     """
 
     key: int
@@ -39,11 +46,14 @@ class MosaicTiles:
 
     @property
     def registers(self) -> int:
-        """Registers of a thread that computes: those that one which fetches does without."""
+        """Registers of a consumer's thread; the producer keeps 24 of its own."""
         return 160 if self.warpgroups == 3 else 240
 
     def shared_memory(self, head_dim: int, value_dim: int, *, whole: bool, sinks: bool) -> int:
-        """Bytes of 16-bit queries, keys, values and results, and of a lazy softmax's sums."""
+        """Bytes of 16-bit queries, keys, values and results, and of a lazy softmax's sums.
+
+        ``whole`` is that of `mosaic_tiles`; ``sinks`` says whether there is a tile of sinks.
+        """
         rows = self.warpgroups * 64
         keys = self.slots * self.key + (MOSAIC_SINKS if sinks else 0)
         elements = self.query_slots * rows * head_dim + keys * (head_dim + value_dim)
@@ -65,31 +75,40 @@ MOSAIC_SINKS = 16
 
 
 SHARED_MEMORY = 225 * 1024
-"""Bytes that a Hopper GPU lends a block of threads, less some for barriers and log-sum-exps."""
+"""Bytes for tiles: what a block of threads may use on Hopper, less 2 KiB for barriers and lse."""
 
 
 def mosaic_tiles(
-    head_dim: int, value_dim: int, window: int | None, group: int, *, whole: bool, sinks: bool
+    head_dim: int, value_dim: int, window: int | None, group_size: int, *, whole: bool, sinks: bool
 ) -> MosaicTiles:
-    """The tiles for these inputs: what won on an H100, as far as it fits into shared memory.
+    """The tiles for these inputs: the fastest of those tried on an H100 80GB that fit.
 
-    Several heads of a group in a tile waste less at the edges of a window. ``whole`` says that no
-    other launch begins or goes on from partial results.
+    Under a window several heads share a tile of queries. Such a tile has fewer positions, so fewer
+    of its keys are masked at the edges of the window.
+
+    Args:
+        head_dim: H.
+        value_dim: Hv.
+        window: keys before a query that it sees, or None.
+        group_size: query heads of a key head.
+        whole: the launch neither continues partial results nor leaves any.
+        sinks: whether there are sink tokens that windows do not reach.
     """
     dim = max(head_dim, value_dim)
-    heads = math.gcd(8, group) if whole and window is not None and window < 2048 else 1
+    heads = math.gcd(8, group_size) if whole and window is not None and window < 2048 else 1
     lazy = dim > 64
-    wanted = [MosaicTiles(64, 2, heads), MosaicTiles(32, 2, heads)]
+    candidates = [MosaicTiles(64, 2, heads), MosaicTiles(32, 2, heads)]
     if lazy:
-        wanted.insert(0, MosaicTiles(64, 2, heads, lazy=True))
+        candidates.insert(0, MosaicTiles(64, 2, heads, lazy=True))
     if dim <= 128:
-        wanted.insert(0, MosaicTiles(128, 2, heads, apart=True, lazy=lazy))
+        candidates.insert(0, MosaicTiles(128, 2, heads, apart=True, lazy=lazy))
     if dim <= 64 and window is not None and window < 256:
-        reach = 192 // heads + window + 7
-        key = min((80, 64, 48), key=lambda key: -(-reach // key) * key)
-        wanted.insert(0, MosaicTiles(key, 3, heads, query_slots=2, warpgroups=3, apart=True))
+        # All keys that a tile of queries sees, from a multiple of 8 on.
+        keys = 192 // heads + window + 7
+        key = min((80, 64, 48), key=lambda key: pl.cdiv(keys, key) * key)
+        candidates.insert(0, MosaicTiles(key, 3, heads, query_slots=2, warpgroups=3, apart=True))
     return next(
         tiles
-        for tiles in wanted
+        for tiles in candidates
         if tiles.shared_memory(head_dim, value_dim, whole=whole, sinks=sinks) <= SHARED_MEMORY
     )

@@ -3,7 +3,7 @@
 import dataclasses
 import random
 
-from pallas_kernels._mosaic_gpu.backward.sinks import MOST_SINKS, SHORTEST_WINDOW
+from pallas_kernels._mosaic_gpu.backward.sinks import MAX_SINKS, SHORTEST_WINDOW
 from tests.helpers.cases import HEADS, Case, random_runs
 from tests.helpers.odd_cases import ODD
 
@@ -76,7 +76,7 @@ def for_fused(case: Case) -> Case:
         dim, value_dim = -(-dim // 32) * 32, min(128, value_dim)
     sinks = case.sinks
     if case.window is not None:
-        sinks = min(sinks, MOST_SINKS) if case.window >= SHORTEST_WINDOW else 0
+        sinks = min(sinks, MAX_SINKS) if case.window >= SHORTEST_WINDOW else 0
     return dataclasses.replace(case, sinks=sinks, dims=(dim, value_dim))
 
 

@@ -15,7 +15,9 @@ from tests.helpers.kernel_variants import VARIANTS
 HOPPER = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="cuda")
 # Where a function stands, what it is called, where an object lies in memory, and which Python
 # types hold the arguments of a call.
-PLACES = re.compile(r" at \S+:\d+|0x[0-9a-f]+|(?<=name=)\S+|(?<=_tree=)PyTreeDef.*")
+PLACES = re.compile(
+    r" at \S+:\d+|0x[0-9a-f]+|(?<=name=)\S+|(?<=<function )\S+|(?<=_tree=)PyTreeDef.*"
+)
 
 
 def abstract_mesh(devices):

@@ -1,11 +1,13 @@
 """Runs kernels written in Mosaic GPU on a CPU, one operation after the other.
 
-JAX has an interpreter for them, but not for what ours do: accumulators that live through loops,
-instructions of their own, reductions in global memory. Here a warpgroup is a thread of Python, and
-memory is NumPy's. Programs run in their order, so that one that waits for a later one raises.
-Copies and products take effect at once: a missing wait for them does not show, but a barrier that
-nobody completes, one that is waited for too late, and memory that is read before it is written (it
-holds NaN) do.
+JAX has an interpreter for such kernels, but not for what ours use: accumulators that live through
+loops, inline instructions, and reductions in global memory. Here a warpgroup is a Python thread,
+and memory is a NumPy array. Programs run in the order of their indices, so a program that waits for
+a later one raises.
+
+Copies and products take effect at once, so a missing wait for one of them does not show. What does
+show: a barrier on which too few arrive, a wait that comes more than one phase late, and memory that
+is read before it is written, which holds NaN.
 """
 
 import contextlib
@@ -29,9 +31,9 @@ AT_ONCE = (
     "wait_smem_to_gmem",
     "set_max_registers",
 )
-"""What need do nothing here."""
-PATIENCE = 30.0
-"""Seconds after which nobody will complete a barrier."""
+"""Functions of ``plgpu`` that do nothing current."""
+TIMEOUT = 30.0
+"""Seconds after which a barrier counts as one on which too few arrive."""
 
 
 class Memory:
@@ -114,20 +116,20 @@ class OneBarrier:
                 every.changed.notify_all()
 
     def wait(self):
-        every, n, me = self.all, self.number, here.warpgroup
+        every, n, warpgroup = self.all, self.number, current.warpgroup
         with every.changed:
-            before = every.waited[n].get(me, 0)
+            before = every.waited[n].get(warpgroup, 0)
             begun = time.monotonic()
             while not every.changed.wait_for(lambda: every.phases[n] > before, 0.1):
-                if here.failed.is_set() or time.monotonic() - begun > PATIENCE:
-                    raise RuntimeError("nobody completes this barrier")
-            # Threads tell phases apart by one bit.
+                if current.failed.is_set() or time.monotonic() - begun > TIMEOUT:
+                    raise RuntimeError("too few have arrived at this barrier")
+            # A GPU's thread knows only whether the number of the phase is even.
             assert every.phases[n] < before + 2, "waits for a phase after the next one"
-            every.waited[n][me] = before + 1
+            every.waited[n][warpgroup] = before + 1
 
 
 class Accumulator:
-    """What stands for ``plgpu.ACC``."""
+    """In place of ``plgpu.ACC``."""
 
     def __call__(self, shape, dtype):
         return Ref(np.zeros(shape, np.float32))
@@ -138,7 +140,7 @@ class Accumulator:
 
 
 class Program(threading.local):
-    """What a thread is of: its axes, and what its warpgroups share."""
+    """The program that this thread runs: its axes, and what its warpgroups share."""
 
     axes: dict
     shared: dict
@@ -148,7 +150,7 @@ class Program(threading.local):
     warpgroup: int
 
 
-here = Program()
+current = Program()
 launches: list[str] = []
 """Names of the kernels that `simulated` has run."""
 
@@ -166,11 +168,16 @@ def kernel(body, *, out_type, grid, grid_names, num_threads=1, thread_name="thre
                 shared, lock, failed = {}, threading.Lock(), threading.Event()
 
                 def run(warpgroup, index=index, shared=shared, lock=lock, failed=failed):
-                    here.axes = dict(
+                    current.axes = dict(
                         zip((*grid_names, thread_name), (*index, warpgroup), strict=True)
                     )
-                    here.shared, here.lock, here.scopes, here.failed = shared, lock, 0, failed
-                    here.warpgroup = warpgroup
+                    current.shared, current.lock, current.scopes, current.failed = (
+                        shared,
+                        lock,
+                        0,
+                        failed,
+                    )
+                    current.warpgroup = warpgroup
                     try:
                         body(*inputs, *outputs)
                     except BaseException:
@@ -179,7 +186,7 @@ def kernel(body, *, out_type, grid, grid_names, num_threads=1, thread_name="thre
 
                 futures = [pool.submit(run, n) for n in range(num_threads)]
                 errors = [e for future in futures if (e := future.exception()) is not None]
-                if errors:  # those of threads that wait for one that has failed come last
+                if errors:  # threads that wait for one that has failed raise a RuntimeError
                     raise min(errors, key=lambda e: isinstance(e, RuntimeError))
         changed = [y for x, y in zip(operands, inputs, strict=True) if isinstance(x, jax.Ref)]
         for ref, result in zip(given, changed, strict=True):
@@ -193,11 +200,11 @@ def run_scoped(body, *types, collective_axes=()):
     """As ``pl.run_scoped``; with axes, warpgroups share what it allocates."""
     if not collective_axes:
         return body(*_allocate(types))
-    number, here.scopes = here.scopes, here.scopes + 1
-    with here.lock:
-        if number not in here.shared:
-            here.shared[number] = _allocate(types)
-    return body(*here.shared[number])
+    number, current.scopes = current.scopes, current.scopes + 1
+    with current.lock:
+        if number not in current.shared:
+            current.shared[number] = _allocate(types)
+    return body(*current.shared[number])
 
 
 def run_state(body):
@@ -234,54 +241,57 @@ def wgmma(accumulator, left, right):
     accumulator.array += left @ right
 
 
-def copy_gmem_to_smem(source, there, barrier):
+def copy_gmem_to_smem(src, dst, barrier):
     """As ``plgpu.copy_gmem_to_smem``: zeros come from outside an array."""
-    there.array[...] = 0
-    there.array[tuple(slice(n) for n in source.shape)] = source.array
+    dst.array[...] = 0
+    dst.array[tuple(slice(n) for n in src.shape)] = src.array
     _one(barrier).arrive()
 
 
-def copy_smem_to_gmem(source, there, *, commit_group=True, reduction_op=None):
+def copy_smem_to_gmem(src, dst, *, commit_group=True, reduction_op=None):
     """As ``plgpu.copy_smem_to_gmem``: what is outside an array is left out."""
     del commit_group
-    values = source.array[tuple(slice(n) for n in there.shape)]
+    values = src.array[tuple(slice(n) for n in dst.shape)]
     if reduction_op is None:
-        there.array[...] = values
+        dst.array[...] = values
     else:
         assert reduction_op == "add"
-        there.array += values
+        dst.array += values
 
 
 def inline_mgpu(*, arg_types, return_type=None):
     """As ``plgpu.inline_mgpu``, for the functions of `pallas_kernels`, by their names."""
     del arg_types
 
-    def tell_and_wait(told, tells, turn, value):
-        if tells:
-            told.array += 1
-        assert turn.array >= value, "waits for a program that has not begun"
+    def signal_and_wait(signal, signals, wait_for, value):
+        if signals:
+            signal.array += 1
+        assert wait_for.array >= value, "waits for a program that has not begun"
 
-    def tell(told):
-        told.array += 1
+    def signal_after_stores(signal):
+        signal.array += 1
 
-    def put(ref, x):
+    def store_registers(ref, x):
         ref.array[...] = np.asarray(x).reshape(ref.shape)
 
+    def load_registers(ref):
+        return jnp.asarray(np.array(ref.array)).reshape(return_type.shape)
+
     meanings = {
-        "hide": lambda x: x,
+        "identity": lambda x: x,
         "fence": lambda: None,
         "vote": lambda x: jnp.int32((x != 1).any()),
-        "side_by_side": tell_and_wait,
-        "behind_stores": tell,
-        "put": put,
-        "take": lambda ref: jnp.asarray(np.array(ref.array)).reshape(return_type.shape),
+        "signal_and_wait": signal_and_wait,
+        "signal_after_stores": signal_after_stores,
+        "store_registers": store_registers,
+        "load_registers": load_registers,
     }
     return lambda function: meanings[function.__name__]
 
 
 @contextlib.contextmanager
 def simulated():
-    """Inside, kernels of Mosaic GPU run here."""
+    """Inside, kernels of Mosaic GPU run current."""
     stand_ins = {
         plgpu: dict(
             kernel=kernel,
@@ -302,7 +312,7 @@ def simulated():
         lax: dict(
             cond=cond,
             fori_loop=fori_loop,
-            axis_index=lambda name: jnp.int32(here.axes[name]),
+            axis_index=lambda name: jnp.int32(current.axes[name]),
         ),
     }
     launches.clear()

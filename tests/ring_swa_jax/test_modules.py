@@ -1,6 +1,5 @@
 """The Flax modules: one layer in two frameworks, on one device and on eight."""
 
-import functools
 import subprocess
 import sys
 
@@ -21,7 +20,6 @@ from tests.helpers.layers import (
     CUBE,
     FRAMEWORKS,
     IDS,
-    KINDS,
     B,
     E,
     S,
@@ -243,21 +241,6 @@ def test_calls_that_do_not_fit(x, call, error, shown):
 def test_a_forgotten_mesh_raises(through):
     with pytest.raises(ValueError, match="set_mesh"):
         jax.eval_shape(through({**ALL, "seq_axis": "seq"}), parameters(), X)
-
-
-@KINDS
-@pytest.mark.parametrize(
-    "build",
-    [
-        lambda **settings: make_nnx(**settings)(jnp.asarray(X)),
-        lambda **settings: make_linen(**settings).init(jax.random.key(0), X),
-    ],
-    ids=["nnx", "linen"],
-)
-def test_key_value_heads_that_the_mesh_does_not_divide(build, kind):
-    build = functools.partial(build, num_kv_heads=1, head_axis="model")
-    with jax.set_mesh(make_mesh(kind, model=2)), pytest.raises(ValueError, match=r"jnp\.repeat"):
-        jax.eval_shape(build)
 
 
 def test_the_package_does_not_import_the_modules():

@@ -1,9 +1,9 @@
-"""Which fused kernel takes a backward launch of "mosaic_gpu", and what is around the kernel.
+"""Which fused kernel computes a backward launch of "mosaic_gpu", and what is done around it.
 
 `short_windows` is for short windows of the shard's own keys, without sink tokens and for heads of
-32 and 64; `fused` for heads of up to 128 in steps of 32, and `fused_wide_heads` for heads of 192
-and 256, where `fuses_backward` says so. The launch that finishes the gradients of queries adds what
-flows through sinks that windows do not reach (`sinks`).
+32 and 64; `fused` for heads of up to 128 in steps of 32; `fused_wide_heads` for heads of 192 and
+256. `fuses_backward` says where the last two are the fastest kernels. Sinks that windows do not
+reach are left to `sinks`, which runs after the fused kernel and finishes the gradients of queries.
 """
 
 from functools import partial
@@ -23,7 +23,8 @@ from pallas_kernels._mosaic_gpu.backward import (
     short_windows,
 )
 from pallas_kernels._mosaic_gpu.backward import sinks as sinks_backward
-from pallas_kernels._mosaic_gpu.primitives import of_eighths
+from pallas_kernels._mosaic_gpu.backward.short_windows_schedule import LONGEST_WINDOW
+from pallas_kernels._mosaic_gpu.primitives import pad_front_to_multiple_of_8
 from pallas_kernels._spec import KeyRun, SinkRun, Spec
 
 
@@ -41,7 +42,10 @@ class FusedBackward(Protocol):
         dkey_dtype: jnp.dtype,
         deterministic: bool,
     ) -> Gradients:
-        """Unless ``deterministic``, gradients of queries are added up in any order."""
+        """As `Kernels.backward`.
+
+        ``deterministic`` asks that the gradients of queries are added up in a fixed order.
+        """
         ...
 
 
@@ -51,40 +55,40 @@ def fused_backward(spec: Spec, inputs: BackwardInputs) -> FusedBackward | None:
     dim, value_dim = inputs.query.shape[-1], own.value.shape[-1]
     has_far_sinks = _has_far_sinks(spec, own, inputs.sinks)
     widest = max(dim, value_dim)
-    fits = dim % 32 == 0 if widest <= 128 else fused_wide_heads.takes(dim, value_dim)
-    if not fits or (has_far_sinks and not sinks_backward.takes(spec)):
+    takes_heads = dim % 32 == 0 if widest <= 128 else fused_wide_heads.takes(dim, value_dim)
+    if not takes_heads or (has_far_sinks and not sinks_backward.takes(spec)):
         return None
-    short = window is not None and window <= short_windows.LONGEST_WINDOW
-    alone = not own.offset and not before
-    if short and alone and not has_far_sinks and widest <= 64 and value_dim % 32 == 0:
-        return _by_query_tiles
+    is_short = window is not None and window <= LONGEST_WINDOW
+    own_keys_alone = not own.offset and not before
+    if is_short and own_keys_alone and not has_far_sinks and widest <= 64 and value_dim % 32 == 0:
+        return _by_short_windows
     kernel = fused if widest <= 128 else fused_wide_heads
-    if not fuses_backward(widest, window) or not _can_join(spec, inputs.runs, kernel.KEYS):
+    if not fuses_backward(widest, window) or not _can_join(spec, inputs.runs, kernel.KEY_TILE):
         return None
     return partial(_by_key_tiles, kernel)
 
 
 def fuses_backward(dim: int, window: int | None) -> bool:
-    """Whether the fused Mosaic backward kernels are taken for faster ones, beside Triton's two.
+    """Whether `fused` or `fused_wide_heads` is faster than Triton's two kernels.
 
-    By windows where they won on an H100, without packing, and those where they lost: for heads of
-    64 won at 1023 and lost at 511, of 96 won at 255, of 128 won at 255 and lost at 127, of 192 won
-    at 127, of 256 at 255.
+    Measured on an H100 80GB without documents. Heads of 64: faster at a window of 1023, slower at
+    511. Heads of 96: faster at 255. Heads of 128: faster at 255, slower at 127. Heads of 192:
+    faster at 127. Heads of 256: faster at 255.
     """
     shortest = 1023 if dim <= 64 else 192 if dim <= 128 else 127
     return window is None or window >= shortest
 
 
 def rounds_within_backward(window: int | None, packed: bool) -> bool:
-    """Whether the fused Mosaic backward kernel rounds the gradients of queries it has added up.
+    """Whether `fused` scales and rounds the gradients of queries itself (`DqEpilogue`).
 
-    On an H100 that took 2 to 4% off the backward pass under a window, 8 to 18% off that of packed
-    documents, and added 5% to it without a window.
+    On an H100 80GB that took 2 to 4% off the backward pass under a window and 8 to 18% off that of
+    packed documents, and added 5% to it without a window.
     """
     return window is not None or packed
 
 
-def _by_query_tiles(
+def _by_short_windows(
     spec: Spec,
     inputs: BackwardInputs,
     dquery: Float[Array, "B R N H"] | None,
@@ -94,7 +98,7 @@ def _by_query_tiles(
     dkey_dtype: jnp.dtype,
     deterministic: bool,
 ) -> Gradients:
-    """The `FusedBackward` by `short_windows`, whose order of additions is fixed in any case."""
+    """The `FusedBackward` by `short_windows`, which is deterministic in any case."""
     del rows, deterministic
     dquery, *dkeys, delta = short_windows.backward(
         spec,
@@ -102,9 +106,9 @@ def _by_query_tiles(
         dquery,
         dquery_dtype=dquery_dtype,
         dkey_dtype=dkey_dtype,
-        processors=_device.multiprocessors(),
+        num_sms=_device.multiprocessors(),
     )
-    return Gradients(dquery, _by_runs(inputs.runs, dkeys), None, delta)
+    return Gradients(dquery, _split_by_runs(inputs.runs, dkeys), None, delta)
 
 
 def _by_key_tiles(
@@ -127,16 +131,16 @@ def _by_key_tiles(
         kernel.backward,
         spec,
         queries,
-        of_eighths(own) if len(runs) == 1 else _joined(runs, kernel.KEYS),
+        pad_front_to_multiple_of_8(own) if len(runs) == 1 else _joined(runs, kernel.KEY_TILE),
         rows=rows,
-        processors=_device.multiprocessors(),
-        ordered=deterministic,
+        num_sms=_device.multiprocessors(),
+        deterministic=deterministic,
     )
     if _has_far_sinks(spec, own, sinks):
-        total, *gradients = launch(dkey_dtype=jnp.float32)
-        *before, (dkey, dvalue) = _by_runs(runs, gradients)
+        sums, *gradients = launch(dkey_dtype=jnp.float32)
+        *before, (dkey, dvalue) = _split_by_runs(runs, gradients)
         dquery, dkey, dvalue, dsinks = sinks_backward.backward(
-            spec, queries, own, sinks, total, dquery, dkey, dvalue, dquery_dtype=dquery_dtype
+            spec, queries, own, sinks, sums, dquery, dkey, dvalue, dquery_dtype=dquery_dtype
         )
         rounded = tuple(
             (dkey.astype(dkey_dtype), dvalue.astype(dkey_dtype))
@@ -153,11 +157,11 @@ def _by_key_tiles(
     ):
         dquery, *gradients = launch(dkey_dtype=dkey_dtype, dquery_dtype=dquery_dtype)
     else:
-        total, *gradients = launch(dkey_dtype=dkey_dtype)
-        dquery = dq_postprocess.finish(
-            total, dquery, scale=spec.scale, rows=rows, dtype=dquery_dtype
+        sums, *gradients = launch(dkey_dtype=dkey_dtype)
+        dquery = dq_postprocess.postprocess(
+            sums, dquery, scale=spec.scale, rows=rows, dtype=dquery_dtype
         )
-    return Gradients(dquery, _by_runs(runs, gradients), None, delta)
+    return Gradients(dquery, _split_by_runs(runs, gradients), None, delta)
 
 
 def _has_far_sinks(spec: Spec, run: KeyRun, sinks: SinkRun | None) -> bool:
@@ -166,10 +170,11 @@ def _has_far_sinks(spec: Spec, run: KeyRun, sinks: SinkRun | None) -> bool:
 
 
 def _can_join(spec: Spec, runs: tuple[KeyRun, ...], key_tile: int) -> bool:
-    """Whether several runs can be one: they end with the own keys, and no query sees a filling.
+    """Whether one launch can take all runs: they are adjacent, and end with the own keys.
 
-    Without a window two launches took 5% less time on an H100: in each the longest tasks can be
-    first.
+    `_joined` pads the first tile of keys, so no query may see this padding. Without a window two
+    launches are better, as each can have its longest tasks first: they took 5% less time on an H100
+    80GB.
     """
     if len(runs) == 1:
         return True
@@ -181,23 +186,25 @@ def _can_join(spec: Spec, runs: tuple[KeyRun, ...], key_tile: int) -> bool:
 
 
 def _joined(runs: tuple[KeyRun, ...], key_tile: int) -> KeyRun:
-    """Runs that `_can_join` as one, filled up so that a tile of keys begins with the own ones."""
-    filling = runs[0].offset % key_tile
-    pad = ((0, 0), (filling, 0), (0, 0), (0, 0))
+    """Adjacent runs as one, padded in front so that a tile of keys begins with the own keys."""
+    padding = runs[0].offset % key_tile
+    pad = ((0, 0), (padding, 0), (0, 0), (0, 0))
     key, value = (
         jnp.pad(jnp.concatenate(x, axis=1), pad)
         for x in zip(*((run.key, run.value) for run in runs), strict=True)
     )
-    return KeyRun(key, value, runs[0].offset - filling)
+    return KeyRun(key, value, runs[0].offset - padding)
 
 
-def _by_runs(runs: tuple[KeyRun, ...], gradients) -> tuple[tuple[Array, Array], ...]:
-    """Gradients of keys and values of all runs, run by run, without a filling before them."""
+def _split_by_runs(
+    runs: tuple[KeyRun, ...], gradients: list[Array]
+) -> tuple[tuple[Float[Array, "B _ K H"], Float[Array, "B _ K Hv"]], ...]:
+    """(dkey, dvalue) of each run, without those of padding in front."""
     # Without this barrier, adding a halo's gradients in place crashes the compiler of jax 0.11.2.
-    gradients = lax.optimization_barrier(tuple(gradients))
-    found, end = [], gradients[0].shape[1]
+    dkey, dvalue = lax.optimization_barrier(tuple(gradients))
+    found, end = [], dkey.shape[1]
     for run in reversed(runs):
         begin = end - run.key.shape[1]
-        found.append(tuple(x[:, begin:end] for x in gradients))
+        found.append((dkey[:, begin:end], dvalue[:, begin:end]))
         end = begin
     return tuple(reversed(found))

@@ -1,11 +1,12 @@
-"""How programs of the fused Mosaic GPU backward kernels share a tile of keys.
+"""How the programs that split a task of a fused Mosaic GPU backward kernel add up dk and dv.
 
-Each has some heads of the group. The first one leaves its sums, the gradients of keys and values,
-in global memory, in float32 and as they lie in registers; the next one adds them to its own, in a
-fixed order, and so on; the last one writes them all up. With heads of 128 a tile takes 128 KiB.
+Each program has some heads of the group, so each has a sum over its own heads. The first part
+stores its sums in global memory, in float32 and in the order of `register_tiles`. The next part
+adds these to its own and stores the result, and so on, in a fixed order; the last part writes dk
+and dv. With heads of 128 the sums of a tile of 128 keys take 128 KiB.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,79 +14,92 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
+from jaxtyping import Float32, Int
 
 from pallas_kernels._mosaic_gpu import register_tiles
-from pallas_kernels._mosaic_gpu.backward.scheduler import Path, Paths
-from pallas_kernels._mosaic_gpu.primitives import ROWS, tell_and_wait, tell_of_stores
+from pallas_kernels._mosaic_gpu.backward.scheduler import BackwardSchedule, ProgramSchedule
+from pallas_kernels._mosaic_gpu.primitives import (
+    ROWS,
+    semaphore_signal_after_stores,
+    semaphore_signal_and_wait,
+)
 
-WIDEST = 128
-"""Columns of a matrix at most."""
+MAX_COLUMNS = 128
+"""Columns of a matrix of sums at most."""
 
 
-def sums(paths: Paths, dims: dict[str, int]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Arrays for results of so many columns on their way."""
-    if not paths.cut:
+def partial_sum_types(
+    schedule: BackwardSchedule, dims: dict[str, int]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Arrays for the sums of all split tasks, for results of so many columns."""
+    if not schedule.split_tasks:
         return {}
-    rows = paths.key_tile // ROWS
+    row_tiles = schedule.key_tile // ROWS
     return {
         f"{name}_sums": jax.ShapeDtypeStruct(
-            (paths.cut, rows, -(-dim // WIDEST), *register_tiles.tile_shape(min(dim, WIDEST))),
+            (
+                schedule.split_tasks,
+                row_tiles,
+                pl.cdiv(dim, MAX_COLUMNS),
+                *register_tiles.tile_shape(min(dim, MAX_COLUMNS)),
+            ),
             jnp.float32,
         )
         for name, dim in dims.items()
     }
 
 
-def counters(paths: Paths) -> dict[str, tuple[int, ...]]:
-    """Shapes of those that say how many parts of a task have left their sums."""
-    return {"handed": (paths.cut, 2)} if paths.cut else {}
+def semaphore_shapes(schedule: BackwardSchedule) -> dict[str, tuple[int, ...]]:
+    """For each split task and warpgroup, how many parts have stored their sums."""
+    return {"stored_parts": (schedule.split_tasks, 2)} if schedule.split_tasks else {}
 
 
-def hand_over(
-    path: Path,
+def reduce_parts_in_order(
+    schedule: ProgramSchedule,
     refs: dict[str, Any],
-    me: int | Array,
-    rows: int | Array,
-    results: dict[str, tuple[Array, ...]],
-    write: Callable[[dict[str, tuple[Array, ...]]], None],
+    warpgroup: int | Int[Array, ""],
+    row_tile: int | Int[Array, ""],
+    results: Mapping[str, tuple[Float32[Array, "64 _"], ...]],
+    write: Callable[[Mapping[str, tuple[Array, ...]]], None],
 ) -> None:
-    """Adds what other parts of a task have left to a warpgroup's results; writes or leaves them.
+    """Adds the sums of a task's earlier parts to a warpgroup's own; stores or writes the result.
 
     Args:
-        path: the program's.
+        schedule: of the program.
         refs: its arrays.
-        me: the warpgroup.
-        rows: which `ROWS` of the keys are its own.
-        results: by name, matrices of at most `WIDEST` columns.
-        write: writes results.
+        warpgroup: number of the warpgroup.
+        row_tile: which `ROWS` of the tile of keys the results are of.
+        results: the warpgroup's own sums, by name, in matrices of at most `MAX_COLUMNS` columns.
+        write: writes what has been added up to dk and dv.
     """
-    if not path.paths.cut:
+    if not schedule.launch.split_tasks:
         write(results)
         return
-    share = path.share
-    handed = refs["handed"].at[share.number, me]
-    tell_and_wait(handed, 0, handed, share.part)
+    part = schedule.part
+    stored_parts = refs["stored_parts"].at[part.number, warpgroup]
+    # Waits until this warpgroup of each earlier part has stored its sums.
+    semaphore_signal_and_wait(stored_parts, 0, stored_parts, part.part)
 
-    def place(name: str, n: int, columns: int) -> Any:
-        there = pl.ds(0, register_tiles.tile_shape(columns)[0])
-        return refs[f"{name}_sums"].at[share.number, rows, n, there]
+    def slot(name: str, n: int, columns: int) -> Any:
+        memory_rows = pl.ds(0, register_tiles.tile_shape(columns)[0])
+        return refs[f"{name}_sums"].at[part.number, row_tile, n, memory_rows]
 
-    def with_others(name: str, n: int, x: Array) -> Array:
+    def with_earlier_parts(name: str, n: int, x: Array) -> Array:
         columns = x.shape[1]
-        there = place(name, n, columns)
+        src = slot(name, n, columns)
         return lax.cond(
-            share.part > 0, lambda x: x + register_tiles.load(there, columns), lambda x: x, x
+            part.part > 0, lambda x: x + register_tiles.load(src, columns), lambda x: x, x
         )
 
-    totals = {
-        name: tuple(with_others(name, n, x) for n, x in enumerate(matrices))
+    sums = {
+        name: tuple(with_earlier_parts(name, n, x) for n, x in enumerate(matrices))
         for name, matrices in results.items()
     }
-    pl.when(share.is_last)(partial(write, totals))
+    pl.when(part.is_last)(partial(write, sums))
 
-    @pl.when(~share.is_last)
-    def leave():
-        for name, matrices in totals.items():
+    @pl.when(~part.is_last)
+    def store():
+        for name, matrices in sums.items():
             for n, x in enumerate(matrices):
-                register_tiles.store(place(name, n, x.shape[1]), x)
-        tell_of_stores(handed)
+                register_tiles.store(slot(name, n, x.shape[1]), x)
+        semaphore_signal_after_stores(stored_parts)

@@ -1,17 +1,16 @@
-"""How programs of the fused Mosaic GPU backward kernels add up gradients of queries.
+"""How the programs of the fused Mosaic GPU backward kernels add up the gradients of queries.
 
-A warpgroup adds what its program has computed to what programs of other tiles of keys have added,
-in float32 in global memory, through TMA.
+The consumers of a program leave a tile's gradients in shared memory. A warpgroup of its own, the
+accumulator, adds them to the sums in global memory by TMA, in float32.
 
-The additions come in a fixed order, so that results repeat their bits: a counter of each tile of
-queries says how many have added. On request their order is free, but that one stores before others
-add; the counter says whether it has.
+Each tile of queries has a semaphore: how many programs have added to its sums. In the deterministic
+kernels a program waits until all programs that come before it have added, so that results repeat
+their bits. In the others it only waits until the first one has stored, as all others add to that.
 
-In a fixed order a program knows whether it is the last to come to a tile of queries. It may then
-round what has been added up, so that nobody need read it again.
+In a fixed order a program knows whether it adds last. It can then make the result from the sums
+itself (`DqEpilogue`), so that no other kernel has to read them again.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,158 +18,230 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Bool, Int
 
-from pallas_kernels._mosaic_gpu.backward.dq_postprocess import Rounding
-from pallas_kernels._mosaic_gpu.backward.pipeline import KeyWalk
-from pallas_kernels._mosaic_gpu.backward.scheduler import Path, fold, slot_of
-from pallas_kernels._mosaic_gpu.primitives import fori, tell_and_wait
+from pallas_kernels._mosaic_gpu.backward.dq_postprocess import DqEpilogue
+from pallas_kernels._mosaic_gpu.backward.pipeline import BackwardPipeline
+from pallas_kernels._mosaic_gpu.backward.scheduler import ProgramSchedule, fold_steps, slot_of
+from pallas_kernels._mosaic_gpu.primitives import fori, semaphore_signal_and_wait
 
-PLACES = 2
-"""Of `add_tiles`."""
+SLOTS = 2
+"""Tiles of gradients in shared memory, for `accumulate_tiles`."""
 
 
-def add_parts(
-    walk: KeyWalk,
+def accumulate_slices(
+    pipeline: BackwardPipeline,
     refs: dict[str, Any],
-    places: Any,
+    buffers: Any,
     barriers: dict[str, Any],
-    units: Callable[[Array], list[tuple[Any, Any]]],
-):
-    """Adds what each step leaves in parts, one behind the other, in ``places`` of shared memory.
+    slices: list[tuple[int, Any]],
+) -> None:
+    """The accumulator, where a step leaves its tile one slice of columns after the other.
 
-    ``units`` says in which places a step leaves which parts.
+    Args:
+        pipeline: the launch.
+        refs: arrays in global memory.
+        buffers: slots in shared memory, each for one slice.
+        barriers: on "dquery" a consumer arrives when it has filled a slot, on "dquery_free" the
+            accumulator when that may be filled again.
+        slices: slot, and index of the slice in a tile of sums, in the order in which they come.
     """
-    path = walk.path(refs)
-    counter = refs["counter"].at[path.row]
-    # At first all shared memory is free.
-    for place in range(places.shape[0]):
-        plgpu.barrier_arrive(barriers["dquery_free"].at[place])
+    schedule = pipeline.program_schedule(refs)
+    adders = refs["adders"].at[schedule.row]
+    # At first all slots are free.
+    for slot in range(buffers.shape[0]):
+        plgpu.barrier_arrive(barriers["dquery_free"].at[slot])
 
-    def step(head, block, number, previous):
-        before = before_adding(walk, path, block)
-        *there, tells = previous
-        tell_and_wait(counter.at[*there], tells, counter.at[head, block], before)
+    def step(head, query_block, number, previous):
+        del number
+        before = adders_to_wait_for(pipeline, schedule, query_block)
+        # Signals the step before this one, and waits until this one may add.
+        *previous_tile, signals = previous
+        semaphore_signal_and_wait(
+            adders.at[*previous_tile], signals, adders.at[head, query_block], before
+        )
 
-        def free(place, behind):
-            """Tells that all parts but those of so many copies behind are out of there."""
+        def release(slot, behind):
+            """Releases a slot once all copies but so many later ones have read theirs."""
             plgpu.wait_smem_to_gmem(behind, wait_read_only=True)
-            plgpu.barrier_arrive(barriers["dquery_free"].at[place])
+            plgpu.barrier_arrive(barriers["dquery_free"].at[slot])
 
-        sent = None
-        for place, part in units(number):
-            plgpu.barrier_wait(barriers["dquery"].at[place])
-            send(places.at[place], refs["dquery"].at[path.row, head, block, part], before)
+        copied = None
+        for slot, index in slices:
+            plgpu.barrier_wait(barriers["dquery"].at[slot])
+            dst = refs["dquery_sums"].at[schedule.row, head, query_block, index]
+            store_or_add(buffers.at[slot], dst, before)
             plgpu.commit_smem_to_gmem_group()
-            if sent is not None:
-                free(sent, 1)
-            sent = place
-        free(sent, 0)
-        return head, block, tells_others(walk, before)
+            if copied is not None:
+                release(copied, 1)
+            copied = slot
+        release(copied, 0)
+        return head, query_block, signals_others(pipeline, before)
 
-    *there, tells = fold(path, step, (jnp.int32(0),) * 3)
-    tell_at_the_end(counter.at[*there], tells)
+    *tile, signals = fold_steps(schedule, step, (jnp.int32(0),) * 3)
+    signal_last_step(adders.at[*tile], signals)
 
 
-def add_tiles(
-    walk: KeyWalk, refs: dict[str, Any], places: Any, rounded: Any, barriers: dict[str, Any]
-):
-    """Adds what each step leaves as a whole in one of `PLACES` ``places`` of shared memory.
+def accumulate_tiles(
+    pipeline: BackwardPipeline,
+    refs: dict[str, Any],
+    buffers: Any,
+    results: Any,
+    barriers: dict[str, Any],
+) -> None:
+    """The accumulator, where a step leaves its whole tile in one of `SLOTS` slots.
 
-    With a `Rounding`, the last program to come to a tile of queries finds the total in its place,
-    and leaves the result in what is ``rounded`` of it. Others hear of a step behind the next one,
-    when it is over as a rule.
+    With an epilogue, the accumulator copies the sums of the other programs to the slot before the
+    consumers of the program that adds last fill it. These leave the result in the same slot.
+
+    Args:
+        pipeline: the launch.
+        refs: arrays in global memory.
+        buffers: slots in shared memory, each for a tile of sums.
+        results: with an epilogue, the same memory, each slot for a tile of results.
+        barriers: on "dquery" both consumers arrive when they have filled a slot; on "dquery_free"
+            the accumulator, or its copy of sums, when they may fill it.
     """
-    rounding, path = walk.rounding, walk.path(refs)
-    counter, zero = refs["counter"].at[path.row], jnp.int32(0)
+    _TileAccumulator(pipeline, refs, buffers, results, barriers).run()
 
-    def needs_total(number, block):
-        return (number < path.steps) & path.is_last(block) & (path.before(block) > 0)
 
-    def lend(number, block):
-        """Lets a step have its place, if it needs no total."""
-        free = barriers["dquery_free"].at[slot_of(number, PLACES)]
-        if rounding is None:
-            plgpu.barrier_arrive(free)
+class _TileAccumulator:
+    """What `accumulate_tiles` runs; arguments as there."""
+
+    def __init__(self, pipeline, refs, buffers, results, barriers):
+        self.pipeline, self.refs, self.barriers = pipeline, refs, barriers
+        self.buffers, self.results = buffers, results
+        self.epilogue: DqEpilogue | None = pipeline.epilogue
+        self.schedule = pipeline.program_schedule(refs)
+        self.adders = refs["adders"].at[self.schedule.row]
+
+    def run(self) -> None:
+        """Runs all steps of the program."""
+        schedule, zero = self.schedule, jnp.int32(0)
+        first = schedule.first_state
+        second = schedule.next_state(*first)
+        self._release(zero, first)
+        self._release(zero + 1, second)
+        self._wait_turn(zero, first, (zero, zero), zero)
+        self._release_with_sums(zero, first)
+        *_, head, query_block, signals = fori(
+            0, schedule.steps, self._step, (*first, zero, zero, zero)
+        )
+        signal_last_step(self.adders.at[head, query_block], signals)
+
+    def _step(self, number, state):
+        """Adds a tile; then prepares the next two steps.
+
+        The state: that of the schedule, then head, tile of queries and `signals_others` of the
+        step before this one.
+        """
+        schedule = self.schedule
+        member, n, *previous_tile, signals = state
+        head, query_block = schedule.coordinates(member, n)
+        before = adders_to_wait_for(self.pipeline, schedule, query_block)
+        slot = slot_of(number, SLOTS)
+        plgpu.barrier_wait(self.barriers["dquery"].at[slot])
+        if self.epilogue is None:
+            self._add(slot, head, query_block, before)
         else:
-            pl.when(~needs_total(number, block))(lambda: plgpu.barrier_arrive(free))
-
-    def lend_with_total(number, head, block):
-        """Lets a step have its place, if it needs the total: once that is there."""
-        if rounding is None:
-            return
-
-        @pl.when(needs_total(number, block))
-        def fill():
-            slot = slot_of(number, PLACES)
-            total = refs["dquery"].at[path.row, head, block]
-            plgpu.copy_gmem_to_smem(total, places.at[slot], barriers["dquery_free"].at[slot])
-
-    def take_turn(number, head, block, told, tells):
-        """Tells of the step before the last one, and waits until a step may add."""
-        exists = number < path.steps
-        head, block = jnp.where(exists, head, 0), jnp.where(exists, block, 0)
-        wanted = jnp.where(exists, before_adding(walk, path, block), 0)
-        tell_and_wait(counter.at[*told], tells, counter.at[head, block], wanted, behind=1)
-
-    first, second = path.first, path.after(*path.first)
-    lend(zero, path.at(*first)[1])
-    lend(zero + 1, path.at(*second)[1])
-    take_turn(zero, *path.at(*first), (zero, zero), zero)
-    lend_with_total(zero, *path.at(*first))
-
-    def step(number, state):
-        member, n, *told, tells = state
-        head, block = path.at(member, n)
-        before, slot = before_adding(walk, path, block), slot_of(number, PLACES)
-        plgpu.barrier_wait(barriers["dquery"].at[slot])
-
-        def add():
-            send(places.at[slot], refs["dquery"].at[path.row, head, block], before)
-
-        def store(rounding: Rounding):
-            for part in range(rounding.parts):
-                there = rounding.there(refs, path.row, block, head, part)
-                plgpu.copy_smem_to_gmem(rounded.at[slot, part, 0], there, commit_group=False)
-
-        if rounding is None:
-            add()
-        else:
-            pl.when(path.is_last(block))(partial(store, rounding))
-            pl.when(~path.is_last(block))(add)
+            write = partial(self._write, self.epilogue, slot, head, query_block)
+            add = partial(self._add, slot, head, query_block, before)
+            pl.when(schedule.adds_last(query_block))(write)
+            pl.when(~schedule.adds_last(query_block))(add)
         plgpu.commit_smem_to_gmem_group()
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        following = path.after(member, n)
-        lend(number + 2, path.at(*path.after(*following))[1])
-        take_turn(number + 1, *path.at(*following), told, tells)
-        lend_with_total(number + 1, *path.at(*following))
-        return *following, head, block, tells_others(walk, before)
+        following = schedule.next_state(member, n)
+        self._release(number + 2, schedule.next_state(*following))
+        self._wait_turn(number + 1, following, previous_tile, signals)
+        self._release_with_sums(number + 1, following)
+        return *following, head, query_block, signals_others(self.pipeline, before)
 
-    *_, head, block, tells = fori(0, path.steps, step, (*path.first, zero, zero, zero))
-    tell_at_the_end(counter.at[head, block], tells)
+    def _add(self, slot, head, query_block, before) -> None:
+        """Adds a tile to the sums."""
+        dst = self.refs["dquery_sums"].at[self.schedule.row, head, query_block]
+        store_or_add(self.buffers.at[slot], dst, before)
+
+    def _write(self, epilogue: DqEpilogue, slot, head, query_block) -> None:
+        """Writes a tile of results."""
+        for n in range(epilogue.num_slices):
+            dst = epilogue.dst(self.refs, self.schedule.row, query_block, head, n)
+            plgpu.copy_smem_to_gmem(self.results.at[slot, n, 0], dst, commit_group=False)
+
+    def _needs_sums(self, number, query_block) -> Bool[Array, ""]:
+        """Whether a step makes the result from the sums of other programs."""
+        schedule = self.schedule
+        return (
+            (number < schedule.steps)
+            & schedule.adds_last(query_block)
+            & (schedule.adders_before(query_block) > 0)
+        )
+
+    def _release(self, number, state) -> None:
+        """Releases the slot of a step, unless that needs sums."""
+        _, query_block = self.schedule.coordinates(*state)
+        free = self.barriers["dquery_free"].at[slot_of(number, SLOTS)]
+        if self.epilogue is None:
+            plgpu.barrier_arrive(free)
+        else:
+            needs_sums = self._needs_sums(number, query_block)
+            pl.when(~needs_sums)(lambda: plgpu.barrier_arrive(free))
+
+    def _release_with_sums(self, number, state) -> None:
+        """Copies sums to the slot of a step that needs them, whose arrival releases it."""
+        head, query_block = self.schedule.coordinates(*state)
+        if self.epilogue is None:
+            return
+
+        @pl.when(self._needs_sums(number, query_block))
+        def copy():
+            slot = slot_of(number, SLOTS)
+            src = self.refs["dquery_sums"].at[self.schedule.row, head, query_block]
+            free = self.barriers["dquery_free"].at[slot]
+            plgpu.copy_gmem_to_smem(src, self.buffers.at[slot], free)
+
+    def _wait_turn(self, number, state, signal_tile, signals) -> None:
+        """Waits until a step, if it exists, may add; signals the step two before it.
+
+        A step's semaphore is incremented one step later, when its copy has usually finished.
+        """
+        head, query_block = self.schedule.coordinates(*state)
+        exists = number < self.schedule.steps
+        head, query_block = jnp.where(exists, head, 0), jnp.where(exists, query_block, 0)
+        before = adders_to_wait_for(self.pipeline, self.schedule, query_block)
+        before = jnp.where(exists, before, 0)
+        semaphore_signal_and_wait(
+            self.adders.at[*signal_tile],
+            signals,
+            self.adders.at[head, query_block],
+            before,
+            behind=1,
+        )
 
 
-def before_adding(walk: KeyWalk, path: Path, block: Array) -> Array:
-    """What the counter of a tile of queries must have reached before a program adds."""
-    number = path.before(block)
-    return number if walk.ordered else jnp.minimum(number, 1)
+def adders_to_wait_for(
+    pipeline: BackwardPipeline, schedule: ProgramSchedule, query_block: Int[Array, ""]
+) -> Int[Array, ""]:
+    """How many programs must have added to a tile of queries before this one does."""
+    number = schedule.adders_before(query_block)
+    return number if pipeline.deterministic else jnp.minimum(number, 1)
 
 
-def tells_others(walk: KeyWalk, before: Array) -> Array:
-    """Whether others wait for what a program adds behind so many."""
-    return jnp.int32(1 if walk.ordered else before == 0)
+def signals_others(pipeline: BackwardPipeline, before: Int[Array, ""]) -> Int[Array, ""]:
+    """Whether programs wait for what this one adds, as the first one or after ``before``."""
+    return jnp.int32(1 if pipeline.deterministic else before == 0)
 
 
-def send(source: Any, there: Any, before: Array):
-    """Adds to global memory, or stores there if there is nothing before."""
+def store_or_add(src: Any, dst: Any, before: Int[Array, ""]) -> None:
+    """Copies to global memory if no program has added before, else adds."""
 
     def copy(reduction):
-        plgpu.copy_smem_to_gmem(source, there, commit_group=False, reduction_op=reduction)
+        plgpu.copy_smem_to_gmem(src, dst, commit_group=False, reduction_op=reduction)
 
     pl.when(before == 0)(partial(copy, None))
     pl.when(before > 0)(partial(copy, "add"))
 
 
-def tell_at_the_end(counter: Any, tells: Array):
-    """Tells of the last step, once all is written."""
-    tell_and_wait(counter, tells, counter, jnp.int32(0))
+def signal_last_step(semaphore: Any, signals: Int[Array, ""]) -> None:
+    """Signals the last step, and waits until all copies have been written."""
+    semaphore_signal_and_wait(semaphore, signals, semaphore, jnp.int32(0))
     plgpu.wait_smem_to_gmem(0)

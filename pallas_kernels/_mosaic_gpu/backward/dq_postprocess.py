@@ -1,8 +1,8 @@
-"""Gradients of queries as the fused backward kernels add them up, and what makes them an array.
+"""From the sums of the fused backward kernels to the gradients of queries (dq).
 
-They are float32, tile by tile of `ROWS` queries of a head, in the order in which the registers of
-the threads have them: so shared memory takes 16 bytes of each thread at once, without conflicts,
-and TMA adds one block of memory to another.
+The sums are float32 and unscaled. They lie tile by tile (`ROWS` queries of a head), a tile in
+slices of columns, each slice in the order of `register_tiles`. `DqPostprocess` is a kernel that
+scales and rounds them; `DqEpilogue` is what it shares with a fused kernel that does so itself.
 """
 
 from typing import Any, NamedTuple
@@ -12,127 +12,180 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Bool, Float, Float32, Int
 
-from pallas_kernels._mosaic_gpu import primitives, register_tiles
-from pallas_kernels._mosaic_gpu.primitives import MATRIX, ROWS, fresh, swizzled, zeros
+from pallas_kernels._mosaic_gpu import register_tiles
+from pallas_kernels._mosaic_gpu.primitives import (
+    MATRIX,
+    ROWS,
+    load_as,
+    opaque_to_compiler,
+    swizzled,
+    zeros,
+)
 from pallas_kernels._mosaic_gpu.register_tiles import WIDTH
 from pallas_kernels._varying import vary_as
 
 
-class Total(NamedTuple):
-    """Gradients of queries added up, before the scale.
+class DqSums(NamedTuple):
+    """Sums of the gradients of queries, before the scale.
 
-    ``parts`` are [B, N, tiles, parts of columns, `tile_shape`]; ``seen`` [B or 1, tiles] says
-    whether there is anything in them.
+    Attributes:
+        slices: each of shape `register_tiles.tile_shape`.
+        seen: whether any key is seen from a tile of queries; if not, its slices are undefined.
     """
 
-    parts: Array
-    seen: Array
+    slices: Float32[Array, "B N tiles slices rows width"]
+    seen: Bool[Array, "#B tiles"]
 
     @property
-    def part_columns(self) -> int:
-        """Columns of a part."""
-        return self.parts.shape[4] * WIDTH // ROWS
+    def slice_columns(self) -> int:
+        """Columns of a slice."""
+        return self.slices.shape[4] * WIDTH // ROWS
 
 
-class Rounding:
-    """What becomes of added up gradients of queries: ``scale`` times them, rounded.
+class DqEpilogue:
+    """Scales and rounds sums of the gradients of queries.
 
     Args:
-        scale: factor of what has been added up.
+        scale: factor of the sums.
         shape: (B, rows, N, H) of the result.
-        columns: of a part.
+        columns: of a slice.
         dtype: of the result.
     """
 
     def __init__(self, *, scale: float, shape: tuple[int, ...], columns: int, dtype: jnp.dtype):
         self.scale, self.columns, self.dtype = scale, columns, dtype
         self.batch, self.rows, self.heads, self.dim = shape
-        self.parts, self.tiles = self.dim // columns, -(-self.rows // ROWS)
-        stored = self.rows if self.rows % 8 == 0 else self.tiles * ROWS
+        self.num_slices, self.num_tiles = self.dim // columns, pl.cdiv(self.rows, ROWS)
+        # TMA counts rows by 8.
+        stored = self.rows if self.rows % 8 == 0 else self.num_tiles * ROWS
         self.out_type = jax.ShapeDtypeStruct((self.batch, stored, self.heads, self.dim), dtype)
 
-    def result(self, total: Array) -> Array:
-        """A part of a tile, of what has been added up."""
-        return (total * self.scale).astype(self.dtype)
+    def scale_and_round(self, sums: Float32[Array, "64 columns"]) -> Float[Array, "64 columns"]:
+        """The result of a slice."""
+        return (sums * self.scale).astype(self.dtype)
 
-    def whole(self, out: Array) -> Array:
-        """The result, of what is stored: TMA counts rows by 8."""
+    def crop(self, out: Float[Array, "B stored N H"]) -> Float[Array, "B rows N H"]:
+        """The result, of an array of `out_type`."""
         return out[:, : self.rows]
 
-    def there(self, refs: dict[str, Any], row, tile, head, part: int) -> Any:
-        """Where a part belongs."""
-        columns = pl.ds(part * self.columns, self.columns)
+    def dst(
+        self,
+        refs: dict[str, Any],
+        row: Int[Array, ""],
+        tile: Int[Array, ""],
+        head: Int[Array, ""],
+        n: int,
+    ) -> Any:
+        """Where slice ``n`` of a tile belongs."""
+        columns = pl.ds(n * self.columns, self.columns)
         return refs["out"].at[row, pl.ds(tile * ROWS, ROWS), head, columns]
 
 
-class Finish(Rounding):
-    """Rounding of a `Total`, in a kernel of its own, with ``more`` added.
+class DqPostprocess(DqEpilogue):
+    """The parts of a kernel that finishes the gradients of queries.
 
     Args:
-        total: what has been added up.
-        more: gradients of the first queries, [B, at most rows, N, H] in float32, or None.
-        scale: as for `Rounding`.
+        sums: from a fused kernel.
+        others: gradients of the first queries through keys of other launches, or None.
+        scale: factor of ``sums``.
         rows: how many queries there are.
         dtype: of the result.
     """
 
     def __init__(
-        self, total: Total, more: Array | None, *, scale: float, rows: int, dtype: jnp.dtype
+        self,
+        sums: DqSums,
+        others: Float32[Array, "B R N H"] | None,
+        *,
+        scale: float,
+        rows: int,
+        dtype: jnp.dtype,
     ):
-        batch, heads, _, parts = total.parts.shape[:4]
-        columns = total.part_columns
-        shape = batch, rows, heads, parts * columns
+        batch, heads, _, slices = sums.slices.shape[:4]
+        columns = sums.slice_columns
+        shape = batch, rows, heads, slices * columns
         super().__init__(scale=scale, shape=shape, columns=columns, dtype=dtype)
-        self.rows_of_seen = len(total.seen)
+        self.rows_of_seen = len(sums.seen)
         self.operands: dict[str, Array] = {
-            "total": total.parts,
-            "seen": total.seen.astype(jnp.int32),
+            "sums": sums.slices,
+            "seen": sums.seen.astype(jnp.int32),
         }
-        self.near = 0
-        if more is not None:
-            self.near = -(-more.shape[1] // ROWS)
-            pad = self.near * ROWS - more.shape[1]
-            self.operands["more"] = jnp.pad(more, ((0, 0), (0, pad), (0, 0), (0, 0)))
-        self.smem = swizzled((parts, ROWS, columns), dtype)
+        self.tiles_of_others = 0
+        if others is not None:
+            self.tiles_of_others = pl.cdiv(others.shape[1], ROWS)
+            pad = self.tiles_of_others * ROWS - others.shape[1]
+            self.operands["others"] = jnp.pad(others, ((0, 0), (0, pad), (0, 0), (0, 0)))
+        self.smem = swizzled((slices, ROWS, columns), dtype)
 
-    def load(self, refs: dict[str, Any], row, tile, head, part: int) -> Array:
-        """A part of a tile of the total."""
-        used = refs["seen"][row if self.rows_of_seen > 1 else 0, tile] > 0
-        found = refs["total"].at[row, head, tile, part]
+    def load_sums(
+        self,
+        refs: dict[str, Any],
+        row: Int[Array, ""],
+        tile: Int[Array, ""],
+        head: Int[Array, ""],
+        n: int,
+    ) -> Float32[Array, "64 columns"]:
+        """Slice ``n`` of a tile of the sums."""
+        seen = refs["seen"][row if self.rows_of_seen > 1 else 0, tile] > 0
+        src = refs["sums"].at[row, head, tile, n]
         return lax.cond(
-            used, lambda: register_tiles.load(found, self.columns), lambda: zeros(self.columns)
+            seen, lambda: register_tiles.load(src, self.columns), lambda: zeros(self.columns)
         )
 
-    def put(self, refs: dict[str, Any], smem, row, tile, head, part: int, total: Array):
-        """A part's result into shared memory."""
-        smem.at[fresh(part)][...] = self.with_more(refs, row, tile, head, part, total)
+    def stage(
+        self,
+        refs: dict[str, Any],
+        smem: Any,
+        row: Int[Array, ""],
+        tile: Int[Array, ""],
+        head: Int[Array, ""],
+        n: int,
+        sums: Float32[Array, "64 columns"],
+    ) -> None:
+        """Leaves the result of a slice in shared memory."""
+        smem.at[opaque_to_compiler(n)][...] = self._finished(refs, row, tile, head, n, sums)
 
-    def with_more(self, refs: dict[str, Any], row, tile, head, part, total: Array) -> Array:
-        """The result of a part of a tile."""
-        result = total * self.scale
-        if self.near:
-            nearest = jnp.minimum(tile, self.near - 1) * ROWS
-            columns = pl.ds(part * self.columns, self.columns)
-            here = refs["more"].at[row, pl.ds(nearest, ROWS), head, columns]
+    def _finished(self, refs, row, tile, head, n, sums) -> Float[Array, "64 columns"]:
+        """The result of a slice: scaled, with `others` added, and rounded."""
+        result = sums * self.scale
+        if self.tiles_of_others:
+            first = jnp.minimum(tile, self.tiles_of_others - 1) * ROWS
+            columns = pl.ds(n * self.columns, self.columns)
+            src = refs["others"].at[row, pl.ds(first, ROWS), head, columns]
             result = lax.cond(
-                tile < self.near,
-                lambda x: x + primitives.load(here, MATRIX),
+                tile < self.tiles_of_others,
+                lambda x: x + load_as(src, MATRIX),
                 lambda x: x,
                 result,
             )
         return result.astype(self.dtype)
 
-    def send(self, refs: dict[str, Any], smem, row, tile, head):
-        """Writes all parts of a tile, after all warps have put them."""
+    def write_tile(
+        self,
+        refs: dict[str, Any],
+        smem: Any,
+        row: Int[Array, ""],
+        tile: Int[Array, ""],
+        head: Int[Array, ""],
+    ) -> None:
+        """Copies all slices of a tile from shared memory, once all warps have staged them."""
         plgpu.commit_smem()
-        for part in range(self.parts):
-            plgpu.copy_smem_to_gmem(smem.at[part], self.there(refs, row, tile, head, part))
+        for n in range(self.num_slices):
+            plgpu.copy_smem_to_gmem(smem.at[n], self.dst(refs, row, tile, head, n))
 
 
-def finish(total: Total, more: Array | None, *, scale: float, rows: int, dtype: jnp.dtype) -> Array:
-    """The gradients of queries as an array, [B, rows, N, H]; arguments as those of `Finish`."""
-    work = Finish(total, more, scale=scale, rows=rows, dtype=dtype)
+def postprocess(
+    sums: DqSums,
+    others: Float32[Array, "B R N H"] | None,
+    *,
+    scale: float,
+    rows: int,
+    dtype: jnp.dtype,
+) -> Float[Array, "B rows N H"]:
+    """The gradients of queries; arguments as those of `DqPostprocess`."""
+    work = DqPostprocess(sums, others, scale=scale, rows=rows, dtype=dtype)
 
     def ring_swa_backward_finish(*refs):
         inputs = dict(zip((*work.operands, "out"), refs, strict=True))
@@ -141,13 +194,13 @@ def finish(total: Total, more: Array | None, *, scale: float, rows: int, dtype: 
             index = lax.axis_index("program")
             head = lax.rem(index, jnp.int32(work.heads))
             index = lax.div(index, jnp.int32(work.heads))
-            tile = lax.rem(index, jnp.int32(work.tiles))
-            row = lax.div(index, jnp.int32(work.tiles))
-            here = inputs, smem, row, tile, head
-            parts = [work.load(inputs, row, tile, head, part) for part in range(work.parts)]
-            for part, result in enumerate(parts):
-                work.put(*here, part, result)
-            work.send(*here)
+            tile = lax.rem(index, jnp.int32(work.num_tiles))
+            row = lax.div(index, jnp.int32(work.num_tiles))
+            # All loads are issued before the first result is needed.
+            loaded = [work.load_sums(inputs, row, tile, head, n) for n in range(work.num_slices)]
+            for n, x in enumerate(loaded):
+                work.stage(inputs, smem, row, tile, head, n, x)
+            work.write_tile(inputs, smem, row, tile, head)
             plgpu.wait_smem_to_gmem(0)
 
         pl.run_scoped(body, work.smem)
@@ -155,9 +208,9 @@ def finish(total: Total, more: Array | None, *, scale: float, rows: int, dtype: 
     (out,) = plgpu.kernel(
         ring_swa_backward_finish,
         out_type=(work.out_type,),
-        grid=(work.batch * work.tiles * work.heads,),
+        grid=(work.batch * work.num_tiles * work.heads,),
         grid_names=("program",),
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )(*work.operands.values())
-    # Kernels of Mosaic GPU know nothing of manual mesh axes.
-    return vary_as(total.parts, work.whole(out))
+    # Kernels of Mosaic GPU drop manual mesh axes.
+    return vary_as(sums.slices, work.crop(out))

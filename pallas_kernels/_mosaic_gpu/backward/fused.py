@@ -1,49 +1,53 @@
-"""Backward kernel in Mosaic GPU, for Hopper: all gradients in one walk over tiles of queries.
+"""Fused backward kernel in Mosaic GPU, for Hopper and heads of up to 128: dq, dk and dv at once.
 
-A program walks as `pallas_kernels._mosaic_key_walk` says. Each of its two warpgroups computes on
-half of the tile's keys, and keeps the gradients of these keys and values in registers. They
-exchange the gradients of logits, so that each computes half of the columns of the gradients of
-queries.
+A program has a tile of keys, and goes through the queries that see them (`scheduler`). Each of its
+two consumer warpgroups computes on half of the tile's keys, and keeps dk and dv of these keys in
+registers. For dq, which sums over all keys of the tile, the consumers exchange the gradients of
+logits through shared memory; each then computes half of the columns. `dq_accumulate` adds dq to
+that of other programs.
 """
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Float, Float32, Int
 
 from pallas_kernels._kernels import Queries
 from pallas_kernels._mosaic_gpu import register_tiles
-from pallas_kernels._mosaic_gpu.backward import dq_postprocess
-from pallas_kernels._mosaic_gpu.backward.dkv_reduce import hand_over
-from pallas_kernels._mosaic_gpu.backward.dq_accumulate import PLACES, add_tiles
-from pallas_kernels._mosaic_gpu.backward.pipeline import KeyWalk
-from pallas_kernels._mosaic_gpu.backward.scheduler import QUERIES, fold, slot_of
+from pallas_kernels._mosaic_gpu.backward.dkv_reduce import reduce_parts_in_order
+from pallas_kernels._mosaic_gpu.backward.dq_accumulate import SLOTS, accumulate_tiles
+from pallas_kernels._mosaic_gpu.backward.dq_postprocess import DqEpilogue, DqSums
+from pallas_kernels._mosaic_gpu.backward.pipeline import BackwardPipeline
+from pallas_kernels._mosaic_gpu.backward.scheduler import QUERY_TILE, fold_steps, slot_of
 from pallas_kernels._mosaic_gpu.backward.softmax import (
-    part_width,
-    sums_of_logits,
-    weigh,
-    write_parts,
+    initial_logits,
+    softmax_backward,
+    staging_columns,
+    write_through_smem,
 )
 from pallas_kernels._mosaic_gpu.primitives import (
     ROW,
     ROWS,
-    across,
-    fresh,
-    load,
-    release_smem,
+    broadcast_row,
+    fence_async_smem,
+    load_as,
+    opaque_to_compiler,
     swizzled,
     zeros,
 )
 from pallas_kernels._spec import KeyRun, Spec
 
-KEYS = 2 * ROWS
-"""Keys of a tile: what two warpgroups have rows."""
+CONSUMERS = 2
+"""Warpgroups that compute."""
 
 
-SLOTS = PLACES
-"""Tiles of queries in shared memory, and of their gradients."""
+KEY_TILE = CONSUMERS * ROWS
+"""Keys of a tile."""
 
 
 def backward(
@@ -53,177 +57,251 @@ def backward(
     *,
     rows: int,
     dkey_dtype: jnp.dtype,
-    processors: int,
-    ordered: bool,
+    num_sms: int,
+    deterministic: bool,
     dquery_dtype: jnp.dtype | None = None,
-) -> tuple[dq_postprocess.Total | Array, Array, Array]:
+) -> tuple[DqSums | Float[Array, "B R N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
     """Gradients through the first ``rows`` queries and the keys of a run that windows reach.
 
-    Unless ``ordered``, the gradients of queries are added up in any order. If so, and if these are
-    all queries and the run has the shard's own keys, they may be finished too, that is, rounded to
-    ``dquery_dtype``.
+    Args:
+        spec: static settings.
+        queries: queries of the shard, and what belongs to them.
+        run: keys and values.
+        rows: number of queries.
+        dkey_dtype: of dkey and dvalue.
+        num_sms: multiprocessors of the GPU.
+        deterministic: whether the gradients of queries are added up in a fixed order.
+        dquery_dtype: of dquery, where the kernel is to scale and round it. It can if it is
+            deterministic, ``rows`` is all queries and the run has the shard's own keys, and not
+            without a window and documents.
 
     Returns:
-        dquery, to be finished unless its dtype is given; dkey; dvalue.
+        dquery, or `DqSums` if ``dquery_dtype`` is None; dkey; dvalue.
     """
-    query = queries.query
-    dim, value_dim, dtype = query.shape[3], run.value.shape[3], query.dtype
-    half = dim // 2
-    rounding = None
+    dim, value_dim = queries.query.shape[3], run.value.shape[3]
+    epilogue = None
     if dquery_dtype is not None:
-        rounding = dq_postprocess.Rounding(
-            scale=spec.scale, shape=query.shape, columns=half, dtype=dquery_dtype
+        epilogue = DqEpilogue(
+            scale=spec.scale, shape=queries.query.shape, columns=dim // 2, dtype=dquery_dtype
         )
-    walk = KeyWalk(
+    pipeline = BackwardPipeline(
         spec,
         queries,
         run,
         rows=rows,
-        key_tile=KEYS,
-        columns=half,
-        processors=processors,
-        ordered=ordered,
-        rounding=rounding,
+        key_tile=KEY_TILE,
+        columns=dim // 2,
+        num_sms=num_sms,
+        deterministic=deterministic,
+        epilogue=epilogue,
     )
-    packed = walk.packed
 
-    def dquery_refs(smem):
-        """Where a program leaves its sums for queries, and where results, in the same memory."""
-        return (smem["dquery"], None) if rounding is None else smem["dquery"]
+    def consume(refs, smem, barriers, warpgroup):
+        _Consumer(pipeline, refs, smem, barriers, warpgroup).run()
 
-    def compute(refs, smem, barriers, me):
+    def accumulate_dq(refs, smem, barriers):
+        sums_smem, results_smem = _dquery_buffers(pipeline, smem)
+        accumulate_tiles(pipeline, refs, sums_smem, results_smem, barriers)
+
+    copied = ["query", "dout", "shift", "delta", *(["start"] if pipeline.packed else [])]
+    dquery, dkey, dvalue = pipeline.launch(
+        consume,
+        partial(pipeline.produce, slots={"query": SLOTS}, names={"query": copied}),
+        accumulate_dq,
+        _smem(pipeline, dim, value_dim, dkey_dtype),
+        _barriers(len(copied)),
+        dkey_dtype,
+    )
+    return (DqSums(dquery, pipeline.seen) if epilogue is None else dquery), dkey, dvalue
+
+
+def _smem(
+    pipeline: BackwardPipeline, dim: int, value_dim: int, dkey_dtype: jnp.dtype
+) -> dict[str, Any]:
+    """Types of the buffers in shared memory."""
+    dtype, half_dim = pipeline.query.dtype, dim // 2
+    smem = {
+        "key": swizzled((KEY_TILE, dim), dtype, columns=half_dim),
+        "value": swizzled((KEY_TILE, value_dim), dtype),
+        "query": swizzled((SLOTS, QUERY_TILE, dim), dtype, columns=half_dim),
+        "dout": swizzled((SLOTS, QUERY_TILE, value_dim), dtype),
+        "shift": plgpu.SMEM((SLOTS, QUERY_TILE), jnp.float32),
+        "delta": plgpu.SMEM((SLOTS, QUERY_TILE), jnp.float32),
+        "dlogits": swizzled((KEY_TILE, QUERY_TILE), dtype, columns=half_dim),
+        "dquery": plgpu.SMEM((SLOTS, *pipeline.dquery_tile), jnp.float32),
+        # Each consumer's staging buffer for dkey and dvalue.
+        "out": swizzled((CONSUMERS, ROWS, staging_columns(dkey_dtype, dim, value_dim)), dkey_dtype),
+    }
+    if pipeline.epilogue is not None:
+        # A result has as many bytes as its sums, counting the unused ones, so that the result of
+        # each slot and slice lies in the memory of its own sums.
+        result_dtype = pipeline.epilogue.dtype
+        unused = jnp.dtype(jnp.float32).itemsize // jnp.dtype(result_dtype).itemsize
+        results = swizzled((SLOTS, 2, unused, ROWS, half_dim), result_dtype)
+        smem["dquery"] = plgpu.RefUnion(smem["dquery"], results)
+    if pipeline.packed:
+        smem["start"] = plgpu.SMEM((SLOTS, QUERY_TILE), jnp.int32)
+    return smem
+
+
+def _barriers(copies: int) -> dict[str, Any]:
+    """Types of the barriers: who arrives, and who waits. ``copies`` are those of a step."""
+    return {
+        # The copies of keys and values; the consumers.
+        "key": plgpu.Barrier(num_arrivals=2),
+        # All copies of a step; the consumers.
+        "query": plgpu.Barrier(num_arrivals=copies, num_barriers=SLOTS),
+        # The consumers, when they have read a slot; the producer.
+        "query_free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
+        # The consumers, when they have written dlogits; both of them.
+        "dlogits": plgpu.Barrier(num_arrivals=CONSUMERS),
+        # The consumers, when they have read dlogits; both of them.
+        "dlogits_free": plgpu.Barrier(num_arrivals=CONSUMERS),
+        # The consumers, when they have written dquery; the accumulator.
+        "dquery": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
+        # The accumulator, when a slot may be written; the consumers.
+        "dquery_free": plgpu.Barrier(num_barriers=SLOTS),
+    }
+
+
+def _dquery_buffers(pipeline: BackwardPipeline, smem: dict[str, Any]) -> tuple[Any, Any]:
+    """The buffers of sums and of results for queries, which are the same memory."""
+    return (smem["dquery"], None) if pipeline.epilogue is None else smem["dquery"]
+
+
+class _Consumer:
+    """One of the two warpgroups that compute.
+
+    Args:
+        pipeline: the launch.
+        refs: arrays in global memory.
+        smem: buffers of `_smem`.
+        barriers: those of `_barriers`.
+        warpgroup: which of the two this is.
+    """
+
+    def __init__(
+        self,
+        pipeline: BackwardPipeline,
+        refs: dict[str, Any],
+        smem: dict[str, Any],
+        barriers: dict[str, Any],
+        warpgroup: Int[Array, ""],
+    ):
+        self.pipeline, self.spec = pipeline, pipeline.spec
+        self.refs, self.smem, self.barriers, self.warpgroup = refs, smem, barriers, warpgroup
         # At first all shared memory is free.
         plgpu.barrier_arrive(barriers["dlogits_free"])
         for slot in range(SLOTS):
             plgpu.barrier_arrive(barriers["query_free"].at[slot])
-        path = walk.path(refs)
-        row, kv_head, tile = path.row, path.kv_head, path.tile
-        first_key = tile * KEYS + me * ROWS + run.offset
-        mine = pl.ds(me * ROWS, ROWS)
-        sums_smem, rounded_smem = dquery_refs(smem)
+        self.schedule = pipeline.program_schedule(refs)
+        first_row = self.schedule.key_block * KEY_TILE + warpgroup * ROWS
+        self.first_key = first_row + pipeline.run.offset
+        self.dlogits_rows = pl.ds(warpgroup * ROWS, ROWS)
+        self.sums_smem, self.results_smem = _dquery_buffers(pipeline, smem)
+        self.half_dim = pipeline.dim // 2
 
-        def close(rounding, slot, block, result):
-            """Leaves gradients of queries rounded, with those before them added."""
-            place = sums_smem.at[slot, me]
-            total = lax.cond(
-                path.before(block) > 0,
-                lambda x: x + register_tiles.load(place, half),
-                lambda x: x,
-                result,
+    def run(self) -> None:
+        """Runs all steps of the program, and writes dkey and dvalue."""
+        dim, value_dim = self.pipeline.dim, self.pipeline.run.value.shape[3]
+        plgpu.barrier_wait(self.barriers["key"])
+        dkey, dvalue = fold_steps(self.schedule, self._step, (zeros(dim), zeros(value_dim)))
+        results = {"dkey": (dkey,), "dvalue": (dvalue,)}
+        warpgroup = self.warpgroup
+        reduce_parts_in_order(
+            self.schedule, self.refs, warpgroup, warpgroup, results, self._write_dkey_and_dvalue
+        )
+
+    def _step(self, head, query_block, number, carry):
+        """Adds what flows through one tile of queries to dkey and dvalue, the carry."""
+        del head
+        spec, smem, barriers = self.spec, self.smem, self.barriers
+        clear = self.schedule.is_clear(query_block)
+        slot = slot_of(number, SLOTS)
+        plgpu.barrier_wait(barriers["query"].at[slot])
+        query_smem, dout_smem = smem["query"].at[slot], smem["dout"].at[slot]
+        key_rows = pl.ds(opaque_to_compiler(self.warpgroup) * ROWS, ROWS)
+        shift = broadcast_row(load_as(smem["shift"].at[slot], ROW))
+        minus_delta = broadcast_row(load_as(smem["delta"].at[slot], ROW))
+        starts = smem["start"].at[slot] if self.pipeline.packed else None
+        mask = partial(self.pipeline.mask, starts, self.first_key, query_block)
+
+        def multiply(accumulators):
+            dkey, dvalue, logits, dweights = accumulators
+            plgpu.wgmma(logits, smem["key"].at[key_rows], query_smem.T)
+            plgpu.wgmma(dweights, smem["value"].at[key_rows], dout_smem.T)
+            weights, dlogits = softmax_backward(
+                spec, logits, dweights, shift, clear, mask, dout_smem.dtype
             )
-            plgpu.commit_smem()  # all warps have read what the result is written over
-            rounded_smem.at[slot, me, 0][...] = rounding.result(total)
+            plgpu.wgmma(dvalue, weights, dout_smem)
+            self._exchange_dlogits(dlogits)
+            accumulator = plgpu.ACC((QUERY_TILE, self.half_dim), jnp.float32)
+            pl.run_scoped(
+                partial(self._multiply_dlogits, slot, query_block, dlogits, dkey), accumulator
+            )
+            plgpu.wgmma_wait(0)
+            plgpu.barrier_arrive(barriers["query_free"].at[slot])
 
-        def leave(slot, block, result):
-            """Leaves gradients of queries in shared memory."""
-            store = partial(register_tiles.store, sums_smem.at[slot, me], result)
-            if rounding is None:
-                store()
-            else:
-                pl.when(path.is_last(block))(partial(close, rounding, slot, block, result))
-                pl.when(~path.is_last(block))(store)
-            release_smem()
+        initial = *carry, initial_logits(spec, shift), minus_delta
+        return pl.run_state(multiply)(tuple(map(plgpu.ACC.init, initial)))[:2]
 
-        def step(head, block, number, carry):
-            del head
-            dkey, dvalue = carry
-            clear = path.is_clear(block)
-            slot = slot_of(number, SLOTS)
-            plgpu.barrier_wait(barriers["query"].at[slot])
-            query_smem, dout_smem = smem["query"].at[slot], smem["dout"].at[slot]
-            here = pl.ds(fresh(me) * ROWS, ROWS)
-            shift = across(load(smem["shift"].at[slot], ROW))
-            delta = across(load(smem["delta"].at[slot], ROW))
-            starts = smem["start"].at[slot] if packed else None
-            masked = partial(walk.mask, starts, first_key, block)
+    def _exchange_dlogits(self, dlogits: Float[Array, "64 64"]) -> None:
+        """Leaves the gradients of logits in shared memory, and waits for the other consumer's."""
+        plgpu.barrier_wait(self.barriers["dlogits_free"])
+        self.smem["dlogits"].at[self.dlogits_rows][...] = dlogits
+        fence_async_smem()
+        plgpu.barrier_arrive(self.barriers["dlogits"])
+        plgpu.barrier_wait(self.barriers["dlogits"])
 
-            def accumulate(refs):
-                dkey, dvalue, logits, dweights = refs
-                plgpu.wgmma(logits, smem["key"].at[here], query_smem.T)
-                plgpu.wgmma(dweights, smem["value"].at[here], dout_smem.T)
-                weights, dlogits = weigh(spec, logits, dweights, shift, clear, masked, dtype)
-                plgpu.wgmma(dvalue, weights, dout_smem)
-                plgpu.barrier_wait(barriers["dlogits_free"])
-                smem["dlogits"].at[mine][...] = dlogits
-                release_smem()
-                plgpu.barrier_arrive(barriers["dlogits"])
-                plgpu.barrier_wait(barriers["dlogits"])
+    def _multiply_dlogits(self, slot, query_block, dlogits, dkey, dquery) -> None:
+        """Adds to the accumulators of dkey and of this warpgroup's half of the columns of dquery.
 
-                def multiply(dquery):
-                    columns = pl.ds(fresh(me) * half, half)
-                    plgpu.wgmma(dquery, smem["dlogits"].T, smem["key"].at[:, columns])
-                    plgpu.wgmma(dkey, dlogits, query_smem)
-                    result = plgpu.wgmma_accumulator_load(dquery, wait_n=1)
-                    plgpu.barrier_arrive(barriers["dlogits_free"])
-                    plgpu.barrier_wait(barriers["dquery_free"].at[slot])
-                    leave(slot, block, result)
-                    plgpu.barrier_arrive(barriers["dquery"].at[slot])
+        Leaves the half in shared memory.
+        """
+        smem, barriers = self.smem, self.barriers
+        columns = pl.ds(opaque_to_compiler(self.warpgroup) * self.half_dim, self.half_dim)
+        plgpu.wgmma(dquery, smem["dlogits"].T, smem["key"].at[:, columns])
+        plgpu.wgmma(dkey, dlogits, smem["query"].at[slot])
+        # dquery is complete; dkey's product goes on.
+        result = plgpu.wgmma_accumulator_load(dquery, wait_n=1)
+        plgpu.barrier_arrive(barriers["dlogits_free"])
+        plgpu.barrier_wait(barriers["dquery_free"].at[slot])
+        self._leave_dquery(slot, query_block, result)
+        plgpu.barrier_arrive(barriers["dquery"].at[slot])
 
-                pl.run_scoped(multiply, plgpu.ACC((QUERIES, half), jnp.float32))
-                plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(barriers["query_free"].at[slot])
+    def _leave_dquery(self, slot, query_block, sums: Float32[Array, "64 columns"]) -> None:
+        """Leaves sums for queries, or the results of the last program, in shared memory."""
+        epilogue = self.pipeline.epilogue
+        store = partial(register_tiles.store, self.sums_smem.at[slot, self.warpgroup], sums)
+        if epilogue is None:
+            store()
+        else:
+            store_results = partial(self._leave_results, epilogue, slot, query_block, sums)
+            pl.when(self.schedule.adds_last(query_block))(store_results)
+            pl.when(~self.schedule.adds_last(query_block))(store)
+        fence_async_smem()
 
-            sums = dkey, dvalue, sums_of_logits(spec, shift), delta
-            return pl.run_state(accumulate)(tuple(map(plgpu.ACC.init, sums)))[:2]
+    def _leave_results(self, epilogue: DqEpilogue, slot, query_block, sums) -> None:
+        """Adds the sums of other programs, which the accumulator has copied; scales and rounds."""
+        others = self.sums_smem.at[slot, self.warpgroup]
+        total = lax.cond(
+            self.schedule.adders_before(query_block) > 0,
+            lambda x: x + register_tiles.load(others, self.half_dim),
+            lambda x: x,
+            sums,
+        )
+        plgpu.commit_smem()  # waits until all warps have read what the results overwrite
+        self.results_smem.at[slot, self.warpgroup, 0][...] = epilogue.scale_and_round(total)
 
-        plgpu.barrier_wait(barriers["key"])
-        dkey, dvalue = fold(path, step, (zeros(dim), zeros(value_dim)))
+    def _write_dkey_and_dvalue(self, results: Mapping[str, tuple[Array, ...]]) -> None:
+        """Writes this warpgroup's rows of dkey and dvalue."""
+        (dkey,), (dvalue,) = results["dkey"], results["dvalue"]
+        schedule = self.schedule
+        rows = pl.ds(schedule.key_block * KEY_TILE + self.warpgroup * ROWS, ROWS)
+        for name, result in (("dvalue", dvalue), ("dkey", dkey * self.spec.scale)):
 
-        def write(results):
-            (dkey,), (dvalue,) = results["dkey"], results["dvalue"]
-            where = (row, pl.ds(tile * KEYS + me * ROWS, ROWS), kv_head)
-            for name, result in (("dvalue", dvalue), ("dkey", dkey * spec.scale)):
+            def dst(column, columns, ref=self.refs[name]):
+                return ref.at[schedule.row, rows, schedule.kv_head, pl.ds(column, columns)]
 
-                def there(column, width, ref=refs[name]):
-                    return ref.at[(*where, pl.ds(column, width))]
-
-                write_parts(result, smem["out"].at[me], there)
-            plgpu.wait_smem_to_gmem(0)
-
-        hand_over(path, refs, me, me, {"dkey": (dkey,), "dvalue": (dvalue,)}, write)
-
-    smem = {
-        "key": swizzled((KEYS, dim), dtype, columns=half),
-        "value": swizzled((KEYS, value_dim), dtype),
-        "query": swizzled((SLOTS, QUERIES, dim), dtype, columns=half),
-        "dout": swizzled((SLOTS, QUERIES, value_dim), dtype),
-        "shift": plgpu.SMEM((SLOTS, QUERIES), jnp.float32),
-        "delta": plgpu.SMEM((SLOTS, QUERIES), jnp.float32),
-        "dlogits": swizzled((KEYS, QUERIES), dtype, columns=half),
-        "dquery": plgpu.SMEM((SLOTS, *walk.dquery_tile), jnp.float32),
-        "out": swizzled((2, ROWS, part_width(dkey_dtype, dim, value_dim)), dkey_dtype),
-    }
-    if rounding is not None:
-        # As many bytes in each place as its sums have, so that each is in the memory of its own.
-        most = jnp.dtype(jnp.float32).itemsize // jnp.dtype(rounding.dtype).itemsize
-        rounded = swizzled((SLOTS, 2, most, ROWS, half), rounding.dtype)
-        smem["dquery"] = plgpu.RefUnion(smem["dquery"], rounded)
-    fetched = ["query", "dout", "shift", "delta"]
-    if packed:
-        smem["start"] = plgpu.SMEM((SLOTS, QUERIES), jnp.int32)
-        fetched.append("start")
-    barriers = {
-        "key": plgpu.Barrier(num_arrivals=2),
-        "query": plgpu.Barrier(num_arrivals=len(fetched), num_barriers=SLOTS),
-        "query_free": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
-        "dlogits": plgpu.Barrier(num_arrivals=2),
-        "dlogits_free": plgpu.Barrier(num_arrivals=2),
-        "dquery": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
-        "dquery_free": plgpu.Barrier(num_barriers=SLOTS),
-    }
-
-    def add(refs, smem, barriers):
-        sums_smem, rounded_smem = dquery_refs(smem)
-        add_tiles(walk, refs, sums_smem, rounded_smem, barriers)
-
-    dquery, dkey, dvalue = walk.launch(
-        compute,
-        partial(walk.fetch, slots={"query": SLOTS}, names={"query": fetched}),
-        add,
-        smem,
-        barriers,
-        dkey_dtype,
-    )
-    if rounding is None:
-        return dq_postprocess.Total(dquery, walk.seen), dkey, dvalue
-    return dquery, dkey, dvalue
+            write_through_smem(result, self.smem["out"].at[self.warpgroup], dst)
+        plgpu.wait_smem_to_gmem(0)

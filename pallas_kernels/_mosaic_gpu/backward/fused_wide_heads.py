@@ -1,9 +1,9 @@
-"""Backward kernel in Mosaic GPU, for Hopper and heads of 192 and 256: all gradients in one walk.
+"""Fused backward kernel in Mosaic GPU, for Hopper and heads of 192 and 256: dq, dk and dv at once.
 
-A program walks as `pallas_kernels._mosaic_key_walk` says. The gradients of its keys and those of
-its values fill the registers of a warpgroup each. So one warpgroup computes weights and the
-gradients of values, the other one takes the weights over, in float32, and computes the gradients of
-logits and keys. Both compute gradients of queries, by parts of their columns.
+As `fused`, but dk fills the registers of a warpgroup, and so does dv. So one consumer, of *values*,
+computes the softmax and dv. It passes the factors of the gradients of logits (`softmax_weights`) to
+the other one, of *keys*, through shared memory and in float32. The consumer of keys computes the
+gradients of logits and dk. Both compute dq, in slices of columns that alternate between them.
 """
 
 from functools import partial
@@ -13,40 +13,51 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Float, Float32
 
 from pallas_kernels._kernels import Queries
 from pallas_kernels._mosaic_gpu import register_tiles
-from pallas_kernels._mosaic_gpu.backward import dq_postprocess
-from pallas_kernels._mosaic_gpu.backward.dkv_reduce import WIDEST, hand_over
-from pallas_kernels._mosaic_gpu.backward.dq_accumulate import add_parts
-from pallas_kernels._mosaic_gpu.backward.pipeline import KeyWalk
-from pallas_kernels._mosaic_gpu.backward.scheduler import QUERIES, fold, slot_of
-from pallas_kernels._mosaic_gpu.backward.softmax import sums_of_logits, weights_of, write_parts
+from pallas_kernels._mosaic_gpu.backward.dkv_reduce import MAX_COLUMNS, reduce_parts_in_order
+from pallas_kernels._mosaic_gpu.backward.dq_accumulate import accumulate_slices
+from pallas_kernels._mosaic_gpu.backward.dq_postprocess import DqSums
+from pallas_kernels._mosaic_gpu.backward.pipeline import BackwardPipeline
+from pallas_kernels._mosaic_gpu.backward.scheduler import QUERY_TILE, fold_steps, slot_of
+from pallas_kernels._mosaic_gpu.backward.softmax import (
+    initial_logits,
+    softmax_weights,
+    write_through_smem,
+)
 from pallas_kernels._mosaic_gpu.primitives import (
     ROW,
     ROWS,
-    across,
-    load,
-    release_smem,
+    broadcast_row,
+    fence_async_smem,
+    load_as,
     swizzled,
     zeros,
 )
 from pallas_kernels._spec import KeyRun, Spec
 
-KEYS = ROWS
+KEY_TILE = ROWS
 """Keys of a tile."""
 
 
-COLUMNS = 64
-"""Columns of a part of the gradients of queries."""
+DQUERY_COLUMNS = 64
+"""Columns of a slice of dq."""
 
 
-WIDTH = WIDEST
-"""Columns of a part of the gradients of keys and values at most: a product needs registers."""
+ACCUMULATOR_COLUMNS = MAX_COLUMNS
+"""Columns of an accumulator of dk or dv at most: a product needs registers beside it."""
 
 
 SLOTS = 2
-"""Tiles of queries in shared memory; there is one of the gradients of outputs."""
+"""Tiles of queries in shared memory. There is one of the gradients of outputs."""
+
+
+def takes(dim: int, value_dim: int) -> bool:
+    """Whether the kernel is for heads of this size."""
+    divides = dim % DQUERY_COLUMNS == 0 and value_dim % DQUERY_COLUMNS == 0
+    return dim > ACCUMULATOR_COLUMNS and divides
 
 
 def backward(
@@ -56,193 +67,242 @@ def backward(
     *,
     rows: int,
     dkey_dtype: jnp.dtype,
-    processors: int,
-    ordered: bool,
-) -> tuple[dq_postprocess.Total, Array, Array]:
+    num_sms: int,
+    deterministic: bool,
+) -> tuple[DqSums, Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
     """As `pallas_kernels._mosaic_gpu.backward.fused.backward`."""
-    query = queries.query
-    dim, value_dim, dtype = query.shape[3], run.value.shape[3], query.dtype
-    walk = KeyWalk(
+    dim, value_dim = queries.query.shape[3], run.value.shape[3]
+    pipeline = BackwardPipeline(
         spec,
         queries,
         run,
         rows=rows,
-        key_tile=KEYS,
-        columns=COLUMNS,
-        processors=processors,
-        ordered=ordered,
+        key_tile=KEY_TILE,
+        columns=DQUERY_COLUMNS,
+        num_sms=num_sms,
+        deterministic=deterministic,
     )
-    packed, parts = walk.packed, dim // COLUMNS
 
-    def compute(refs, smem, barriers, me):
-        path = walk.path(refs)
+    def consume(refs, smem, barriers, warpgroup):
+        consumer = _Consumer(pipeline, refs, smem, barriers, warpgroup)
+        pl.when(warpgroup == 0)(consumer.run_values)
+        pl.when(warpgroup == 1)(consumer.run_keys)
+
+    def accumulate_dq(refs, smem, barriers):
+        slices = [(n % 2, pl.ds(n, 1)) for n in range(dim // DQUERY_COLUMNS)]
+        accumulate_slices(pipeline, refs, smem["dquery"], barriers, slices)
+
+    copied = {"query": ["query", "shift"], "dout": ["dout", "delta"]}
+    if pipeline.packed:
+        copied["query"].append("start")
+    sums, dkey, dvalue = pipeline.launch(
+        consume,
+        partial(pipeline.produce, slots={"query": SLOTS, "dout": 1}, names=copied),
+        accumulate_dq,
+        _smem(pipeline, dim, value_dim, dkey_dtype),
+        _barriers({name: len(members) for name, members in copied.items()}),
+        dkey_dtype,
+    )
+    return DqSums(sums, pipeline.seen), dkey, dvalue
+
+
+def _smem(
+    pipeline: BackwardPipeline, dim: int, value_dim: int, dkey_dtype: jnp.dtype
+) -> dict[str, Any]:
+    """Types of the buffers in shared memory."""
+    dtype = pipeline.query.dtype
+    smem = {
+        "key": swizzled((KEY_TILE, dim), dtype, columns=DQUERY_COLUMNS),
+        "value": swizzled((KEY_TILE, value_dim), dtype),
+        "query": swizzled((SLOTS, QUERY_TILE, dim), dtype, columns=DQUERY_COLUMNS),
+        "dout": swizzled((1, QUERY_TILE, value_dim), dtype),
+        "shift": plgpu.SMEM((SLOTS, QUERY_TILE), jnp.float32),
+        "delta": plgpu.SMEM((1, QUERY_TILE), jnp.float32),
+        "factors": plgpu.SMEM(register_tiles.tile_shape(QUERY_TILE), jnp.float32),
+        "dlogits": swizzled((KEY_TILE, QUERY_TILE), dtype, columns=DQUERY_COLUMNS),
+        # A slice of each consumer.
+        "dquery": plgpu.SMEM((2, 1, *pipeline.dquery_tile[1:]), jnp.float32),
+        # Each consumer's staging buffer for dkey or dvalue.
+        "out": swizzled((2, ROWS, 32 // jnp.dtype(dkey_dtype).itemsize), dkey_dtype),
+    }
+    if pipeline.packed:
+        smem["start"] = plgpu.SMEM((SLOTS, QUERY_TILE), jnp.int32)
+    return smem
+
+
+def _barriers(copies: dict[str, int]) -> dict[str, Any]:
+    """Types of the barriers: who arrives, and who waits. ``copies`` are those of a step."""
+    return {
+        # The copies of keys and values; both consumers.
+        "key": plgpu.Barrier(num_arrivals=2),
+        # The copies of a step's queries; both consumers.
+        "query": plgpu.Barrier(num_arrivals=copies["query"], num_barriers=SLOTS),
+        # Both consumers, when they have read a slot; the producer.
+        "query_free": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
+        # The copies of a step's gradients of outputs; both consumers.
+        "dout": plgpu.Barrier(num_arrivals=copies["dout"], num_barriers=1),
+        # Both consumers, when they have read these; the producer.
+        "dout_free": plgpu.Barrier(num_arrivals=2, num_barriers=1),
+        # The consumer of values, when it has written the factors; the consumer of keys.
+        "factors": plgpu.Barrier(),
+        # The consumer of keys, when it has read them; the consumer of values.
+        "factors_free": plgpu.Barrier(),
+        # The consumer of keys, when it has written dlogits; the consumer of values.
+        "dlogits": plgpu.Barrier(),
+        # Both consumers, when they have read them; the consumer of keys.
+        "dlogits_free": plgpu.Barrier(num_arrivals=2),
+        # The consumer whose slot it is, when it has written a slice; the accumulator.
+        "dquery": plgpu.Barrier(num_barriers=2),
+        # The accumulator, when it has copied the slice; this consumer.
+        "dquery_free": plgpu.Barrier(num_barriers=2),
+    }
+
+
+class _Consumer:
+    """A warpgroup that computes: `run_values` is what the first one runs, `run_keys` the second.
+
+    Args:
+        pipeline: the launch.
+        refs: arrays in global memory.
+        smem: buffers of `_smem`.
+        barriers: those of `_barriers`.
+        warpgroup: which of the two this is.
+    """
+
+    def __init__(self, pipeline, refs, smem, barriers, warpgroup):
+        self.pipeline, self.spec, self.dtype = pipeline, pipeline.spec, pipeline.query.dtype
+        self.refs, self.smem, self.barriers, self.warpgroup = refs, smem, barriers, warpgroup
+        self.schedule = pipeline.program_schedule(refs)
         # At first all shared memory is free.
         plgpu.barrier_arrive(barriers["dlogits_free"])
         plgpu.barrier_arrive(barriers["dout_free"].at[0])
         for slot in range(SLOTS):
             plgpu.barrier_arrive(barriers["query_free"].at[slot])
 
-        def sum_dquery(mine):
-            """Computes the warpgroup's parts of the gradients of queries."""
+    def run_values(self) -> None:
+        """Computes weights, dvalue, and every other slice of dquery."""
+        first_key = self.schedule.key_block * KEY_TILE + self.pipeline.run.offset
+        plgpu.barrier_wait(self.barriers["key"])
+        dim = self.pipeline.run.value.shape[3]
+        step = partial(self._values_step, first_key)
+        self._write("dvalue", fold_steps(self.schedule, step, _zeros(dim)), 1.0)
 
-            def multiply(part, dquery):
-                columns = pl.ds(part * COLUMNS, COLUMNS)
-                plgpu.wgmma(dquery, smem["dlogits"].T, smem["key"].at[:, columns])
-                result = plgpu.wgmma_accumulator_load(dquery)
-                if part + 2 >= parts:
-                    plgpu.barrier_arrive(barriers["dlogits_free"])
-                plgpu.barrier_wait(barriers["dquery_free"].at[mine])
-                register_tiles.store(smem["dquery"].at[mine, 0], result)
-                release_smem()
-                plgpu.barrier_arrive(barriers["dquery"].at[mine])
+    def run_keys(self) -> None:
+        """Computes the gradients of logits, dkey, and the other slices of dquery."""
+        plgpu.barrier_arrive(self.barriers["factors_free"])
+        plgpu.barrier_wait(self.barriers["key"])
+        dkeys = fold_steps(self.schedule, self._keys_step, _zeros(self.pipeline.dim))
+        self._write("dkey", dkeys, self.spec.scale)
 
-            for part in range(mine, parts, 2):
-                accumulator = plgpu.ACC((QUERIES, COLUMNS), jnp.float32)
-                pl.run_scoped(partial(multiply, part), accumulator)
+    def _values_step(self, first_key, head, query_block, number, dvalues):
+        """Adds what flows through one tile of queries to dvalue, the carry."""
+        del head
+        spec, smem, barriers = self.spec, self.smem, self.barriers
+        clear = self.schedule.is_clear(query_block)
+        slot = slot_of(number, SLOTS)
+        plgpu.barrier_wait(barriers["query"].at[slot])
+        shift = broadcast_row(load_as(smem["shift"].at[slot], ROW))
+        starts = smem["start"].at[slot] if self.pipeline.packed else None
 
-        def write(name, scale, results):
-            row, kv_head, tile = path.row, path.kv_head, path.tile
+        def multiply(accumulators):
+            *dvalues, logits = accumulators
+            plgpu.wgmma(logits, smem["key"], smem["query"].at[slot].T)
+            mask = partial(self.pipeline.mask, starts, first_key, query_block)
+            products = plgpu.wgmma_accumulator_load(logits)
+            weights, factors = softmax_weights(spec, products, shift, clear, mask)
+            plgpu.barrier_arrive(barriers["query_free"].at[slot])
+            plgpu.barrier_wait(barriers["factors_free"])
+            register_tiles.store(smem["factors"], factors)
+            plgpu.barrier_arrive(barriers["factors"])
+            plgpu.barrier_wait(barriers["dout"].at[0])
+            _multiply_add(dvalues, weights.astype(self.dtype), smem["dout"].at[0])
+            plgpu.wgmma_wait(0)
+            plgpu.barrier_arrive(barriers["dout_free"].at[0])
+
+        initial = *dvalues, initial_logits(spec, shift)
+        *dvalues, _ = pl.run_state(multiply)(tuple(map(plgpu.ACC.init, initial)))
+        plgpu.barrier_wait(barriers["dlogits"])
+        self._leave_dquery(0)
+        return tuple(dvalues)
+
+    def _keys_step(self, head, query_block, number, dkeys):
+        """Adds what flows through one tile of queries to dkey, the carry."""
+        del head, query_block
+        smem, barriers = self.smem, self.barriers
+        slot = slot_of(number, SLOTS)
+        plgpu.barrier_wait(barriers["dout"].at[0])
+        minus_delta = broadcast_row(load_as(smem["delta"].at[0], ROW))
+
+        def multiply(accumulators):
+            *dkeys, dweights = accumulators
+            plgpu.wgmma(dweights, smem["value"], smem["dout"].at[0].T)
+            products = plgpu.wgmma_accumulator_load(dweights)
+            plgpu.barrier_arrive(barriers["dout_free"].at[0])
+            plgpu.barrier_wait(barriers["factors"])
+            factors = register_tiles.load(smem["factors"], QUERY_TILE)
+            dlogits = (factors * products).astype(self.dtype)
+            plgpu.barrier_arrive(barriers["factors_free"])
+            plgpu.barrier_wait(barriers["dlogits_free"])
+            smem["dlogits"][...] = dlogits
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(barriers["dlogits"])
+            plgpu.barrier_wait(barriers["query"].at[slot])
+            _multiply_add(dkeys, dlogits, smem["query"].at[slot])
+            plgpu.wgmma_wait(0)
+            plgpu.barrier_arrive(barriers["query_free"].at[slot])
+
+        initial = *dkeys, minus_delta
+        *dkeys, _ = pl.run_state(multiply)(tuple(map(plgpu.ACC.init, initial)))
+        self._leave_dquery(1)
+        return tuple(dkeys)
+
+    def _leave_dquery(self, first: int) -> None:
+        """Computes every other slice of dquery, from ``first`` on, and leaves it in SMEM."""
+        smem, barriers = self.smem, self.barriers
+        slices = self.pipeline.dim // DQUERY_COLUMNS
+
+        def multiply(n, dquery):
+            columns = pl.ds(n * DQUERY_COLUMNS, DQUERY_COLUMNS)
+            plgpu.wgmma(dquery, smem["dlogits"].T, smem["key"].at[:, columns])
+            result = plgpu.wgmma_accumulator_load(dquery)
+            if n + 2 >= slices:  # this warpgroup's last one
+                plgpu.barrier_arrive(barriers["dlogits_free"])
+            plgpu.barrier_wait(barriers["dquery_free"].at[first])
+            register_tiles.store(smem["dquery"].at[first, 0], result)
+            fence_async_smem()
+            plgpu.barrier_arrive(barriers["dquery"].at[first])
+
+        for n in range(first, slices, 2):
+            accumulator = plgpu.ACC((QUERY_TILE, DQUERY_COLUMNS), jnp.float32)
+            pl.run_scoped(partial(multiply, n), accumulator)
+
+    def _write(self, name: str, results: tuple[Float32[Array, "64 _"], ...], scale: float) -> None:
+        """Writes dkey or dvalue, which is ``scale`` times the results side by side."""
+        schedule = self.schedule
+
+        def write(results):
             for n, result in enumerate(results[name]):
 
-                def there(column, width, first=n * WIDTH):
-                    columns = pl.ds(first + column, width)
-                    return refs[name].at[row, pl.ds(tile * ROWS, ROWS), kv_head, columns]
+                def dst(column, columns, first=n * ACCUMULATOR_COLUMNS):
+                    rows = pl.ds(schedule.key_block * KEY_TILE, KEY_TILE)
+                    columns = pl.ds(first + column, columns)
+                    return self.refs[name].at[schedule.row, rows, schedule.kv_head, columns]
 
-                write_parts(result * scale, smem["out"].at[me], there)
+                write_through_smem(result * scale, self.smem["out"].at[self.warpgroup], dst)
             plgpu.wait_smem_to_gmem(0)
 
-        def leave(name, results, scale):
-            hand_over(path, refs, me, 0, {name: results}, partial(write, name, scale))
+        reduce_parts_in_order(schedule, self.refs, self.warpgroup, 0, {name: results}, write)
 
-        @pl.when(me == 0)
-        def through_values():
-            first_key = path.tile * ROWS + run.offset
 
-            def step(head, block, number, dvalues):
-                del head
-                clear = path.is_clear(block)
-                slot = slot_of(number, SLOTS)
-                plgpu.barrier_wait(barriers["query"].at[slot])
-                shift = across(load(smem["shift"].at[slot], ROW))
-                starts = smem["start"].at[slot] if packed else None
-
-                def accumulate(refs):
-                    *dvalues, logits = refs
-                    plgpu.wgmma(logits, smem["key"], smem["query"].at[slot].T)
-                    masked = partial(walk.mask, starts, first_key, block)
-                    products = plgpu.wgmma_accumulator_load(logits)
-                    weights, factors = weights_of(spec, products, shift, clear, masked)
-                    plgpu.barrier_arrive(barriers["query_free"].at[slot])
-                    plgpu.barrier_wait(barriers["factors_free"])
-                    register_tiles.store(smem["factors"], factors)
-                    plgpu.barrier_arrive(barriers["factors"])
-                    plgpu.barrier_wait(barriers["dout"].at[0])
-                    multiply_add(dvalues, weights.astype(dtype), smem["dout"].at[0])
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(barriers["dout_free"].at[0])
-
-                sums = *dvalues, sums_of_logits(spec, shift)
-                *dvalues, _ = pl.run_state(accumulate)(tuple(map(plgpu.ACC.init, sums)))
-                plgpu.barrier_wait(barriers["dlogits"])
-                sum_dquery(0)
-                return tuple(dvalues)
-
-            plgpu.barrier_wait(barriers["key"])
-            leave("dvalue", fold(path, step, zeros_of(value_dim)), 1.0)
-
-        @pl.when(me == 1)
-        def through_keys():
-            plgpu.barrier_arrive(barriers["factors_free"])
-
-            def step(head, block, number, dkeys):
-                del head, block
-                slot = slot_of(number, SLOTS)
-                plgpu.barrier_wait(barriers["dout"].at[0])
-                delta = across(load(smem["delta"].at[0], ROW))
-
-                def accumulate(refs):
-                    *dkeys, dweights = refs
-                    plgpu.wgmma(dweights, smem["value"], smem["dout"].at[0].T)
-                    products = plgpu.wgmma_accumulator_load(dweights)
-                    plgpu.barrier_arrive(barriers["dout_free"].at[0])
-                    plgpu.barrier_wait(barriers["factors"])
-                    factors = register_tiles.load(smem["factors"], QUERIES)
-                    dlogits = (factors * products).astype(dtype)
-                    plgpu.barrier_arrive(barriers["factors_free"])
-                    plgpu.barrier_wait(barriers["dlogits_free"])
-                    smem["dlogits"][...] = dlogits
-                    plgpu.commit_smem()
-                    plgpu.barrier_arrive(barriers["dlogits"])
-                    plgpu.barrier_wait(barriers["query"].at[slot])
-                    multiply_add(dkeys, dlogits, smem["query"].at[slot])
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(barriers["query_free"].at[slot])
-
-                sums = *dkeys, delta
-                *dkeys, _ = pl.run_state(accumulate)(tuple(map(plgpu.ACC.init, sums)))
-                sum_dquery(1)
-                return tuple(dkeys)
-
-            plgpu.barrier_wait(barriers["key"])
-            leave("dkey", fold(path, step, zeros_of(dim)), spec.scale)
-
-    smem = {
-        "key": swizzled((ROWS, dim), dtype, columns=COLUMNS),
-        "value": swizzled((ROWS, value_dim), dtype),
-        "query": swizzled((SLOTS, QUERIES, dim), dtype, columns=COLUMNS),
-        "dout": swizzled((1, QUERIES, value_dim), dtype),
-        "shift": plgpu.SMEM((SLOTS, QUERIES), jnp.float32),
-        "delta": plgpu.SMEM((1, QUERIES), jnp.float32),
-        "factors": plgpu.SMEM(register_tiles.tile_shape(QUERIES), jnp.float32),
-        "dlogits": swizzled((ROWS, QUERIES), dtype, columns=COLUMNS),
-        "dquery": plgpu.SMEM((2, 1, *walk.dquery_tile[1:]), jnp.float32),
-        "out": swizzled((2, ROWS, 32 // jnp.dtype(dkey_dtype).itemsize), dkey_dtype),
-    }
-    fetched = {"query": ["query", "shift"], "dout": ["dout", "delta"]}
-    if packed:
-        smem["start"] = plgpu.SMEM((SLOTS, QUERIES), jnp.int32)
-        fetched["query"].append("start")
-    barriers = {
-        "key": plgpu.Barrier(num_arrivals=2),
-        "query": plgpu.Barrier(num_arrivals=len(fetched["query"]), num_barriers=SLOTS),
-        "query_free": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
-        "dout": plgpu.Barrier(num_arrivals=len(fetched["dout"]), num_barriers=1),
-        "dout_free": plgpu.Barrier(num_arrivals=2, num_barriers=1),
-        "factors": plgpu.Barrier(),
-        "factors_free": plgpu.Barrier(),
-        "dlogits": plgpu.Barrier(),
-        "dlogits_free": plgpu.Barrier(num_arrivals=2),
-        "dquery": plgpu.Barrier(num_barriers=2),
-        "dquery_free": plgpu.Barrier(num_barriers=2),
-    }
-    sums, dkey, dvalue = walk.launch(
-        compute,
-        partial(walk.fetch, slots={"query": SLOTS, "dout": 1}, names=fetched),
-        lambda refs, smem, barriers: add_parts(
-            walk,
-            refs,
-            smem["dquery"],
-            barriers,
-            units=lambda _: [(n % 2, pl.ds(n, 1)) for n in range(parts)],
-        ),
-        smem,
-        barriers,
-        dkey_dtype,
+def _zeros(dim: int) -> tuple[Float32[Array, "64 _"], ...]:
+    """Accumulators for so many columns."""
+    return tuple(
+        zeros(min(ACCUMULATOR_COLUMNS, dim - first)) for first in range(0, dim, ACCUMULATOR_COLUMNS)
     )
-    return dq_postprocess.Total(sums, walk.seen), dkey, dvalue
 
 
-def takes(dim: int, value_dim: int) -> bool:
-    """Whether the kernel is for heads of this size."""
-    return dim > WIDTH and dim % COLUMNS == 0 and value_dim % COLUMNS == 0
-
-
-def zeros_of(dim: int) -> tuple[Array, ...]:
-    """Parts of a gradient of so many columns."""
-    return tuple(zeros(min(WIDTH, dim - first)) for first in range(0, dim, WIDTH))
-
-
-def multiply_add(parts: list[Any], left: Array, right: Any) -> None:
-    """Adds a product to an accumulator in parts."""
-    for n, part in enumerate(parts):
-        plgpu.wgmma(part, left, right.at[:, pl.ds(n * WIDTH, part.shape[1])])
+def _multiply_add(accumulators: list[Any], left: Float[Array, "64 keys"], right: Any) -> None:
+    """Adds ``left @ right`` to accumulators that lie side by side."""
+    for n, accumulator in enumerate(accumulators):
+        columns = pl.ds(n * ACCUMULATOR_COLUMNS, accumulator.shape[1])
+        plgpu.wgmma(accumulator, left, right.at[:, columns])

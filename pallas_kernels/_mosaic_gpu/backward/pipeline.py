@@ -1,8 +1,8 @@
-"""What the fused Mosaic GPU backward kernels do beside their matrices.
+"""What `fused` and `fused_wide_heads` share: arrays, masks, the producer, and the launch.
 
-A program goes its way over tiles of queries (`pallas_kernels._mosaic_key_path`). Two warpgroups
-compute. One more fetches queries and the gradients of outputs through TMA; another one adds the
-gradients of queries to what other tiles of keys have added (`pallas_kernels._mosaic_adding`).
+A program has four warpgroups. Two are consumers: they compute. One is the producer: it copies keys,
+values, queries and the gradients of outputs to shared memory through TMA. One adds the gradients of
+queries to those of other programs (`dq_accumulate`). `scheduler` says what a program computes.
 """
 
 from collections.abc import Callable
@@ -13,40 +13,49 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Float, Float32, Int
 
 from pallas_kernels._kernels import Queries
 from pallas_kernels._masks import sees
 from pallas_kernels._mosaic_gpu import register_tiles
 from pallas_kernels._mosaic_gpu.backward import dkv_reduce, dq_postprocess
 from pallas_kernels._mosaic_gpu.backward.scheduler import (
-    QUERIES,
-    Path,
-    Paths,
-    cut_at_the_end,
-    fold,
+    QUERY_TILE,
+    BackwardSchedule,
+    ProgramSchedule,
+    fold_steps,
+    plan_with_diagonal,
     slot_of,
-    with_own_queries,
+    split_last_tasks,
 )
-from pallas_kernels._mosaic_gpu.backward.softmax import of_queries
-from pallas_kernels._mosaic_gpu.primitives import MATRIX, ROW, ROWS, across, fresh, load
+from pallas_kernels._mosaic_gpu.backward.softmax import padded_lse_and_delta
+from pallas_kernels._mosaic_gpu.primitives import (
+    MATRIX,
+    ROW,
+    ROWS,
+    broadcast_row,
+    load_as,
+    opaque_to_compiler,
+)
 from pallas_kernels._spec import KeyRun, Spec
 from pallas_kernels._tile_ranges import query_plan, seen_tiles
 from pallas_kernels._varying import vary_as
 
 
-class KeyWalk:
-    """Walks of programs that have ``key_tile`` keys each.
+class BackwardPipeline:
+    """A launch of a fused backward kernel.
 
     Args:
         spec: static settings.
         queries: queries of the shard, and what belongs to them.
-        run: keys.
+        run: keys and values.
         rows: number of queries.
         key_tile: keys of a program.
-        columns: of the parts in which gradients of queries are added.
-        processors: multiprocessors of the GPU.
-        ordered: whether they are added in a fixed order.
-        rounding: what the program that adds last makes of them; if None, they are to be finished.
+        columns: of the slices in which gradients of queries are added up.
+        num_sms: multiprocessors of the GPU.
+        deterministic: whether they are added up in a fixed order.
+        epilogue: makes dq of the sums, in the program that adds last; None leaves the sums to
+            `dq_postprocess`.
     """
 
     def __init__(
@@ -58,149 +67,167 @@ class KeyWalk:
         rows: int,
         key_tile: int,
         columns: int,
-        processors: int,
-        ordered: bool,
-        rounding: dq_postprocess.Rounding | None = None,
+        num_sms: int,
+        deterministic: bool,
+        epilogue: dq_postprocess.DqEpilogue | None = None,
     ):
-        query, dout, lse, delta, start = queries
+        query, start = queries.query, queries.start
         self.spec, self.run, self.query = spec, run, query
-        self.ordered, self.rounding = ordered, rounding
-        self.batch, length, self.heads, self.dim = query.shape
-        _, keys, num_kv, _ = run.value.shape
+        self.deterministic, self.epilogue = deterministic, epilogue
+        self.batch, _, self.heads, self.dim = query.shape
         self.packed = start.ndim > 0
-        has_own = run.offset + keys > 0
-        assert not has_own or run.offset % key_tile == 0
-        paths = Paths(
-            num_kv=num_kv,
-            group=self.heads // num_kv,
-            pairs=num_kv * self.batch,
-            key_tile=key_tile,
-            keys=keys,
-            key_tiles=-(-keys // key_tile),
-            blocks=-(-rows // QUERIES),
-            before_own=-run.offset // key_tile if has_own else -(-keys // key_tile),
-            packed=self.packed,
-            window=spec.window,
-        )
-        self.paths = cut_at_the_end(paths, run.offset, processors)
+        schedule = _schedule(spec, query, run, rows=rows, key_tile=key_tile, packed=self.packed)
+        self.schedule = split_last_tasks(schedule, run.offset, num_sms)
         plan = query_plan(
-            start, spec.window, 0, rows=rows, query_tile=QUERIES,
-            offset=run.offset, length=keys, key_tile=key_tile, reach=0,
+            start, spec.window, 0, rows=rows, query_tile=QUERY_TILE,
+            offset=run.offset, length=run.key.shape[1], key_tile=key_tile, reach=0,
         )  # fmt: skip
         plan = plan if self.packed else plan[None]
-        plan = with_own_queries(plan, self.paths)
-        self.seen = seen_tiles(plan, self.paths.blocks)
-        self.operands: dict[str, Any] = {
+        plan = plan_with_diagonal(plan, self.schedule)
+        self.seen = seen_tiles(plan, self.schedule.num_query_tiles)
+        self.operands = self._operands(queries, plan)
+        if epilogue is not None:
+            has_own_keys = run.offset + run.key.shape[1] > 0
+            assert deterministic and has_own_keys and not self.schedule.longest_first
+        self.dquery_tile = (self.dim // columns, *register_tiles.tile_shape(columns))
+
+    def _operands(self, queries: Queries, plan: Int[Array, "#B tiles 4"]) -> dict[str, Any]:
+        """The arrays that the kernel reads, by name."""
+        query, dout, lse, delta, start = queries
+        length = self.schedule.num_query_tiles * QUERY_TILE
+        operands = {
             "query": query,
             "dout": dout,
-            **of_queries(spec, lse, delta, self.paths.blocks * QUERIES),
-            "key": run.key,
-            "value": run.value,
+            **padded_lse_and_delta(self.spec, lse, delta, length),
+            "key": self.run.key,
+            "value": self.run.value,
             "plan": plan,
         }
         if self.packed:
-            pad = ((0, 0), (0, -length % QUERIES))
-            self.operands["start"] = jnp.pad(start, pad, mode="edge")
-        if rounding is not None:
-            assert ordered and has_own and not self.paths.longest_first
-        self.dquery_tile = (self.dim // columns, *register_tiles.tile_shape(columns))
+            pad = ((0, 0), (0, -query.shape[1] % QUERY_TILE))
+            operands["start"] = jnp.pad(start, pad, mode="edge")
+        return operands
 
-    def path(self, refs: dict[str, Any]) -> Path:
-        """A program's way."""
-        return Path(self.paths, lax.axis_index("program"), refs["plan"], refs.get("start"))
+    def program_schedule(self, refs: dict[str, Any]) -> ProgramSchedule:
+        """The schedule of the program that asks."""
+        index = lax.axis_index("program")
+        return ProgramSchedule(self.schedule, index, refs["plan"], refs.get("start"))
 
-    def mask(self, start_smem: Any, first_key: Array, block: Array, weights: Array) -> Array:
+    def mask(
+        self,
+        start_smem: Any,
+        first_key: Int[Array, ""],
+        query_block: Int[Array, ""],
+        weights: Float32[Array, "64 queries"],
+    ) -> Float32[Array, "64 queries"]:
         """Weights of `ROWS` keys from a position on, zero where queries do not see them."""
-        j = plgpu.broadcasted_iota(jnp.int32, (ROWS, QUERIES), 0, layout=MATRIX)
-        i = plgpu.broadcasted_iota(jnp.int32, (ROWS, QUERIES), 1, layout=MATRIX)
-        i, j = i * fresh(1) + block * QUERIES, j + first_key
-        starts = across(load(start_smem, ROW)) if self.packed else None
+        j = plgpu.broadcasted_iota(jnp.int32, (ROWS, QUERY_TILE), 0, layout=MATRIX)
+        i = plgpu.broadcasted_iota(jnp.int32, (ROWS, QUERY_TILE), 1, layout=MATRIX)
+        i, j = i * opaque_to_compiler(1) + query_block * QUERY_TILE, j + first_key
+        starts = broadcast_row(load_as(start_smem, ROW)) if self.packed else None
         seen = sees(i, j, starts, self.spec.window, 0, packed=self.packed)
-        if self.paths.keys % self.paths.key_tile:
-            seen &= j < self.run.offset + self.paths.keys
+        if self.schedule.num_keys % self.schedule.key_tile:
+            seen &= j < self.run.offset + self.schedule.num_keys
         return jnp.where(seen, weights, 0.0)
 
-    def fetch(self, refs, smem, barriers, slots: dict[str, int], names: dict[str, list[str]]):
-        """Fetches keys and values, and for each step what has ``names`` into so many ``slots``."""
-        path, size = self.path(refs), self.paths.key_tile
-        for name in ("key", "value"):
-            source = refs[name].at[path.row, pl.ds(path.tile * size, size), path.kv_head]
-            plgpu.copy_gmem_to_smem(source, smem[name], barriers["key"])
+    def produce(
+        self,
+        refs: dict[str, Any],
+        smem: dict[str, Any],
+        barriers: dict[str, Any],
+        slots: dict[str, int],
+        names: dict[str, list[str]],
+    ) -> None:
+        """The producer: copies keys and values once, and the arrays of each step.
 
-        def step(head, block, number, _):
-            where = pl.ds(block * QUERIES, QUERIES)
-            sources = {
-                "query": (path.row, where, head),
-                "dout": (path.row, where, head),
-                "shift": (path.row, head, where),
-                "delta": (path.row, head, where),
-                "start": (path.row, where),
+        Args:
+            refs: arrays in global memory.
+            smem: buffers, with slots in front but for keys and values.
+            barriers: "key", and for each name in ``names`` a barrier on which copies arrive, and
+                one with "_free" on which the consumers arrive when they have read a slot.
+            slots: how many slots the arrays of each barrier have.
+            names: the arrays of each barrier.
+        """
+        schedule, size = self.program_schedule(refs), self.schedule.key_tile
+        for name in ("key", "value"):
+            src = refs[name].at[
+                schedule.row, pl.ds(schedule.key_block * size, size), schedule.kv_head
+            ]
+            plgpu.copy_gmem_to_smem(src, smem[name], barriers["key"])
+
+        def step(head, query_block, number, _):
+            rows = pl.ds(query_block * QUERY_TILE, QUERY_TILE)
+            indices = {
+                "query": (schedule.row, rows, head),
+                "dout": (schedule.row, rows, head),
+                "shift": (schedule.row, head, rows),
+                "delta": (schedule.row, head, rows),
+                "start": (schedule.row, rows),
             }
             for barrier, members in names.items():
                 slot = slot_of(number, slots[barrier])
                 plgpu.barrier_wait(barriers[barrier + "_free"].at[slot])
                 for name in members:
-                    source, there = refs[name].at[sources[name]], smem[name].at[slot]
-                    plgpu.copy_gmem_to_smem(source, there, barriers[barrier].at[slot])
+                    src, dst = refs[name].at[indices[name]], smem[name].at[slot]
+                    plgpu.copy_gmem_to_smem(src, dst, barriers[barrier].at[slot])
 
-        fold(path, step, None)
+        fold_steps(schedule, step, None)
 
     def launch(
         self,
-        compute: Callable[..., None],
-        fetch: Callable[..., None],
-        add: Callable[..., None],
+        consume: Callable[..., None],
+        produce: Callable[..., None],
+        accumulate_dq: Callable[..., None],
         smem: dict[str, Any],
         barriers: dict[str, Any],
         dkey_dtype: jnp.dtype,
-    ) -> tuple[Array, Array, Array]:
-        """Runs ``compute(refs, smem, barriers, warpgroup)`` and so on side by side.
+    ) -> tuple[Float[Array, "B *_"], Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
+        """Runs the kernel.
+
+        Args:
+            consume: ``consume(refs, smem, barriers, warpgroup)``, of warpgroups 0 and 1.
+            produce: ``produce(refs, smem, barriers)``, of warpgroup 2.
+            accumulate_dq: likewise, of warpgroup 3.
+            smem: types of the buffers in shared memory.
+            barriers: types of the barriers.
+            dkey_dtype: of dkey and dvalue.
 
         Returns:
-            The sums of a `dq_postprocess.Total`, or with `rounding` dquery; dkey; dvalue.
+            The slices of `DqSums`, or with an epilogue dquery; dkey; dvalue.
         """
-        queries = self.batch, self.heads, self.paths.blocks
-        outputs = {
-            "dquery": jax.ShapeDtypeStruct((*queries, *self.dquery_tile), jnp.float32),
-            "dkey": jax.ShapeDtypeStruct(self.run.key.shape, dkey_dtype),
-            "dvalue": jax.ShapeDtypeStruct(self.run.value.shape, dkey_dtype),
-        }
-        if self.rounding is not None:
-            outputs["out"] = self.rounding.out_type
-        dims = {"dkey": self.dim, "dvalue": self.run.value.shape[3]}
-        sums = dkv_reduce.sums(self.paths, dims)
-        counters = {"counter": queries} | dkv_reduce.counters(self.paths)
+        semaphores, outputs, partial_sums = self._results(dkey_dtype)
         operands = self.operands | {
-            name: jax.new_ref(jnp.zeros(shape, jnp.int32)) for name, shape in counters.items()
+            name: jax.new_ref(jnp.zeros(shape, jnp.int32)) for name, shape in semaphores.items()
         }
 
         def ring_swa_backward_fused(*refs):
-            inputs = dict(zip((*operands, *outputs, *sums), refs, strict=True))
+            inputs = dict(zip((*operands, *outputs, *partial_sums), refs, strict=True))
 
             def body(smem, barriers):
-                me = lax.axis_index("warpgroup")
+                warpgroup = lax.axis_index("warpgroup")
 
-                @pl.when(me < 2)
-                def computing():
+                # A multiprocessor has 512 registers for each thread of a warpgroup.
+                @pl.when(warpgroup < 2)
+                def consumers():
                     plgpu.set_max_registers(232, action="increase")
-                    compute(inputs, smem, barriers, me)
+                    consume(inputs, smem, barriers, warpgroup)
 
-                @pl.when(me == 2)
-                def fetching():
+                @pl.when(warpgroup == 2)
+                def producer():
                     plgpu.set_max_registers(24, action="decrease")
-                    fetch(inputs, smem, barriers)
+                    produce(inputs, smem, barriers)
 
-                @pl.when(me == 3)
-                def adding():
+                @pl.when(warpgroup == 3)
+                def dq_accumulator():
                     plgpu.set_max_registers(24, action="decrease")
-                    add(inputs, smem, barriers)
+                    accumulate_dq(inputs, smem, barriers)
 
             pl.run_scoped(body, smem, barriers, collective_axes="warpgroup")
 
         results = plgpu.kernel(
             ring_swa_backward_fused,
-            out_type=(*outputs.values(), *sums.values()),
-            grid=(self.paths.programs,),
+            out_type=(*outputs.values(), *partial_sums.values()),
+            grid=(self.schedule.programs,),
             grid_names=("program",),
             num_threads=4,
             thread_name="warpgroup",
@@ -208,7 +235,52 @@ class KeyWalk:
                 approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
             ),
         )(*operands.values())
-        # Kernels of Mosaic GPU know nothing of manual mesh axes.
-        found = dict(zip((*outputs, *sums), (vary_as(self.query, x) for x in results), strict=True))
-        dquery = found["dquery"] if self.rounding is None else self.rounding.whole(found["out"])
+        # Kernels of Mosaic GPU drop manual mesh axes.
+        arrays = (vary_as(self.query, x) for x in results)
+        found = dict(zip((*outputs, *partial_sums), arrays, strict=True))
+        dquery = found["dquery_sums"] if self.epilogue is None else self.epilogue.crop(found["out"])
         return dquery, found["dkey"], found["dvalue"]
+
+    def _results(self, dkey_dtype: jnp.dtype):
+        """Shapes of semaphores, types of outputs, and of the partial sums of split tasks."""
+        tiles = self.batch, self.heads, self.schedule.num_query_tiles
+        # Each tile of queries has a semaphore: how many programs have added to its gradients.
+        semaphores = {"adders": tiles} | dkv_reduce.semaphore_shapes(self.schedule)
+        outputs = {
+            "dquery_sums": jax.ShapeDtypeStruct((*tiles, *self.dquery_tile), jnp.float32),
+            "dkey": jax.ShapeDtypeStruct(self.run.key.shape, dkey_dtype),
+            "dvalue": jax.ShapeDtypeStruct(self.run.value.shape, dkey_dtype),
+        }
+        if self.epilogue is not None:
+            outputs["out"] = self.epilogue.out_type
+        dims = {"dkey": self.dim, "dvalue": self.run.value.shape[3]}
+        return semaphores, outputs, dkv_reduce.partial_sum_types(self.schedule, dims)
+
+
+def _schedule(
+    spec: Spec,
+    query: Float[Array, "B T N H"],
+    run: KeyRun,
+    *,
+    rows: int,
+    key_tile: int,
+    packed: bool,
+) -> BackwardSchedule:
+    """The schedule of a launch, without split tasks."""
+    batch, _, heads, _ = query.shape
+    _, num_keys, num_kv_heads, _ = run.value.shape
+    has_own_keys = run.offset + num_keys > 0
+    assert not has_own_keys or run.offset % key_tile == 0
+    num_key_tiles = pl.cdiv(num_keys, key_tile)
+    return BackwardSchedule(
+        num_kv_heads=num_kv_heads,
+        group_size=heads // num_kv_heads,
+        batch_kv_heads=num_kv_heads * batch,
+        key_tile=key_tile,
+        num_keys=num_keys,
+        num_key_tiles=num_key_tiles,
+        num_query_tiles=pl.cdiv(rows, QUERY_TILE),
+        halo_key_tiles=-run.offset // key_tile if has_own_keys else num_key_tiles,
+        packed=packed,
+        window=spec.window,
+    )

@@ -1,20 +1,28 @@
-"""Ways of the fused Mosaic GPU backward kernels over tiles of queries: which program is where when.
+"""Which program of a fused Mosaic GPU backward kernel computes what, and in which order.
 
-A program has one tile of keys and takes the tiles of queries that see them, of heads of the
-group. Gradients of queries are added in a fixed order, as a rule from the last keys to the first,
-so that results repeat their bits. Each tile of keys begins with its own queries and goes on to
-later ones, so that tiles of keys at work side by side are at different queries, reach a tile of
-queries one after the other, in that order, and hardly wait; head by head, so that what they read
-and add stays in the L2 cache. Programs take tiles of keys from the last to the first too: they
-start in the order of their numbers, so that what one waits for is under way.
+A program has one tile of keys, and the queries of all heads of its group that see these keys. Its
+steps are pairs of a query head and a tile of queries. Names: ``key_block`` and ``query_block`` are
+the numbers of a tile of keys and of a tile of queries (FlashAttention's n_block and m_block); a
+*group* is the query heads that share a head of keys; *own* keys are the shard's, as opposed to a
+halo's.
 
-Without a window and documents the first keys have the most queries. So they come first, several
-heads side by side, which leaves no multiprocessor idle at the end; and all walk down from the last
-queries, at each of them through all heads of the group, so that programs that have started together
-are at the same queries.
+Several programs add to the gradients of a query, in a fixed order, so that results repeat their
+bits. The order of programs and of their steps is chosen so that they rarely wait for each other:
 
-A task is a tile of keys with all heads of its group. At the end of a launch, where multiprocessors
-would wait for the last tasks, some of these are cut into programs of fewer heads each.
+- As a rule the program with the last keys adds first. A program starts at the query tile on its
+  diagonal and moves to later ones. Concurrent programs therefore reach a query tile one by one, in
+  the order in which they must add. They go through one head after the other, so that what they read
+  and add stays in the L2 cache.
+- Without a window and documents the first keys have the most queries. Their programs come first, of
+  several heads at once, so that no long program is left for the end. All go from the last queries
+  to the first, and through all heads of the group at each tile, so that programs that started
+  together are at the same queries.
+
+A program waits only for programs with lower indices, which the GPU has started before it.
+
+A *task* is a tile of keys with all heads of its group. At the end of a launch some multiprocessors
+would be idle while the last tasks run. So some tasks are split into parts of fewer heads, each of
+which is a program.
 """
 
 import dataclasses
@@ -25,311 +33,388 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Bool, Int
 
 from pallas_kernels._mosaic_gpu.primitives import ROWS, fori
 
-QUERIES = ROWS
+QUERY_TILE = ROWS
 """Queries of a tile."""
 
 
-SIDE = 16
-"""Heads side by side without a window: so few that several programs share one's queries."""
+HEADS_SIDE_BY_SIDE = 16
+"""Query heads whose tiles of keys alternate without a window: few, so that several programs read
+the same queries from the L2 cache."""
 
 
-MANY = 64
-"""Tasks for each multiprocessor of a GPU."""
+MAX_TASKS_PER_SM = 64
+"""Above so many tasks for each multiprocessor none is split: the last ones take next to nothing of
+the whole time."""
 
 
-class Share(NamedTuple):
-    """What a program has of a task: ``heads`` of the group's, ``first_head`` and so on.
+class TaskPart(NamedTuple):
+    """The heads of a task's group that one program computes.
 
-    It is the last ``part`` of the task or not; ``number`` counts tasks that are cut.
+    Attributes:
+        task: number of the task.
+        first_head: of the part, counted from the group's first.
+        heads: how many.
+        part: number of the part.
+        is_last: whether it is the task's last part.
+        number: number of the task among those that are split.
     """
 
-    task: Array
-    first_head: Array
-    heads: Array | int
-    part: Array
-    is_last: Array
-    number: Array
+    task: Int[Array, ""]
+    first_head: Int[Array, ""]
+    heads: Int[Array, ""] | int
+    part: Int[Array, ""]
+    is_last: Bool[Array, ""]
+    number: Int[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)
-class Paths:
-    """What the ways of all programs of a launch have in common.
+class BackwardSchedule:
+    """What the schedules of all programs of a launch have in common.
 
     Attributes:
-        num_kv: heads of keys.
-        group: query heads of each.
-        pairs: of a row of the batch and a head of keys.
-        key_tile: keys of a program.
-        keys: all of them.
-        key_tiles: their tiles.
-        blocks: tiles of queries.
-        before_own: tiles of keys of a halo, before those of keys beside the queries.
+        num_kv_heads: heads of keys.
+        group_size: query heads of each.
+        batch_kv_heads: heads of keys in all rows of the batch.
+        key_tile: keys of a tile.
+        num_keys: all keys.
+        num_key_tiles: their tiles.
+        num_query_tiles: tiles of queries.
+        halo_key_tiles: how many of the tiles of keys are a halo's; they come before the own ones.
         packed: whether there are documents.
         window: keys before a query that it sees, or None.
-        cut: how many of the last tasks are cut into parts.
-        parts: so many, each for as many of the group's heads.
+        split_tasks: how many of the last tasks are split.
+        parts: into how many parts each.
     """
 
-    num_kv: int
-    group: int
-    pairs: int
+    num_kv_heads: int
+    group_size: int
+    batch_kv_heads: int
     key_tile: int
-    keys: int
-    key_tiles: int
-    blocks: int
-    before_own: int
+    num_keys: int
+    num_key_tiles: int
+    num_query_tiles: int
+    halo_key_tiles: int
     packed: bool
     window: int | None
-    cut: int = 0
+    split_tasks: int = 0
     parts: int = 1
 
     @property
     def longest_first(self) -> bool:
-        """Whether the first tiles of keys come first, and add first."""
+        """Whether programs of the first keys, which have the most queries, start and add first."""
         return self.window is None and not self.packed
 
     @property
-    def side(self) -> int | None:
-        """How many pairs are side by side; None: one comes after the other."""
-        return max(1, SIDE // self.group) if self.longest_first else None
+    def kv_heads_side_by_side(self) -> int | None:
+        """How many heads of keys alternate; None: one head has all its programs before the next."""
+        return max(1, HEADS_SIDE_BY_SIDE // self.group_size) if self.longest_first else None
 
     @property
-    def beside(self) -> int:
-        """Tiles of queries beside one of keys."""
-        return self.key_tile // QUERIES
+    def query_tiles_per_key_tile(self) -> int:
+        """Tiles of queries at the positions of one tile of own keys."""
+        return self.key_tile // QUERY_TILE
 
     @property
     def tasks(self) -> int:
-        """Tiles of keys of all pairs."""
-        return self.pairs * self.key_tiles
+        """Tiles of keys of all heads of keys."""
+        return self.batch_kv_heads * self.num_key_tiles
 
     @property
     def programs(self) -> int:
-        """How many there are: the tasks that are cut come last, first all of their first parts."""
-        return self.tasks + self.cut * (self.parts - 1)
+        """How many there are: whole tasks, the first parts of all split tasks, the second ..."""
+        return self.tasks + self.split_tasks * (self.parts - 1)
 
-    def share(self, index: Array) -> "Share":
-        """What a program has of a task."""
-        if not self.cut:
+    def task_part(self, index: Int[Array, ""]) -> TaskPart:
+        """What program ``index`` computes."""
+        if not self.split_tasks:
             zero = jnp.int32(0)
-            return Share(index, zero, self.group, zero, jnp.bool_(True), zero)
-        whole, size = jnp.int32(self.tasks - self.cut), self.group // self.parts
+            return TaskPart(index, zero, self.group_size, zero, jnp.bool_(True), zero)
+        whole = jnp.int32(self.tasks - self.split_tasks)
+        part_size = self.group_size // self.parts
         beyond = jnp.maximum(index - whole, 0)
-        part, number = (f(beyond, jnp.int32(self.cut)) for f in (lax.div, lax.rem))
-        is_cut = index >= whole
-        return Share(
+        part, number = (f(beyond, jnp.int32(self.split_tasks)) for f in (lax.div, lax.rem))
+        is_split = index >= whole
+        return TaskPart(
             task=jnp.minimum(index, whole + number),
-            first_head=part * size,
-            heads=jnp.where(is_cut, size, self.group),
+            first_head=part * part_size,
+            heads=jnp.where(is_split, part_size, self.group_size),
             part=part,
-            is_last=~is_cut | (part == self.parts - 1),
+            is_last=~is_split | (part == self.parts - 1),
             number=number,
         )
 
-    def steps(self, offset: int, *, nobodys_halo: bool = False) -> list[int]:
-        """How many tiles of queries a head of each task sees if there are no documents.
+    def steps_per_head(self, offset: int, *, halo_is_seen: bool = True) -> list[int]:
+        """How many tiles of queries see each task's keys if there are no documents.
 
-        Tasks are in their order; ``offset`` is the position of the first key.
+        Args:
+            offset: position of the first key.
+            halo_is_seen: False for a ring's first device, whose halo belongs to no sequence.
+
+        Returns:
+            A number for each task, in their order.
         """
-        ends = [min((n + 1) * self.key_tile, self.keys) + offset for n in range(self.key_tiles)]
-        begins = [max(n * self.key_tile + offset, 0) // QUERIES for n in range(self.key_tiles)]
-        found = [
+        tiles = range(self.num_key_tiles)
+        ends = [min((n + 1) * self.key_tile, self.num_keys) + offset for n in tiles]
+        begins = [max(n * self.key_tile + offset, 0) // QUERY_TILE for n in tiles]
+        steps = [
             0
-            if nobodys_halo and end <= 0
-            else self.blocks - begin
+            if end <= 0 and not halo_is_seen
+            else self.num_query_tiles - begin
             if self.window is None
-            else min((end - 1 + self.window) // QUERIES + 1, self.blocks) - begin
+            else min((end - 1 + self.window) // QUERY_TILE + 1, self.num_query_tiles) - begin
             for begin, end in zip(begins, ends, strict=True)
         ]
-        if self.side is None:
-            return found[::-1] * self.pairs
-        sides = [self.side] * (self.pairs // self.side) + [self.pairs % self.side]
-        return [steps for side in sides for steps in found for _ in range(side)]
+        side = self.kv_heads_side_by_side
+        if side is None:
+            return steps[::-1] * self.batch_kv_heads
+        sides = [side] * (self.batch_kv_heads // side) + [self.batch_kv_heads % side]
+        return [n for side in sides for n in steps for _ in range(side)]
 
 
-class Path:
-    """The way of one program.
+class ProgramSchedule:
+    """The steps of one program.
 
-    A state of it says how many of its heads, and how many tiles of queries, are behind.
+    The state of a schedule, ``(member, n)``, says at which of the program's heads and at which of
+    its tiles of queries it is, both counted from 0.
 
     Args:
-        paths: all of them.
-        index: the program's number.
-        plan: `pallas_kernels._band.query_plan`, after `with_own_queries`, as a ref.
+        launch: what all programs have in common.
+        index: the program's.
+        plan: `pallas_kernels._tile_ranges.query_plan`, after `plan_with_diagonal`, as a ref.
         start: where the sequence of each query starts, as a ref; None if there is one sequence.
     """
 
-    def __init__(self, paths: Paths, index: Array, plan: Any, start: Any):
-        self.paths = paths
-        self.share = paths.share(index)
-        pair, self.tile = task(self.share.task, paths.key_tiles, paths.pairs, paths.side)
-        self.row, self.kv_head = (f(pair, jnp.int32(paths.num_kv)) for f in (lax.div, lax.rem))
-        row = self.row if paths.packed else 0
-        self.begin, self.clear_begin, self.clear_end, self.end = (
-            plan[row, self.tile, n] for n in range(4)
+    def __init__(self, launch: BackwardSchedule, index: Int[Array, ""], plan: Any, start: Any):
+        self.launch = launch
+        self.part = launch.task_part(index)
+        batch_kv_head, self.key_block = task_coordinates(
+            self.part.task,
+            launch.num_key_tiles,
+            launch.batch_kv_heads,
+            launch.kv_heads_side_by_side,
         )
-        # Tiles of keys see consecutive tiles of queries, and begin and end in their own order.
-        ended = plan[row, jnp.maximum(self.tile - 1, 0), 3]
-        self.last_from = jnp.where(self.tile > 0, ended, 0)
-        self.steps = (self.end - self.begin) * self.share.heads
-        self.near = None
-        if paths.packed and paths.before_own < paths.key_tiles:
-            own_tile = self.tile - paths.before_own
-            own_keys = paths.keys - paths.before_own * paths.key_tile
-            last_key = jnp.minimum((own_tile + 1) * paths.key_tile, own_keys) - 1
-            several = start[row, jnp.maximum(last_key, 0)] > own_tile * paths.key_tile
-            self.near = jnp.where((own_tile >= 0) & several, paths.beside, 0)
+        num_kv_heads = jnp.int32(launch.num_kv_heads)
+        self.row, self.kv_head = (f(batch_kv_head, num_kv_heads) for f in (lax.div, lax.rem))
+        row = self.row if launch.packed else 0
+        self.begin, self.clear_begin, self.clear_end, self.end = (
+            plan[row, self.key_block, n] for n in range(4)
+        )
+        # The query tiles of consecutive tiles of keys begin and end in the same order. So this
+        # program adds last to those that the tile of keys before it does not reach.
+        end_before = plan[row, jnp.maximum(self.key_block - 1, 0), 3]
+        self.adds_last_from = jnp.where(self.key_block > 0, end_before, 0)
+        self.steps = (self.end - self.begin) * self.part.heads
+        self.diagonal_tiles = None
+        if launch.packed and launch.halo_key_tiles < launch.num_key_tiles:
+            self.diagonal_tiles = self._diagonal_tiles(start, row)
+
+    def _diagonal_tiles(self, start: Any, row: int | Int[Array, ""]) -> Int[Array, ""]:
+        """Query tiles to begin with, for all heads: those on the diagonal, or 0.
+
+        They come first where the keys are of several documents: programs of the first of these
+        documents would else wait for this one until the end of each of its heads.
+        """
+        launch = self.launch
+        own_block = self.key_block - launch.halo_key_tiles
+        own_keys = launch.num_keys - launch.halo_key_tiles * launch.key_tile
+        last_key = jnp.minimum((own_block + 1) * launch.key_tile, own_keys) - 1
+        several = start[row, jnp.maximum(last_key, 0)] > own_block * launch.key_tile
+        return jnp.where((own_block >= 0) & several, launch.query_tiles_per_key_tile, 0)
 
     @property
-    def first(self) -> tuple[Array, Array]:
-        """The first state."""
+    def first_state(self) -> tuple[Int[Array, ""], Int[Array, ""]]:
+        """The state of the first step."""
         return jnp.int32(0), jnp.int32(0)
 
-    def after(self, member: Array, n: Array) -> tuple[Array, Array]:
-        """The next state."""
-        if self.paths.longest_first:
-            return following_down(member, n, self.share.heads)
-        return following(member, n, self.share.heads, self.end - self.begin, self.near)
+    def next_state(
+        self, member: Int[Array, ""], n: Int[Array, ""]
+    ) -> tuple[Int[Array, ""], Int[Array, ""]]:
+        """The state of the step after this one."""
+        if self.launch.longest_first:
+            return next_state_heads_first(member, n, self.part.heads)
+        tiles = self.end - self.begin
+        return next_state_tiles_first(member, n, self.part.heads, tiles, self.diagonal_tiles)
 
-    def at(self, member: Array, n: Array) -> tuple[Array, Array]:
-        """(head, tile of queries) of a state."""
-        block = self.end - 1 - n if self.paths.longest_first else self.begin + n
-        head = self.kv_head * self.paths.group + self.share.first_head + member
-        return head, block
+    def coordinates(
+        self, member: Int[Array, ""], n: Int[Array, ""]
+    ) -> tuple[Int[Array, ""], Int[Array, ""]]:
+        """(query head, tile of queries) of a state."""
+        query_block = self.end - 1 - n if self.launch.longest_first else self.begin + n
+        head = self.kv_head * self.launch.group_size + self.part.first_head + member
+        return head, query_block
 
-    def is_clear(self, block: Array) -> Array:
-        """Whether all queries of a tile see all keys of the program."""
-        return (block >= self.clear_begin) & (block < self.clear_end)
+    def is_clear(self, query_block: Int[Array, ""]) -> Bool[Array, ""]:
+        """Whether all queries of a tile see all keys of the program, so that no mask is needed."""
+        return (query_block >= self.clear_begin) & (query_block < self.clear_end)
 
-    def before(self, block: Array) -> Array:
+    def adders_before(self, query_block: Int[Array, ""]) -> Int[Array, ""]:
         """How many programs add to a tile of queries before this one."""
-        if self.paths.longest_first:
-            return self.tile
-        # The last keys that a tile of queries sees are beside it; all of a halo's are before it.
-        own = self.paths.before_own + lax.div(block, jnp.int32(self.paths.beside))
-        return jnp.minimum(own, self.paths.key_tiles - 1) - self.tile
+        launch = self.launch
+        if launch.longest_first:
+            return self.key_block
+        # The last keys that a tile of queries sees are at its own positions. Those of a halo are
+        # all before it.
+        diagonal = lax.div(query_block, jnp.int32(launch.query_tiles_per_key_tile))
+        last_block = launch.halo_key_tiles + diagonal
+        return jnp.minimum(last_block, launch.num_key_tiles - 1) - self.key_block
 
-    def is_last(self, block: Array) -> Array:
-        """Whether no program adds to a tile of queries after this one; if not longest first."""
-        return block >= self.last_from
+    def adds_last(self, query_block: Int[Array, ""]) -> Bool[Array, ""]:
+        """Whether no program adds to a tile of queries after this one; not if `longest_first`."""
+        return query_block >= self.adds_last_from
 
 
 @functools.cache
-def cut_at_the_end(paths: Paths, offset: int, processors: int) -> Paths:
-    """With the last tasks cut where that takes less time; ``offset`` is that of the first key."""
-    if paths.tasks > MANY * processors:  # the last ones are next to nothing of all
-        return paths
-    devices = [paths.steps(offset)]
-    several = 0 < paths.before_own < paths.key_tiles
-    if several:  # a ring's first device has a halo that is nobody's
-        devices.append(paths.steps(offset, nobodys_halo=True))
-    # A halo's tasks wait for those before them, of the same heads: so all of them or none.
-    some = {paths.key_tiles} if several else {processors // 2, processors}
-    cut, parts = cut_of_tasks(devices, paths.group, processors, some)
-    return dataclasses.replace(paths, cut=cut, parts=parts)
+def split_last_tasks(schedule: BackwardSchedule, offset: int, num_sms: int) -> BackwardSchedule:
+    """The schedule with its last tasks split, where that takes less time.
 
-
-def with_own_queries(plan: Array, paths: Paths) -> Array:
-    """The `query_plan`, [..., tiles of keys, 4], but that all own keys see the queries beside them.
-
-    So each tile of queries is seen, also one of padding, which has no gradient.
+    Args:
+        schedule: without split tasks.
+        offset: position of the first key.
+        num_sms: multiprocessors of the GPU.
     """
-    number = jnp.arange(1, paths.key_tiles + 1, dtype=jnp.int32) - paths.before_own
-    return plan.at[..., 3].max(jnp.minimum(number * paths.beside, paths.blocks))
+    if schedule.tasks > MAX_TASKS_PER_SM * num_sms:
+        return schedule
+    devices = [schedule.steps_per_head(offset)]
+    has_both = 0 < schedule.halo_key_tiles < schedule.num_key_tiles
+    if has_both:  # the first device of a ring takes part in the mean, with a halo that is not seen
+        devices.append(schedule.steps_per_head(offset, halo_is_seen=False))
+    # The programs of a halo's keys wait for those of the own keys of the same heads. So all tiles
+    # of keys of a head are split, or none.
+    counts = {schedule.num_key_tiles} if has_both else {num_sms // 2, num_sms}
+    split_tasks, parts = choose_split(devices, schedule.group_size, num_sms, counts)
+    return dataclasses.replace(schedule, split_tasks=split_tasks, parts=parts)
 
 
-def task(index, key_tiles: int, pairs: int, side: int | None):
-    """(which of the pairs of a row and a head, which of its tiles of keys) a program has.
+def plan_with_diagonal(
+    plan: Int[Array, "B tiles 4"], schedule: BackwardSchedule
+) -> Int[Array, "B tiles 4"]:
+    """The `query_plan` in which all own keys see the queries at their own positions.
 
-    The last tiles of a pair first; or the first ones of so many pairs ``side`` by side.
+    So each tile of queries has a program that writes its gradient, also a tile of padding.
+    """
+    number = jnp.arange(1, schedule.num_key_tiles + 1, dtype=jnp.int32) - schedule.halo_key_tiles
+    diagonal_end = number * schedule.query_tiles_per_key_tile
+    return plan.at[..., 3].max(jnp.minimum(diagonal_end, schedule.num_query_tiles))
+
+
+def task_coordinates(
+    index: Int[Array, "*n"], num_key_tiles: int, batch_kv_heads: int, side: int | None
+) -> tuple[Int[Array, "*n"], Int[Array, "*n"]]:
+    """(head of keys in the batch, tile of keys) of a task.
+
+    With ``side`` None, a head's tiles of keys from the last to the first, then the next head's.
+    Else from the first to the last, those of ``side`` heads alternating.
     """
     if side is None:
-        last = key_tiles - 1
-        return lax.div(index, jnp.int32(key_tiles)), last - lax.rem(index, jnp.int32(key_tiles))
-    before = lax.div(index, jnp.int32(key_tiles * side)) * side
-    index = index - before * key_tiles
-    width = jnp.minimum(pairs - before, side)
+        last = num_key_tiles - 1
+        count = jnp.int32(num_key_tiles)
+        return lax.div(index, jnp.int32(num_key_tiles)), last - lax.rem(index, count)
+    before = lax.div(index, jnp.int32(num_key_tiles * side)) * side
+    index = index - before * num_key_tiles
+    width = jnp.minimum(batch_kv_heads - before, side)
     return before + lax.rem(index, width), lax.div(index, width)
 
 
-def following(member, n, group, count, beside=None):
-    """The next step of a walk over ``count`` tiles of queries of a group's heads, head by head.
+def next_state_tiles_first(
+    member: Int[Array, ""],
+    n: Int[Array, ""],
+    heads: int | Int[Array, ""],
+    tiles: int | Int[Array, ""],
+    diagonal_tiles: int | Int[Array, ""] | None = None,
+) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """The next state of a schedule that takes one head after the other.
 
-    But if so many tiles ``beside`` the tile of keys are given, they come first, for all heads. That
-    is for keys of several documents: tiles of keys of the first one would else wait for this walk
-    at the end of each of their heads.
+    Args:
+        member: which of the heads.
+        n: which of the tiles of queries.
+        heads: how many heads there are.
+        tiles: how many tiles of queries.
+        diagonal_tiles: how many of these come first, each for all heads; or None.
     """
-    last = n == count - 1
-    if beside is None:
+    last = n == tiles - 1
+    if diagonal_tiles is None:
         return jnp.where(last, member + 1, member), jnp.where(last, 0, n + 1)
-    near = n < beside
-    last = jnp.where(near, member == group - 1, last)
-    next_head = near != last
-    next_member = jnp.where(next_head, member + 1, jnp.where(near, 0, member))
-    return next_member, jnp.where(next_head, jnp.where(near, n, beside), n + 1)
+    on_diagonal = n < diagonal_tiles
+    last = jnp.where(on_diagonal, member == heads - 1, last)
+    # On the diagonal the last head leads to the next tile; beyond it the last tile to the next
+    # head.
+    next_head = on_diagonal != last
+    next_member = jnp.where(next_head, member + 1, jnp.where(on_diagonal, 0, member))
+    return next_member, jnp.where(next_head, jnp.where(on_diagonal, n, diagonal_tiles), n + 1)
 
 
-def following_down(member, n, group):
-    """The next step of a walk over tiles of queries, at each of them through a group's heads."""
-    last = member == group - 1
+def next_state_heads_first(
+    member: Int[Array, ""], n: Int[Array, ""], heads: int | Int[Array, ""]
+) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """The next state of a schedule that takes all heads at each tile of queries."""
+    last = member == heads - 1
     return jnp.where(last, 0, member + 1), jnp.where(last, n + 1, n)
 
 
-def fold(path: Path, step: Callable[..., Any], carry: Any) -> Any:
-    """Folds ``step(head, block, number, carry)`` over a program's tiles of queries."""
+def fold_steps(schedule: ProgramSchedule, step: Callable[..., Any], carry: Any) -> Any:
+    """Folds ``step(head, query_block, number, carry)`` over a program's steps."""
 
     def visit(number, state):
-        *here, carry = state
-        carry = step(*path.at(*here), number, carry)
-        return *path.after(*here), carry
+        *position, carry = state
+        carry = step(*schedule.coordinates(*position), number, carry)
+        return *schedule.next_state(*position), carry
 
-    return fori(0, path.steps, visit, (*path.first, carry))[2]
+    return fori(0, schedule.steps, visit, (*schedule.first_state, carry))[2]
 
 
-def slot_of(number: Array, slots: int) -> Array:
-    """Where the arrays of a step are, of so many places."""
+def slot_of(number: Int[Array, ""], slots: int) -> Int[Array, ""]:
+    """Which of so many buffers in shared memory a step uses."""
     return lax.rem(number, jnp.int32(slots))
 
 
-AROUND, HANDING = 3, 2
-"""What it takes to begin and end a program of the fused backward kernel, and to hand its sums on to
-another one, in tiles of queries: 7 and about 4 microseconds on an H100, where a tile takes 2.2.
-Measured with heads of 128, and taken for wider ones too."""
+PROGRAM_OVERHEAD, HANDOFF_COST = 3, 2
+"""Costs of the beginning and end of a program, and of handing its sums to the next part, in steps:
+7 and about 4 microseconds on an H100 80GB, where a step takes 2.2. Measured with heads of 128, and
+used for wider heads too."""
 
 
-PARTS = 8
+MAX_PARTS = 8
 """Parts of a task at most."""
 
 
-def cut_of_tasks(
-    devices: list[list[int]], group: int, processors: int, some: set[int]
+def choose_split(
+    devices: list[list[int]], group_size: int, num_sms: int, counts: set[int]
 ) -> tuple[int, int]:
-    """How many of the last tasks of the fused backward kernel to cut, and into how many parts.
+    """How many of the last tasks to split, and into how many parts of equally many heads.
 
-    A part has as many of a group's heads as another one. ``devices`` say how many tiles of queries
-    a head has in each task, as if there were no documents; ``some`` or all tasks may be cut.
-    Cutting must take a hundredth off the time, as a mean of the devices.
+    Splits only if the mean simulated time falls by at least 1%.
+
+    Args:
+        devices: for each kind of device, `BackwardSchedule.steps_per_head`.
+        group_size: heads of a task.
+        num_sms: multiprocessors of the GPU.
+        counts: how many tasks may be split; all of them may be too.
     """
-    count = len(devices[0])
+    num_tasks = len(devices[0])
 
-    def time(tiles, cut, parts):
-        """When the last program ends: processors take the next one as soon as they have none."""
-        whole = [n * group + AROUND for n in tiles[: count - cut]]
-        parted = [n * group // parts + AROUND + HANDING for n in tiles[count - cut :]]
-        free = [0] * processors
-        for program in (*whole, *parted * parts):
-            heapq.heapreplace(free, free[0] + program)
-        return max(free)
+    def simulated_time(steps_per_head, split_tasks, parts):
+        """When the last program ends, if each idle multiprocessor takes the next program."""
+        whole, split = (
+            steps_per_head[: num_tasks - split_tasks],
+            steps_per_head[num_tasks - split_tasks :],
+        )
+        whole = [n * group_size + PROGRAM_OVERHEAD for n in whole]
+        split = [n * group_size // parts + PROGRAM_OVERHEAD + HANDOFF_COST for n in split]
+        idle_from = [0] * num_sms
+        for cost in (*whole, *split * parts):
+            heapq.heapreplace(idle_from, idle_from[0] + cost)
+        return max(idle_from)
 
-    def mean(cut, parts):
-        return sum(time(tiles, cut, parts) for tiles in devices) / len(devices)
+    def mean_time(split_tasks, parts):
+        return sum(simulated_time(steps, split_tasks, parts) for steps in devices) / len(devices)
 
-    best, least = (0, 1), 0.99 * mean(0, 1)
-    for cut in sorted({n for n in some if n < count} | {count}):
-        for parts in (n for n in range(2, PARTS + 1) if group % n == 0):
-            if (found := mean(cut, parts)) < least:
-                best, least = (cut, parts), found
+    best, least = (0, 1), 0.99 * mean_time(0, 1)
+    for split_tasks in sorted({n for n in counts if n < num_tasks} | {num_tasks}):
+        for parts in (n for n in range(2, MAX_PARTS + 1) if group_size % n == 0):
+            if (time := mean_time(split_tasks, parts)) < least:
+                best, least = (split_tasks, parts), time
     return best

@@ -1,15 +1,10 @@
-"""Backward kernel in Mosaic GPU, for Hopper and short windows: all gradients, each stored once.
+"""Backward kernel in Mosaic GPU, for Hopper and short windows: dq, dk and dv, each stored once.
 
-A program walks along a stretch of the sequence, for one head of keys, from one tile of queries to
-the next, head by head. A window reaches back `REACH` tiles at most, so that all keys that a tile of
-queries sees are at hand: three warpgroups compute, each with one tile of keys, whose gradients it
-keeps in registers until the walk has passed. The fourth one fetches through TMA, multiplies the
-gradients of logits of all three with the keys, and stores the gradients of queries; it also
-computes delta, the sums of outputs times their gradients. Nothing is added up in global memory, so
-results repeat their bits.
-
-Neighbouring stretches share nothing: each computes again what the `REACH` tiles of keys before it
-and the `REACH` tiles of queries behind it need.
+A program goes through a chunk of the sequence, for one head of keys (`short_windows_schedule`).
+Three consumer warpgroups compute, each with one of the three tiles of keys that a tile of queries
+may see. A consumer keeps dk and dv of its tile in registers until no later query sees it. The
+fourth warpgroup copies, and computes dq and delta (`short_windows_dq`). Nothing is added up in
+global memory, so results repeat their bits.
 """
 
 from functools import partial
@@ -20,85 +15,137 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Float, Float32, Int
 
 from pallas_kernels._kernels import BackwardInputs
 from pallas_kernels._logits import LOWEST
 from pallas_kernels._masks import sees
+from pallas_kernels._mosaic_gpu.backward.short_windows_dq import DqProducer
+from pallas_kernels._mosaic_gpu.backward.short_windows_schedule import (
+    CONSUMERS,
+    KEY_SLOTS,
+    SLOTS,
+    TILE,
+    ShortSchedule,
+    chunk_tiles,
+    key_block_of,
+    key_slot,
+)
 from pallas_kernels._mosaic_gpu.backward.softmax import (
-    part_width,
+    initial_logits,
     shift_of,
-    sums_of_logits,
-    weigh,
-    write_parts,
+    softmax_backward,
+    staging_columns,
+    write_through_smem,
 )
 from pallas_kernels._mosaic_gpu.primitives import (
     MATRIX,
     ROW,
-    ROWS,
-    across,
+    broadcast_row,
+    fence_async_smem,
     fori,
-    fresh,
-    load,
-    release_smem,
+    load_as,
+    opaque_to_compiler,
     swizzled,
     zeros,
 )
 from pallas_kernels._spec import Spec
 from pallas_kernels._varying import vary_as
 
-TILE = ROWS
-"""Queries of a tile, and keys."""
-
-
-PART = 32
-"""Queries of a tile whose logits a warpgroup has in registers at a time."""
-
-
-REACH = 2
-"""Tiles of keys before a tile of queries that its windows reach."""
-
-
-LONGEST_WINDOW = REACH * TILE
-
-
-SLOTS = 3
-"""Tiles of queries in shared memory."""
-
-
-KEY_SLOTS = REACH + 2
-"""Tiles of keys in shared memory: those of a tile of queries, and the next."""
-
-
-OWNERS = REACH + 1
-"""Warpgroups that compute."""
+SUBTILE = 32
+"""Queries of a tile whose logits a consumer has in registers at a time."""
 
 
 def backward(
     spec: Spec,
     inputs: BackwardInputs,
-    dquery: Array | None,
+    dquery: Float32[Array, "B R N H"] | None,
     *,
     dquery_dtype: jnp.dtype,
     dkey_dtype: jnp.dtype,
-    processors: int,
-) -> tuple[Array, Array, Array, Array]:
-    """Gradients through the shard's own keys, where windows reach `LONGEST_WINDOW` at most.
+    num_sms: int,
+) -> tuple[
+    Float[Array, "B T N H"],
+    Float[Array, "B T K H"],
+    Float[Array, "B T K Hv"],
+    Float32[Array, "B N T"],
+]:
+    """Gradients through the shard's own keys, where windows are no longer than `LONGEST_WINDOW`.
+
+    Args:
+        spec: static settings.
+        inputs: the arrays; one run of keys.
+        dquery: gradients of the first queries through keys of other launches, or None.
+        dquery_dtype: of dquery.
+        dkey_dtype: of dkey and dvalue.
+        num_sms: multiprocessors of the GPU.
 
     Returns:
         dquery, with what is given added; dkey; dvalue; delta.
     """
+    query, (run,) = inputs.query, inputs.runs
+    batch, length, heads, _ = query.shape
+    num_kv_heads, num_tiles = run.value.shape[2], pl.cdiv(length, TILE)
+    schedule = ShortSchedule(
+        num_kv_heads=num_kv_heads,
+        group_size=heads // num_kv_heads,
+        batch_kv_heads=num_kv_heads * batch,
+        num_tiles=num_tiles,
+        chunk=chunk_tiles(num_tiles, num_kv_heads * batch, num_sms),
+        packed=inputs.start.ndim > 0,
+    )
+    operands, tiles_of_others = _operands(spec, inputs, dquery)
+    outputs = {
+        "dquery": jax.ShapeDtypeStruct(query.shape, dquery_dtype),
+        "dkey": jax.ShapeDtypeStruct(run.key.shape, dkey_dtype),
+        "dvalue": jax.ShapeDtypeStruct(run.value.shape, dkey_dtype),
+        "delta": jax.ShapeDtypeStruct((batch, heads, num_tiles * TILE), jnp.float32),
+    }
+
+    def ring_swa_backward_short(*refs):
+        named = dict(zip((*operands, *outputs), refs, strict=True))
+
+        def body(smem, barriers):
+            warpgroup = lax.axis_index("warpgroup")
+
+            # A multiprocessor has 512 registers for each thread of a warpgroup.
+            @pl.when(warpgroup < CONSUMERS)
+            def consumers():
+                plgpu.set_max_registers(144, action="increase")
+                _Consumer(spec, schedule, named, smem, barriers, warpgroup).run()
+
+            @pl.when(warpgroup == CONSUMERS)
+            def producer():
+                plgpu.set_max_registers(80, action="decrease")
+                DqProducer(spec, schedule, tiles_of_others, named, smem, barriers).run()
+
+        smem, barriers = _smem(schedule, inputs, dquery_dtype, dkey_dtype), _barriers(schedule)
+        pl.run_scoped(body, smem, barriers, collective_axes="warpgroup")
+
+    results = plgpu.kernel(
+        ring_swa_backward_short,
+        out_type=tuple(outputs.values()),
+        grid=(schedule.programs,),
+        grid_names=("program",),
+        num_threads=CONSUMERS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
+    )(*operands.values())
+    # Kernels of Mosaic GPU drop manual mesh axes.
+    dquery, dkey, dvalue, minus_delta = (vary_as(query, x) for x in results)
+    return dquery, dkey, dvalue, -minus_delta[..., :length]
+
+
+def _operands(
+    spec: Spec, inputs: BackwardInputs, others: Float32[Array, "B R N H"] | None
+) -> tuple[dict[str, Array], int]:
+    """The arrays that the kernel reads, and how many tiles of queries ``others`` has."""
     query, (run,), _, start, out, dout, lse = inputs
-    batch, length, heads, dim = query.shape
-    _, _, num_kv, value_dim = run.value.shape
-    dtype, group = query.dtype, heads // num_kv
-    packed = start.ndim > 0
-    blocks = -(-length // TILE)
-    pairs = num_kv * batch
-    stretch = stretch_length(blocks, pairs, processors)
-    stretches = -(-blocks // stretch)
-    pad = -length % TILE
+    pad = -query.shape[1] % TILE
     shift = shift_of(spec, lse)
-    operands: dict[str, Any] = {
+    operands = {
         "query": query,
         "dout": dout,
         "out": out,
@@ -106,293 +153,178 @@ def backward(
         "key": run.key,
         "value": run.value,
     }
-    if packed:
+    if start.ndim:
         operands["start"] = jnp.pad(start, ((0, 0), (0, pad)), mode="edge")
-    near = 0
-    if dquery is not None:
-        near = -(-dquery.shape[1] // TILE)
-        missing = near * TILE - dquery.shape[1]
-        operands["more"] = jnp.pad(dquery, ((0, 0), (0, missing), (0, 0), (0, 0)))
+    tiles_of_others = 0
+    if others is not None:
+        tiles_of_others = pl.cdiv(others.shape[1], TILE)
+        missing = tiles_of_others * TILE - others.shape[1]
+        operands["others"] = jnp.pad(others, ((0, 0), (0, missing), (0, 0), (0, 0)))
+    return operands, tiles_of_others
 
-    def place():
-        """(row, key/value head, first tile, end of tiles of keys, end of tiles of queries)."""
-        index = lax.axis_index("program")
-        pair = lax.rem(index, jnp.int32(pairs))
-        first = lax.div(index, jnp.int32(pairs)) * stretch
-        end = jnp.minimum(first + stretch, blocks)
-        stop = jnp.minimum(end + REACH, blocks)
-        row, kv_head = lax.div(pair, jnp.int32(num_kv)), lax.rem(pair, jnp.int32(num_kv))
-        return row, kv_head, first, end, stop
 
-    def compute(refs, smem, barriers, me):
-        row, kv_head, first, end, stop = place()
-
-        def step(tile, first_block, passed, n, carry):
-            number = passed + n
-            slot, pair = lax.rem(number, jnp.int32(SLOTS)), lax.bitwise_and(number, jnp.int32(1))
-            block = first_block + lax.div(n, jnp.int32(group))
-            here = key_slot(tile)
-            plgpu.barrier_wait(barriers["query"].at[slot])
-            plgpu.barrier_wait(barriers["delta"].at[slot])
-            clear = (tile < block) & (tile >= 0) & ((block - tile + 1) * TILE - 1 <= spec.window)
-            if packed:
-                clear &= smem["start"][slot, TILE - 1] <= tile * TILE
-
-            def part(number, dkey, dvalue):
-                rows = pl.ds(number * PART, PART)
-                query_smem, dout_smem = smem["query"].at[slot, rows], smem["dout"].at[slot, rows]
-                shift = across(load(smem["shift"].at[slot, rows], ROW))
-                delta = across(load(smem["delta"].at[slot, rows], ROW))
-
-                def mask(weights):
-                    j = plgpu.broadcasted_iota(jnp.int32, (TILE, PART), 0, layout=MATRIX)
-                    i = plgpu.broadcasted_iota(jnp.int32, (TILE, PART), 1, layout=MATRIX)
-                    i, j = i * fresh(1) + (block * TILE + number * PART), j + tile * TILE
-                    starts = across(load(smem["start"].at[slot, rows], ROW)) if packed else None
-                    seen = sees(i, j, starts, spec.window, 0, packed=packed) & (j >= 0)
-                    return jnp.where(seen, weights, 0.0)
-
-                def accumulate(refs):
-                    dkey, dvalue, logits, dweights = refs
-                    plgpu.wgmma(logits, smem["key"].at[here], query_smem.T)
-                    plgpu.wgmma(dweights, smem["value"].at[here], dout_smem.T)
-                    weights, dlogits = weigh(spec, logits, dweights, shift, clear, mask, dtype)
-                    plgpu.wgmma(dvalue, weights, dout_smem)
-                    plgpu.wgmma(dkey, dlogits, query_smem)
-                    if number == 0:
-                        plgpu.barrier_wait(barriers["dlogits_free"].at[pair])
-                    smem["dlogits"].at[pair, me, :, rows][...] = dlogits
-                    if number == TILE // PART - 1:
-                        release_smem()
-                        plgpu.barrier_arrive(barriers["dlogits"].at[pair])
-                    plgpu.wgmma_wait(0)
-
-                sums = dkey, dvalue, sums_of_logits(spec, shift), delta
-                return pl.run_state(accumulate)(tuple(map(plgpu.ACC.init, sums)))[:2]
-
-            for number in range(TILE // PART):
-                carry = part(number, *carry)
-            plgpu.barrier_arrive(barriers["query_free"].at[slot])
-            return carry
-
-        def own(number, _):
-            tile = key_tile(first, me) + number * OWNERS
-            plgpu.barrier_wait(barriers["key"].at[me])
-            first_block = jnp.maximum(tile, first)
-            count = jnp.minimum(tile + OWNERS, stop) - first_block
-            visit = partial(step, tile, first_block, (first_block - first) * group)
-            results = fori(0, count * group, visit, (zeros(dim), zeros(value_dim)))
-
-            @pl.when((tile >= first) & (tile < end))
-            def write():
-                dkey, dvalue = results
-                where = (row, pl.ds(tile * TILE, TILE), kv_head)
-                for name, result in (("dvalue", dvalue), ("dkey", dkey * spec.scale)):
-
-                    def there(column, width, ref=refs[name]):
-                        return ref.at[(*where, pl.ds(column, width))]
-
-                    write_parts(result, smem["dkeys"].at[me], there)
-
-        count = lax.div(stop - 1 - key_tile(first, me), jnp.int32(OWNERS)) + 1
-        fori(0, count, own, None)
-        plgpu.wait_smem_to_gmem(0)
-
-    def serve(refs, smem, barriers):
-        """Fetches, and computes the gradients of queries and ``-delta``."""
-        row, kv_head, first, end, stop = place()
-        count = (stop - first) * group
-
-        def at(number):
-            """(slot, tile of queries, head) of a step."""
-            block = first + lax.div(number, jnp.int32(group))
-            head = kv_head * group + lax.rem(number, jnp.int32(group))
-            return lax.rem(number, jnp.int32(SLOTS)), block, head
-
-        def fetch_keys(tile):
-            ready = barriers["key"].at[lax.rem(tile + OWNERS, jnp.int32(OWNERS))]
-            where = pl.ds(jnp.maximum(tile, 0) * TILE, TILE)
-            for name in ("key", "value"):
-                source = refs[name].at[row, where, kv_head]
-                plgpu.copy_gmem_to_smem(source, smem[name].at[key_slot(tile)], ready)
-
-        def fetch_queries(number):
-            slot, block, head = at(number)
-            ready, where = barriers["query"].at[slot], pl.ds(block * TILE, TILE)
-            for name in ("query", "dout", "out"):
-                source = refs[name].at[row, where, head]
-                plgpu.copy_gmem_to_smem(source, smem[name].at[slot], ready)
-            source = refs["shift"].at[row, head, where]
-            plgpu.copy_gmem_to_smem(source, smem["shift"].at[slot], ready)
-            if packed:
-                source = refs["start"].at[row, where]
-                plgpu.copy_gmem_to_smem(source, smem["start"].at[slot], ready)
-
-        def find_delta(number):
-            slot, block, head = at(number)
-            plgpu.barrier_wait(barriers["query"].at[slot])
-            out = load(smem["out"].at[slot], MATRIX).astype(jnp.float32)
-            dout = load(smem["dout"].at[slot], MATRIX).astype(jnp.float32)
-            delta = smem["delta"].at[slot]
-            delta[...] = -(out * dout).sum(axis=1)
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(barriers["delta"].at[slot])
-
-            @pl.when(block < end)
-            def store():
-                there = refs["delta"].at[row, head, pl.ds(block * TILE, TILE)]
-                plgpu.copy_smem_to_gmem(delta, there)
-
-        def step(number, _):
-            _, block, head = at(number)
-            pair = lax.bitwise_and(number, jnp.int32(1))
-            begins = head == kv_head * group
-
-            @pl.when(number + 1 < count)
-            def look_ahead():
-                find_delta(number + 1)
-
-            @pl.when(begins & (block > first))
-            def wait_for_keys():
-                plgpu.barrier_wait(barriers["key"].at[lax.rem(block, jnp.int32(OWNERS))])
-
-            plgpu.barrier_wait(barriers["dlogits"].at[pair])
-
-            # All have left the tile of keys before those that this step needs.
-            @pl.when(begins & (block + 1 < stop))
-            def fetch_next_keys():
-                fetch_keys(block + 1)
-
-            ahead = number + SLOTS - 1
-
-            @pl.when(ahead < count)
-            def fetch_next_queries():
-                @pl.when(number > 0)
-                def wait():
-                    plgpu.barrier_wait(barriers["query_free"].at[lax.rem(ahead, jnp.int32(SLOTS))])
-
-                fetch_queries(ahead)
-
-            def multiply(dquery):
-                for owner in range(OWNERS):
-                    keys = smem["key"].at[key_slot(key_tile(block, owner))]
-                    plgpu.wgmma(dquery, smem["dlogits"].at[pair, owner].T, keys)
-                return dquery[...]
-
-            result = pl.run_scoped(multiply, plgpu.ACC((TILE, dim), jnp.float32))
-            plgpu.barrier_arrive(barriers["dlogits_free"].at[pair])
-
-            @pl.when(block < end)
-            def write():
-                total = result * spec.scale
-                where = (row, pl.ds(block * TILE, TILE), head)
-                if near:
-                    here = (row, pl.ds(jnp.minimum(block, near - 1) * TILE, TILE), head)
-                    total = lax.cond(
-                        block < near,
-                        lambda x: x + load(refs["more"].at[here], MATRIX),
-                        lambda x: x,
-                        total,
-                    )
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                smem["dquery"][...] = total.astype(dquery_dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(smem["dquery"], refs["dquery"].at[where])
-
-        for tile in range(-REACH, 1):
-            fetch_keys(first + tile)
-        fetch_queries(jnp.int32(0))
-
-        @pl.when(count > 1)
-        def fetch_second():
-            fetch_queries(jnp.int32(1))
-
-        for owner in range(OWNERS):
-            plgpu.barrier_wait(barriers["key"].at[owner])
-        find_delta(jnp.int32(0))
-        fori(0, count, step, None)
-        plgpu.wait_smem_to_gmem(0)
-
+def _smem(
+    schedule: ShortSchedule,
+    inputs: BackwardInputs,
+    dquery_dtype: jnp.dtype,
+    dkey_dtype: jnp.dtype,
+) -> dict[str, Any]:
+    """Types of the buffers in shared memory."""
+    dtype, dim = inputs.query.dtype, inputs.query.shape[3]
+    value_dim = inputs.dout.shape[3]
+    staging = staging_columns(dkey_dtype, dim, value_dim)
     smem = {
-        "key": swizzled((KEY_SLOTS, TILE, dim), dtype, columns=PART),
-        "value": swizzled((KEY_SLOTS, TILE, value_dim), dtype, columns=PART),
-        "query": swizzled((SLOTS, TILE, dim), dtype, columns=PART),
-        "dout": swizzled((SLOTS, TILE, value_dim), dtype, columns=PART),
+        "key": swizzled((KEY_SLOTS, TILE, dim), dtype, columns=SUBTILE),
+        "value": swizzled((KEY_SLOTS, TILE, value_dim), dtype, columns=SUBTILE),
+        "query": swizzled((SLOTS, TILE, dim), dtype, columns=SUBTILE),
+        "dout": swizzled((SLOTS, TILE, value_dim), dtype, columns=SUBTILE),
         "out": swizzled((SLOTS, TILE, value_dim), dtype),
         "shift": plgpu.SMEM((SLOTS, TILE), jnp.float32),
         "delta": plgpu.SMEM((SLOTS, TILE), jnp.float32),
-        "dlogits": swizzled((2, OWNERS, TILE, TILE), dtype, columns=PART),
+        # Two buffers: the consumers fill one while the producer reads the other.
+        "dlogits": swizzled((2, CONSUMERS, TILE, TILE), dtype, columns=SUBTILE),
         "dquery": swizzled((TILE, dim), dquery_dtype),
-        "dkeys": swizzled((OWNERS, TILE, part_width(dkey_dtype, dim, value_dim)), dkey_dtype),
+        "dkeys": swizzled((CONSUMERS, TILE, staging), dkey_dtype),
     }
-    barriers = {
-        "key": plgpu.Barrier(num_arrivals=2, num_barriers=OWNERS),
-        "query": plgpu.Barrier(num_arrivals=5 if packed else 4, num_barriers=SLOTS),
-        "query_free": plgpu.Barrier(num_arrivals=OWNERS, num_barriers=SLOTS),
+    if schedule.packed:
+        smem["start"] = plgpu.SMEM((SLOTS, TILE), jnp.int32)
+    return smem
+
+
+def _barriers(schedule: ShortSchedule) -> dict[str, Any]:
+    """Types of the barriers: who arrives, and who waits."""
+    copies = 5 if schedule.packed else 4
+    return {
+        # The copies of a consumer's keys and values; this consumer and the producer.
+        "key": plgpu.Barrier(num_arrivals=2, num_barriers=CONSUMERS),
+        # The copies of a step's queries; the consumers and the producer.
+        "query": plgpu.Barrier(num_arrivals=copies, num_barriers=SLOTS),
+        # The consumers, when they have read a slot; the producer.
+        "query_free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
+        # The producer, when it has written delta; the consumers.
         "delta": plgpu.Barrier(num_barriers=SLOTS),
-        "dlogits": plgpu.Barrier(num_arrivals=OWNERS, num_barriers=2),
+        # The consumers, when they have filled a buffer; the producer.
+        "dlogits": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=2),
+        # The producer, when it has read the buffer; the consumers.
         "dlogits_free": plgpu.Barrier(num_barriers=2),
     }
-    if packed:
-        smem["start"] = plgpu.SMEM((SLOTS, TILE), jnp.int32)
-    outputs = {
-        "dquery": jax.ShapeDtypeStruct(query.shape, dquery_dtype),
-        "dkey": jax.ShapeDtypeStruct(run.key.shape, dkey_dtype),
-        "dvalue": jax.ShapeDtypeStruct(run.value.shape, dkey_dtype),
-        "delta": jax.ShapeDtypeStruct((batch, heads, blocks * TILE), jnp.float32),
-    }
-
-    def ring_swa_backward_short(*refs):
-        inputs = dict(zip((*operands, *outputs), refs, strict=True))
-
-        def body(smem, barriers):
-            me = lax.axis_index("warpgroup")
-
-            @pl.when(me < OWNERS)
-            def computing():
-                plgpu.set_max_registers(144, action="increase")
-                compute(inputs, smem, barriers, me)
-
-            @pl.when(me == OWNERS)
-            def serving():
-                plgpu.set_max_registers(80, action="decrease")
-                for pair in range(2):
-                    plgpu.barrier_arrive(barriers["dlogits_free"].at[pair])
-                serve(inputs, smem, barriers)
-
-        pl.run_scoped(body, smem, barriers, collective_axes="warpgroup")
-
-    results = plgpu.kernel(
-        ring_swa_backward_short,
-        out_type=tuple(outputs.values()),
-        grid=(pairs * stretches,),
-        grid_names=("program",),
-        num_threads=OWNERS + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
-    )(*operands.values())
-    # Kernels of Mosaic GPU know nothing of manual mesh axes.
-    dquery, dkey, dvalue, delta = (vary_as(query, x) for x in results)
-    return dquery, dkey, dvalue, -delta[..., :length]
 
 
-def key_tile(block, owner):
-    """A warpgroup's tile of keys, of those that a tile of queries sees; from -REACH on."""
-    return block - lax.rem(block - owner + OWNERS, jnp.int32(OWNERS))
+class _Consumer:
+    """One of the warpgroups that compute weights, the gradients of logits, dk and dv.
 
+    Args:
+        spec: static settings.
+        schedule: of the launch.
+        refs: arrays in global memory.
+        smem: buffers of `_smem`.
+        barriers: those of `_barriers`.
+        warpgroup: which of the consumers this is.
+    """
 
-def key_slot(tile):
-    """Where a tile of keys is in shared memory."""
-    return lax.rem(tile + KEY_SLOTS, jnp.int32(KEY_SLOTS))
+    def __init__(
+        self,
+        spec: Spec,
+        schedule: ShortSchedule,
+        refs: dict[str, Any],
+        smem: dict[str, Any],
+        barriers: dict[str, Any],
+        warpgroup: Int[Array, ""],
+    ):
+        self.spec, self.schedule, self.warpgroup = spec, schedule, warpgroup
+        self.refs, self.smem, self.barriers = refs, smem, barriers
+        self.chunk = schedule.program_chunk()
 
+    def run(self) -> None:
+        """Computes one tile of keys after the other."""
+        chunk = self.chunk
+        last = chunk.stop - 1 - key_block_of(chunk.first, self.warpgroup)
+        fori(0, lax.div(last, jnp.int32(CONSUMERS)) + 1, self._key_tile, None)
+        plgpu.wait_smem_to_gmem(0)
 
-def stretch_length(blocks: int, pairs: int, processors: int) -> int:
-    """Tiles of a program's stretch: those that keep the processors busy for the shortest time."""
+    def _key_tile(self, number: Int[Array, ""], _) -> None:
+        """Computes the gradients of a tile of keys and values, and writes them."""
+        chunk = self.chunk
+        key_block = key_block_of(chunk.first, self.warpgroup) + number * CONSUMERS
+        plgpu.barrier_wait(self.barriers["key"].at[self.warpgroup])
+        first_query_block = jnp.maximum(key_block, chunk.first)
+        query_tiles = jnp.minimum(key_block + CONSUMERS, chunk.stop) - first_query_block
+        group_size = self.schedule.group_size
+        steps_before = (first_query_block - chunk.first) * group_size
+        step = partial(self._step, key_block, first_query_block, steps_before)
+        dim, value_dim = (self.smem[name].shape[2] for name in ("query", "dout"))
+        results = fori(0, query_tiles * group_size, step, (zeros(dim), zeros(value_dim)))
 
-    def cost(stretch):
-        programs = pairs * -(-blocks // stretch)
-        return -(-programs // processors) * (min(stretch, blocks) + REACH), programs
+        @pl.when((key_block >= chunk.first) & (key_block < chunk.end))
+        def write():
+            dkey, dvalue = results
+            rows = pl.ds(key_block * TILE, TILE)
+            for name, result in (("dvalue", dvalue), ("dkey", dkey * self.spec.scale)):
 
-    return min(range(1, blocks + 1), key=cost)
+                def dst(column, columns, ref=self.refs[name]):
+                    return ref.at[chunk.row, rows, chunk.kv_head, pl.ds(column, columns)]
+
+                write_through_smem(result, self.smem["dkeys"].at[self.warpgroup], dst)
+
+    def _step(self, key_block, first_query_block, steps_before, n, carry):
+        """Adds what flows through a head of a tile of queries to dk and dv, the carry."""
+        smem, barriers = self.smem, self.barriers
+        number = steps_before + n
+        slot = lax.rem(number, jnp.int32(SLOTS))
+        buffer = lax.bitwise_and(number, jnp.int32(1))
+        query_block = first_query_block + lax.div(n, jnp.int32(self.schedule.group_size))
+        keys = key_slot(key_block)
+        plgpu.barrier_wait(barriers["query"].at[slot])
+        plgpu.barrier_wait(barriers["delta"].at[slot])
+        clear = (key_block < query_block) & (key_block >= 0)
+        # The last query sees the first key.
+        clear &= (query_block - key_block + 1) * TILE - 1 <= self.spec.window
+        if self.schedule.packed:
+            clear &= smem["start"][slot, TILE - 1] <= key_block * TILE
+        for part in range(TILE // SUBTILE):
+            carry = self._subtile(part, slot, buffer, keys, query_block, key_block, clear, *carry)
+        plgpu.barrier_arrive(barriers["query_free"].at[slot])
+        return carry
+
+    def _subtile(self, part, slot, buffer, keys, query_block, key_block, clear, dkey, dvalue):
+        """Adds what flows through `SUBTILE` queries to dk and dv."""
+        spec, smem, barriers = self.spec, self.smem, self.barriers
+        rows = pl.ds(part * SUBTILE, SUBTILE)
+        query_smem, dout_smem = smem["query"].at[slot, rows], smem["dout"].at[slot, rows]
+        shift = broadcast_row(load_as(smem["shift"].at[slot, rows], ROW))
+        minus_delta = broadcast_row(load_as(smem["delta"].at[slot, rows], ROW))
+        mask = partial(self._mask, part, slot, query_block, key_block)
+
+        def multiply(accumulators):
+            dkey, dvalue, logits, dweights = accumulators
+            plgpu.wgmma(logits, smem["key"].at[keys], query_smem.T)
+            plgpu.wgmma(dweights, smem["value"].at[keys], dout_smem.T)
+            weights, dlogits = softmax_backward(
+                spec, logits, dweights, shift, clear, mask, query_smem.dtype
+            )
+            plgpu.wgmma(dvalue, weights, dout_smem)
+            plgpu.wgmma(dkey, dlogits, query_smem)
+            if part == 0:
+                plgpu.barrier_wait(barriers["dlogits_free"].at[buffer])
+            smem["dlogits"].at[buffer, self.warpgroup, :, rows][...] = dlogits
+            if part == TILE // SUBTILE - 1:
+                fence_async_smem()
+                plgpu.barrier_arrive(barriers["dlogits"].at[buffer])
+            plgpu.wgmma_wait(0)
+
+        initial = dkey, dvalue, initial_logits(spec, shift), minus_delta
+        return pl.run_state(multiply)(tuple(map(plgpu.ACC.init, initial)))[:2]
+
+    def _mask(self, part, slot, query_block, key_block, weights):
+        """Weights, zero where queries do not see keys."""
+        packed = self.schedule.packed
+        j = plgpu.broadcasted_iota(jnp.int32, (TILE, SUBTILE), 0, layout=MATRIX)
+        i = plgpu.broadcasted_iota(jnp.int32, (TILE, SUBTILE), 1, layout=MATRIX)
+        i = i * opaque_to_compiler(1) + (query_block * TILE + part * SUBTILE)
+        j = j + key_block * TILE
+        starts = None
+        if packed:
+            rows = pl.ds(part * SUBTILE, SUBTILE)
+            starts = broadcast_row(load_as(self.smem["start"].at[slot, rows], ROW))
+        seen = sees(i, j, starts, self.spec.window, 0, packed=packed) & (j >= 0)
+        return jnp.where(seen, weights, 0.0)

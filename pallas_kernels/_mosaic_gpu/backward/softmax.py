@@ -1,4 +1,11 @@
-"""What the backward kernels in Mosaic GPU share: weights, their gradients, and writing results."""
+"""What the Mosaic GPU backward kernels share: softmax, its gradient, and writing results.
+
+Logits here are keys by queries. With S the scaled products of a query with its keys, a weight is
+``P = exp(S - lse)``, and the gradient of a logit ``dS = P * (dP - delta)``, where ``dP`` is the
+product of the value and the gradient of the output, and ``delta = rowsum(out * dout)``. A query's
+*shift* is what takes the place of ``-lse`` in base 2 (`shift_of`). Where that is possible,
+accumulators begin with the shift and with ``-delta``, so that no instruction adds these.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,80 +14,106 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Bool, Float, Float32
 
 from pallas_kernels._logits import LOG2_E, LOWEST, cap_logits
 from pallas_kernels._mosaic_gpu.primitives import ROWS, zeros
 from pallas_kernels._spec import Spec
 
 
-def shift_of(spec: Spec, lse: Array) -> Array:
-    """What a query subtracts from its logits, as `weigh` takes it."""
-    return jnp.where(lse > -jnp.inf, lse * (-1 / spec.scale if _first(spec) else -LOG2_E), LOWEST)
+def shift_of(spec: Spec, lse: Float32[Array, "B N T"]) -> Float32[Array, "B N T"]:
+    """What is added to a query's logits, as `softmax_weights` expects it."""
+    factor = -1 / spec.scale if _accumulates_shift(spec) else -LOG2_E
+    return jnp.where(lse > -jnp.inf, lse * factor, LOWEST)
 
 
-def of_queries(spec: Spec, lse: Array, delta: Array, length: int) -> dict[str, Array]:
-    """The shift and ``-delta``, [B, N, at least rows] cut or filled up to this length."""
+def padded_lse_and_delta(
+    spec: Spec, lse: Float32[Array, "B N T"], delta: Float32[Array, "B N R"], length: int
+) -> dict[str, Float32[Array, "B N {length}"]]:
+    """The shift and ``-delta`` of queries, cut or padded to this length."""
 
-    def filled(x, value):
+    def padded(x, value):
         pad = ((0, 0), (0, 0), (0, max(0, length - x.shape[-1])))
         return jnp.pad(x[..., :length], pad, constant_values=value)
 
-    return {"shift": filled(shift_of(spec, lse), LOWEST), "delta": filled(-delta, 0.0)}
+    return {"shift": padded(shift_of(spec, lse), LOWEST), "delta": padded(-delta, 0.0)}
 
 
-def sums_of_logits(spec: Spec, shift: Array) -> Array:
-    """What the product of keys and queries is added to, keys by queries."""
-    return shift if _first(spec) else zeros(shift.shape[1])
+def initial_logits(spec: Spec, shift: Float32[Array, "64 queries"]) -> Float32[Array, "64 queries"]:
+    """What an accumulator of products of keys and queries begins with."""
+    return shift if _accumulates_shift(spec) else zeros(shift.shape[1])
 
 
-def weigh(
+def softmax_backward(
     spec: Spec,
     logits: Any,
     dweights: Any,
-    shift: Array,
-    clear: Array,
+    shift: Float32[Array, "64 queries"],
+    clear: Bool[Array, ""],
     mask: Callable[[Array], Array],
     dtype,
-) -> tuple[Array, Array]:
-    """Weights, and the gradients of logits, from accumulators whose products are under way.
+) -> tuple[Float[Array, "64 queries"], Float[Array, "64 queries"]]:
+    """Weights, and the gradients of logits before the scale.
 
-    ``mask`` is left out where all is ``clear``.
+    Args:
+        spec: static settings.
+        logits: accumulator that began with `initial_logits`; its WGMMA was issued first.
+        dweights: accumulator that began with ``-delta``; its WGMMA was issued last.
+        shift: of the queries.
+        clear: whether every query sees every key, so that ``mask`` is left out.
+        mask: weights to weights that are zero where a query does not see a key.
+        dtype: of the results.
     """
+    # Waits for the logits, not yet for dweights.
     products = plgpu.wgmma_accumulator_load(logits, wait_n=1)
-    weights, factors = weights_of(spec, products, shift, clear, mask)
+    weights, factors = softmax_weights(spec, products, shift, clear, mask)
     dlogits = factors * dweights[...]
     return weights.astype(dtype), dlogits.astype(dtype)
 
 
-def weights_of(
-    spec: Spec, products: Array, shift: Array, clear: Array, mask: Callable[[Array], Array]
-) -> tuple[Array, Array]:
-    """Weights, and the factors of gradients of logits, of products of keys and queries.
-
-    ``mask`` is left out where all is ``clear``.
-    """
+def softmax_weights(
+    spec: Spec,
+    products: Float32[Array, "64 queries"],
+    shift: Float32[Array, "64 queries"],
+    clear: Bool[Array, ""],
+    mask: Callable[[Array], Array],
+) -> tuple[Float32[Array, "64 queries"], Float32[Array, "64 queries"]]:
+    """Weights, and the factors that take dweights - delta to dlogits; as `softmax_backward`."""
     scaled, factor, dcap = cap_logits(spec, products)
-    weights = jnp.exp2(scaled * factor if _first(spec) else scaled * factor + shift)
+    accumulated = _accumulates_shift(spec)
+    weights = jnp.exp2(scaled * factor if accumulated else scaled * factor + shift)
     weights = lax.cond(clear, lambda x: x, mask, weights)
     return weights, weights if dcap is None else weights * dcap
 
 
-def part_width(dtype, *dims: int) -> int:
-    """Columns of the parts in which `write_parts` writes results of so many columns."""
-    width = 64 // jnp.dtype(dtype).itemsize
-    return 16 if any(dim % width for dim in dims) else width
+def staging_columns(dtype, *dims: int) -> int:
+    """Columns of the buffer for `write_through_smem`, for results of so many columns."""
+    columns = 64 // jnp.dtype(dtype).itemsize
+    return 16 if any(dim % columns for dim in dims) else columns
 
 
-def write_parts(result: Array, buffer: Any, there: Any, rows: int = ROWS) -> None:
-    """Writes the first rows of a matrix, in parts for which there is shared memory."""
-    width = buffer.shape[1]
-    for column in range(0, result.shape[1], width):
+def write_through_smem(
+    result: Float32[Array, "64 columns"],
+    staging: Any,
+    dst: Callable[[int, int], Any],
+    rows: int = ROWS,
+) -> None:
+    """Writes a matrix to global memory by TMA, some columns at a time.
+
+    Args:
+        result: the matrix.
+        staging: buffer in SMEM for `ROWS` rows and some columns.
+        dst: (first column, number of columns) to a ref in global memory.
+        rows: how many of the first rows to write.
+    """
+    columns = staging.shape[1]
+    for column in range(0, result.shape[1], columns):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        buffer[...] = result[:, column : column + width].astype(buffer.dtype)
+        staging[...] = result[:, column : column + columns].astype(staging.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(buffer.at[pl.ds(0, rows)], there(column, width))
+        plgpu.copy_smem_to_gmem(staging.at[pl.ds(0, rows)], dst(column, columns))
 
 
-def _first(spec: Spec) -> bool:
-    """Whether the shift is added up with the products, rather than subtracted from them."""
+def _accumulates_shift(spec: Spec) -> bool:
+    """Whether accumulators of logits begin with the shift: scale and shift do not commute else."""
     return spec.soft_cap is None and spec.scale > 0

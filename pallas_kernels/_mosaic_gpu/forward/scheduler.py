@@ -1,185 +1,205 @@
-"""Which tiles of queries a program of a Mosaic GPU kernel takes, and which keys these see."""
+"""Which tiles of queries a program of the forward kernel takes, and which keys these tiles see."""
 
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental import pallas as pl
 
+from pallas_kernels._kernels import ForwardInputs
 from pallas_kernels._mosaic_gpu.primitives import ROWS
 from pallas_kernels._mosaic_gpu.tiles import MOSAIC_SINKS, MosaicTiles
-from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts
+from pallas_kernels._spec import Spec
 from pallas_kernels._tile_ranges import fetched_sink_count, key_span
 
 
-class Walk:
-    """A launch over the queries ``rows``, by so many programs.
+class TileScheduler:
+    """A launch over the queries ``rows``, whose tiles so many ``programs`` share.
 
-    A warpgroup has ``half`` positions of ``tiles.heads`` heads of a group, head by head; a tile
-    has as many for each warpgroup. ``arrays`` are what the walk reads.
+    A warpgroup has `ROWS` rows of a tile: ``positions_per_warpgroup`` positions of each of
+    ``tiles.heads`` heads of a group, one head after the other. ``operands`` are the arrays that
+    the scheduler reads.
     """
 
     def __init__(
         self,
         spec: Spec,
-        query: Array,
-        runs: tuple[KeyRun, ...],
-        sinks: SinkRun | None,
-        start: Starts,
+        inputs: ForwardInputs,
         rows: tuple[int, int],
         tiles: MosaicTiles,
         programs: int,
     ):
+        query, runs, sinks, _, start = inputs
         batch, length, heads, _ = query.shape
         self.spec, self.rows, self.tiles = spec, rows, tiles
         self.runs = tuple((run.offset, run.key.shape[1]) for run in runs)
-        self.half = ROWS // tiles.heads
-        self.size = tiles.positions
-        self.blocks = -(-(rows[1] - rows[0]) // self.size)
-        self.head_blocks = heads // tiles.heads
+        self.positions_per_warpgroup = ROWS // tiles.heads
+        self.positions_per_tile = tiles.positions
+        self.query_tiles = pl.cdiv(rows[1] - rows[0], self.positions_per_tile)
+        self.head_tiles = heads // tiles.heads
         self.group = heads // runs[0].key.shape[2]
-        self.num_tiles = self.blocks * self.head_blocks * batch
+        self.num_tiles = self.query_tiles * self.head_tiles * batch
         self.grid = min(programs, self.num_tiles)
         self.packed = start.ndim > 0
         self.has_halo = any(run.offset for run in runs)
         self.num_sinks = spec.sinks_in(runs[-1].offset)
-        self.fetched = 0 if sinks is None else sinks.key.shape[1]
+        self.num_fetched_sinks = 0 if sinks is None else sinks.key.shape[1]
+        # Without a window the sinks are among the keys that every query sees anyway.
         windowed = spec.window is not None and (self.num_sinks or sinks is not None)
-        self.sink_rows = MOSAIC_SINKS if windowed else 0
-        if self.packed:
-            # By warpgroups: the starts of their rows, which repeat head by head.
-            start = jnp.pad(start, ((0, 0), (0, -length % self.size)), mode="edge")
-            start = start.reshape(batch, -1, 1, self.half)
-            start = jnp.broadcast_to(start, (*start.shape[:2], tiles.heads, self.half))
-            start = start.reshape(batch, -1, ROWS)
-        else:
-            start = start.reshape(1, 1, 1)
-        self.arrays: dict[str, Any] = {
-            "start": start,
+        self.sink_tile = MOSAIC_SINKS if windowed else 0
+        self.operands: dict[str, Any] = {
+            "start": self._starts(start, batch, length),
             "runs": [(run.key, run.value) for run in runs],
         }
         if sinks is not None:
-            pad = ((0, 0), (0, -self.fetched % self.sink_rows), (0, 0), (0, 0))
+            pad = ((0, 0), (0, -self.num_fetched_sinks % self.sink_tile), (0, 0), (0, 0))
             # Fetched sinks hold values of the keys' dtype, so this cast loses nothing.
-            self.arrays["sinks"] = tuple(jnp.pad(x.astype(query.dtype), pad) for x in sinks)
+            self.operands["sinks"] = tuple(jnp.pad(x.astype(query.dtype), pad) for x in sinks)
 
-    def items(self) -> Array:
+    def _starts(self, start: Array, batch: int, length: int) -> Array:
+        """[B, warpgroups, ROWS] starts of the rows of each warpgroup; [1, 1, 1] if all are one."""
+        if not self.packed:
+            return start.reshape(1, 1, 1)
+        positions = self.positions_per_warpgroup
+        start = jnp.pad(start, ((0, 0), (0, -length % self.positions_per_tile)), mode="edge")
+        start = start.reshape(batch, -1, 1, positions)
+        start = jnp.broadcast_to(start, (*start.shape[:2], self.tiles.heads, positions))
+        return start.reshape(batch, -1, ROWS)
+
+    def num_work_tiles(self) -> Array:
         """How many tiles this program takes."""
         left = self.num_tiles - lax.axis_index("program")
         return lax.div(left + self.grid - 1, jnp.int32(self.grid))
 
-    def tile(self, refs, number) -> "Tile":
+    def work_tile(self, refs, number) -> "WorkTile":
         """The ``number``-th tile of this program."""
-        return Tile(self, refs, lax.axis_index("program") + number * self.grid)
+        return WorkTile(self, refs, lax.axis_index("program") + number * self.grid)
 
 
-class Tile:
-    """Where a tile's queries and keys are.
+class WorkTile:
+    """A tile of queries: its row of the batch, heads, positions, and the keys that it sees.
 
-    Heads that share keys come one after the other, then the tiles, of which the last ones, which
-    see most under a causal mask, come first. Keys are fetched from multiples of 8 on.
+    Tiles of heads come one after the other, then tiles of queries, then rows of the batch. The
+    last queries, which see most under a causal mask, come first. TMA fetches keys from multiples
+    of 8 on, so a run's first key is counted in eights.
+
+    Attributes:
+        batch_row: row of the batch.
+        head_tile: number of the tile of heads.
+        first_head: its first query head.
+        kv_head: the key/value head of all its heads.
+        start: where the sequence of the tile's first query starts.
+        num_key_tiles: tiles of keys in the windows of its queries, in all runs.
+        num_sink_tiles: tiles of sinks, the shard's own before the fetched ones.
     """
 
-    def __init__(self, walk: Walk, refs, index):
-        self.walk = walk
-        self.head_block = lax.rem(index, jnp.int32(walk.head_blocks))
-        index = lax.div(index, jnp.int32(walk.head_blocks))
-        self.block = walk.blocks - 1 - lax.rem(index, jnp.int32(walk.blocks))
-        self.row = lax.div(index, jnp.int32(walk.blocks))
-        self.first_head = self.head_block * walk.tiles.heads
-        self.kv_head = lax.div(self.first_head, jnp.int32(walk.group))
+    def __init__(self, scheduler: TileScheduler, refs, index):
+        self.scheduler = scheduler
+        self.head_tile = lax.rem(index, jnp.int32(scheduler.head_tiles))
+        index = lax.div(index, jnp.int32(scheduler.head_tiles))
+        self.query_tile = (
+            scheduler.query_tiles - 1 - lax.rem(index, jnp.int32(scheduler.query_tiles))
+        )
+        self.batch_row = lax.div(index, jnp.int32(scheduler.query_tiles))
+        self.first_head = self.head_tile * scheduler.tiles.heads
+        self.kv_head = lax.div(self.first_head, jnp.int32(scheduler.group))
         self.refs = refs
-        first = self.begin(0)
-        last = jnp.minimum(first + walk.size, walk.rows[1]) - 1
+        first = self.first_position(0)
+        last = jnp.minimum(first + scheduler.positions_per_tile, scheduler.rows[1]) - 1
         self.start = refs["start"][0, 0, 0]
-        if walk.packed:
-            self.start = refs["start"][self.row, self.group(0), 0]
-        spec, key = walk.spec, walk.tiles.key
-        self.eighths, self.counts = [], []
-        for offset, length in walk.runs:
+        if scheduler.packed:
+            self.start = refs["start"][self.batch_row, self.row_group(0), 0]
+        spec, key_tile = scheduler.spec, scheduler.tiles.key
+        self.begins_in_eights, self.key_tiles_of_runs = [], []
+        for offset, length in scheduler.runs:
             low, high = key_span(first, last, self.start, spec.window, offset=offset, length=length)
-            eighth = lax.div(low, jnp.int32(8))
-            self.eighths.append(eighth)
-            count = lax.div(high - eighth * 8 + key, jnp.int32(key))
-            self.counts.append(jnp.where(high < low, 0, count))
-        self.count = sum(self.counts[1:], self.counts[0])
-        if walk.sink_rows:
+            begin = lax.div(low, jnp.int32(8))
+            self.begins_in_eights.append(begin)
+            count = lax.div(high - begin * 8 + key_tile, jnp.int32(key_tile))
+            self.key_tiles_of_runs.append(jnp.where(high < low, 0, count))
+        self.num_key_tiles = sum(self.key_tiles_of_runs[1:], self.key_tiles_of_runs[0])
+        if scheduler.sink_tile:
             self._find_sinks(last)
 
     def _find_sinks(self, last):
-        walk, spec = self.walk, self.walk.spec
-        self.own_sink_count = jnp.int32(0)
-        if walk.num_sinks:
+        scheduler, spec = self.scheduler, self.scheduler.spec
+        self.num_own_sink_tiles = jnp.int32(0)
+        if scheduler.num_sinks:
             begin = jnp.maximum(self.start, 0)
-            length = walk.runs[-1][1]
-            stop = jnp.minimum(self.start + spec.num_sinks, self.eighths[-1] * 8)
-            self.sink_stop = jnp.minimum(stop, length)
-            self.sink_eighth = lax.div(jnp.minimum(begin, length), jnp.int32(8))
-            wanted = self.sink_stop - self.sink_eighth * 8
-            count = lax.div(wanted + walk.sink_rows - 1, jnp.int32(walk.sink_rows))
-            self.own_sink_count = jnp.where(self.sink_stop > begin, count, 0)
-        self.sink_count = self.own_sink_count
-        if walk.fetched:
+            length = scheduler.runs[-1][1]
+            stop = jnp.minimum(self.start + spec.num_sinks, self.begins_in_eights[-1] * 8)
+            self.own_sinks_end = jnp.minimum(stop, length)
+            self.own_sinks_begin_in_eights = lax.div(jnp.minimum(begin, length), jnp.int32(8))
+            wanted = self.own_sinks_end - self.own_sinks_begin_in_eights * 8
+            count = lax.div(wanted + scheduler.sink_tile - 1, jnp.int32(scheduler.sink_tile))
+            self.num_own_sink_tiles = jnp.where(self.own_sinks_end > begin, count, 0)
+        self.num_sink_tiles = self.num_own_sink_tiles
+        if scheduler.num_fetched_sinks:
             assert spec.window is not None
-            crossing = self.refs["start"][self.row if walk.packed else 0, 0, 0]
+            crossing = self.refs["start"][self.batch_row if scheduler.packed else 0, 0, 0]
             self.crossing = crossing
-            slots = fetched_sink_count(last, self.start, crossing, spec.window, length=walk.fetched)
-            count = lax.div(slots + walk.sink_rows - 1, jnp.int32(walk.sink_rows))
-            self.sink_count = self.own_sink_count + count
+            slots = fetched_sink_count(
+                last, self.start, crossing, spec.window, length=scheduler.num_fetched_sinks
+            )
+            count = lax.div(slots + scheduler.sink_tile - 1, jnp.int32(scheduler.sink_tile))
+            self.num_sink_tiles = self.num_own_sink_tiles + count
 
-    def group(self, consumer):
-        """Number of a warpgroup's rows, counted from the shard's first."""
-        first = self.walk.rows[0] // self.walk.half
-        return first + self.block * self.walk.tiles.warpgroups + consumer
+    def row_group(self, warpgroup):
+        """Number of the positions that a warpgroup has, counted from the shard's first ones."""
+        first = self.scheduler.rows[0] // self.scheduler.positions_per_warpgroup
+        return first + self.query_tile * self.scheduler.tiles.warpgroups + warpgroup
 
-    def begin(self, consumer):
+    def first_position(self, warpgroup):
         """Position of a warpgroup's first query, a multiple of 8."""
-        return self.group(consumer) * (self.walk.half // 8) * 8
+        return self.row_group(warpgroup) * (self.scheduler.positions_per_warpgroup // 8) * 8
 
-    def place(self, n):
+    def key_range(self, n):
         """Position of the first key of the ``n``-th tile of keys, and the end of its run."""
         begin = stop = None
-        passed: Any = 0
-        for (offset, length), eighth, count in zip(
-            self.walk.runs, self.eighths, self.counts, strict=True
+        before: Any = 0
+        for (offset, length), eights, count in zip(
+            self.scheduler.runs, self.begins_in_eights, self.key_tiles_of_runs, strict=True
         ):
-            here = eighth * 8 + offset - passed * self.walk.tiles.key
+            of_run = eights * 8 + offset - before * self.scheduler.tiles.key
             end = jnp.int32(offset + length)
-            begin = here if begin is None else jnp.where(n >= passed, here, begin)
-            stop = end if stop is None else jnp.where(n >= passed, end, stop)
-            passed = passed + count
-        return begin + n * self.walk.tiles.key, stop
+            begin = of_run if begin is None else jnp.where(n >= before, of_run, begin)
+            stop = end if stop is None else jnp.where(n >= before, end, stop)
+            before = before + count
+        return begin + n * self.scheduler.tiles.key, stop
 
-    def clear_from(self, consumer):
-        """First position that windows of all queries of the warpgroup reach; None: any."""
-        walk = self.walk
+    def first_key_of_all(self, warpgroup):
+        """First position that the windows of all queries of the warpgroup reach; None: any."""
+        scheduler = self.scheduler
         low = None
-        if walk.spec.window is not None:
-            last = jnp.minimum(self.begin(consumer) + walk.half, walk.rows[1]) - 1
-            low = last - walk.spec.window
-        if walk.packed:
-            start = self.refs["start"][self.row, self.group(consumer), ROWS - 1]
+        if scheduler.spec.window is not None:
+            last = self.first_position(warpgroup) + scheduler.positions_per_warpgroup
+            last = jnp.minimum(last, scheduler.rows[1]) - 1
+            low = last - scheduler.spec.window
+        if scheduler.packed:
+            start = self.refs["start"][self.batch_row, self.row_group(warpgroup), ROWS - 1]
             low = start if low is None else jnp.maximum(low, start)
         return low
 
-    def is_clear(self, begin, low, n):
-        """Every query from ``begin`` on sees every key of the ``n``-th tile in its window.
+    def is_clear(self, first_query, low, n):
+        """Every query from ``first_query`` on sees every key of the ``n``-th tile of keys.
 
-        ``low`` is that of ``clear_from``.
+        ``low`` is what `first_key_of_all` says of the warpgroup.
         """
-        first, stop = self.place(n)
-        stop = jnp.minimum(stop, begin + 1) if self.walk.has_halo else begin + 1
-        clear = first + self.walk.tiles.key <= stop
+        first, stop = self.key_range(n)
+        causal = first_query + 1
+        stop = jnp.minimum(stop, causal) if self.scheduler.has_halo else causal
+        clear = first + self.scheduler.tiles.key <= stop
         return clear if low is None else clear & (first >= low)
 
-    def place_of_sinks(self, n):
+    def sink_range(self, n):
         """(position of the first key, end, whether fetched) of the ``n``-th tile of sinks."""
-        size = self.walk.sink_rows
-        fetched = n >= self.own_sink_count
+        size = self.scheduler.sink_tile
+        fetched = n >= self.num_own_sink_tiles
         begin = stop = jnp.int32(0)
-        if self.walk.num_sinks:
-            begin, stop = self.sink_eighth * 8 + n * size, self.sink_stop
-        if self.walk.fetched:
-            far = self.crossing + (n - self.own_sink_count) * size
+        if self.scheduler.num_sinks:
+            begin, stop = self.own_sinks_begin_in_eights * 8 + n * size, self.own_sinks_end
+        if self.scheduler.num_fetched_sinks:
+            far = self.crossing + (n - self.num_own_sink_tiles) * size
             begin = jnp.where(fetched, far, begin)
-            stop = jnp.where(fetched, self.crossing + self.walk.fetched, stop)
+            stop = jnp.where(fetched, self.crossing + self.scheduler.num_fetched_sinks, stop)
         return begin, stop, fetched

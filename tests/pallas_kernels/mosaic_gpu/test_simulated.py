@@ -91,7 +91,7 @@ def on_hopper(monkeypatch):
 )
 def test_kernels_compute_what_the_oracle_does(name, implementation):
     kernels, case = CASES[name]
-    if implementation != "mosaic_gpu":  # nobody is the last to add to gradients of queries
+    if implementation != "mosaic_gpu":  # no program knows that it adds last to dq
         kernels = kernels | {FINISH}
     inputs, dout = repeated_ring.arrays(case)
     function = with_gradients(repeated_ring.last_chunk(case, implementation))
@@ -133,7 +133,7 @@ def test_a_halo_in_a_launch_of_its_own(name, monkeypatch):
     compare(result, repeated_ring.expected(case), case.dtype, case)
 
 
-SHARED = {
+SPLIT = {
     "window_rows": dict(heads=(8, 2)),
     "no_window": dict(heads=(8, 2)),
     "no_window_rows": dict(heads=(6, 1)),
@@ -146,26 +146,26 @@ SHARED = {
 
 
 @pytest.mark.parametrize(("parts", "all_tasks"), [(2, True), (2, False), (None, True)])
-@pytest.mark.parametrize("name", SHARED)
-def test_programs_that_share_a_tile_of_keys(name, parts, all_tasks, monkeypatch):
+@pytest.mark.parametrize("name", SPLIT)
+def test_programs_that_split_a_task(name, parts, all_tasks, monkeypatch):
     """In parts of several heads, or of one head each."""
     kernels, case = CASES[name]
-    case = dataclasses.replace(case, **SHARED[name])
-    groups = []
+    case = dataclasses.replace(case, **SPLIT[name])
+    group_sizes = []
 
-    def cut(devices, group, processors, some):
-        groups.append(group)
-        return len(devices[0]) if all_tasks else min(3, len(devices[0])), parts or group
+    def split(devices, group_size, num_sms, counts):
+        group_sizes.append(group_size)
+        return len(devices[0]) if all_tasks else min(3, len(devices[0])), parts or group_size
 
-    monkeypatch.setattr(scheduler, "cut_of_tasks", cut)
-    scheduler.cut_at_the_end.cache_clear()
+    monkeypatch.setattr(scheduler, "choose_split", split)
+    scheduler.split_last_tasks.cache_clear()
     inputs, dout = repeated_ring.arrays(case)
     function = with_gradients(repeated_ring.last_chunk(case, "mosaic_gpu"))
     with simulated():
         result = Result(*function(*inputs, None, dout))
         assert set(launches) == kernels
-    scheduler.cut_at_the_end.cache_clear()
-    assert set(groups) == {case.heads[0] // case.heads[1]}
+    scheduler.split_last_tasks.cache_clear()
+    assert set(group_sizes) == {case.heads[0] // case.heads[1]}
     compare(result, repeated_ring.expected(case), case.dtype, case)
 
 

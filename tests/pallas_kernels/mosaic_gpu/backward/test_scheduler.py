@@ -1,7 +1,7 @@
-"""Who waits for whom in the fused backward kernels.
+"""Schedules of the fused backward kernels.
 
-A tile of keys waits until as many have added to a tile of queries as `Path.before` says, and they
-must be those of programs that have started before.
+Before a program adds to the gradients of a tile of queries, it waits until as many others have
+added as `ProgramSchedule.adders_before` says. These must be programs that started before it.
 """
 
 import collections
@@ -15,27 +15,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels._mosaic_gpu.backward.fused import KEYS
+from pallas_kernels._mosaic_gpu.backward.fused import KEY_TILE
 from pallas_kernels._mosaic_gpu.backward.scheduler import (
-    AROUND,
-    HANDING,
-    PARTS,
-    QUERIES,
-    Path,
-    Paths,
-    cut_at_the_end,
-    cut_of_tasks,
-    following,
-    following_down,
-    task,
-    with_own_queries,
+    HANDOFF_COST,
+    MAX_PARTS,
+    PROGRAM_OVERHEAD,
+    QUERY_TILE,
+    BackwardSchedule,
+    ProgramSchedule,
+    choose_split,
+    next_state_heads_first,
+    next_state_tiles_first,
+    plan_with_diagonal,
+    split_last_tasks,
+    task_coordinates,
 )
 from pallas_kernels._tile_ranges import query_plan, seen_tiles
 
 
 def shard(rng: random.Random):
     """(start, window, rows, offset, length): a random shard's own keys, its halo's, or both."""
-    length = QUERIES * rng.randint(1, 11) + rng.randint(0, QUERIES - 1)
+    length = QUERY_TILE * rng.randint(1, 11) + rng.randint(0, QUERY_TILE - 1)
     halo = rng.choice([0, 0, 90, length])
     window = rng.choice([None, 0, 1, 63, 64, 127, 128, 300, halo or 70])
     if halo and window is not None:
@@ -51,222 +51,243 @@ def shard(rng: random.Random):
     packed = rng.random() < 0.7
     start = jnp.asarray(np.maximum.accumulate(starts)[None])
     if not packed:
-        start = jnp.int32(rng.choice([0, -halo]))  # on a ring's first device nobody sees the halo
+        start = jnp.int32(rng.choice([0, -halo]))  # on a ring's first device no query sees the halo
     if halo and rng.random() < 0.5 and (packed or window is not None):
-        filled = -(-halo // KEYS) * KEYS
+        filled = -(-halo // KEY_TILE) * KEY_TILE
         return start, window, length, -filled, filled + length
     return start, window, min(length, halo or length), -halo, halo or length
 
 
-FIRST_DEVICE = [(jnp.int32(0), 256, 300, -2 * KEYS, 2 * KEYS + 300)]
-"""A halo and own keys of the first device of a ring: nobody sees the halo."""
+FIRST_DEVICE = [(jnp.int32(0), 256, 300, -2 * KEY_TILE, 2 * KEY_TILE + 300)]
+"""A halo and own keys of the first device of a ring, where no query sees the halo."""
 SHARDS = [shard(random.Random(seed)) for seed in range(14)] + FIRST_DEVICE
 
 
-def paths_of(shard, key_tile, num_kv=1, batch=1, group=1):
-    """The `Paths` of a shard."""
+def schedule_of(shard, key_tile, num_kv_heads=1, batch=1, group_size=1):
+    """The `BackwardSchedule` of a shard."""
     start, window, rows, offset, length = shard
-    return Paths(
-        num_kv=num_kv, group=group, pairs=num_kv * batch, key_tile=key_tile, keys=length,
-        key_tiles=-(-length // key_tile), blocks=-(-rows // QUERIES),
-        before_own=-offset // key_tile if offset + length > 0 else -(-length // key_tile),
-        packed=start.ndim > 0, window=window,
-    )  # fmt: skip
+    has_own_keys = offset + length > 0
+    return BackwardSchedule(
+        num_kv_heads=num_kv_heads,
+        group_size=group_size,
+        batch_kv_heads=num_kv_heads * batch,
+        key_tile=key_tile,
+        num_keys=length,
+        num_key_tiles=-(-length // key_tile),
+        num_query_tiles=-(-rows // QUERY_TILE),
+        halo_key_tiles=-offset // key_tile if has_own_keys else -(-length // key_tile),
+        packed=start.ndim > 0,
+        window=window,
+    )
 
 
-@pytest.mark.parametrize("key_tile", [KEYS, QUERIES])
+@pytest.mark.parametrize("key_tile", [KEY_TILE, QUERY_TILE])
 @pytest.mark.parametrize("number", range(len(SHARDS)))
 def test_a_program_knows_how_many_add_before_it_and_whether_it_is_the_last(number, key_tile):
     start, window, rows, offset, length = SHARDS[number]
     plan = query_plan(
-        start, window, 0, rows=rows, query_tile=QUERIES,
+        start, window, 0, rows=rows, query_tile=QUERY_TILE,
         offset=offset, length=length, key_tile=key_tile, reach=0,
     )  # fmt: skip
     plan = plan if start.ndim > 0 else plan[None]
-    paths = paths_of(SHARDS[number], key_tile)
+    launch = schedule_of(SHARDS[number], key_tile)
     needed = np.asarray(plan)[0]
-    plan = with_own_queries(plan, paths)
+    plan = plan_with_diagonal(plan, launch)
     widened = np.asarray(plan)[0]
     assert (widened[:, :3] == needed[:, :3]).all(), "masks are needed where they were"
     assert (widened[:, 3] >= needed[:, 3]).all()
-    seen = np.asarray(seen_tiles(plan, paths.blocks))[0]
-    ways = [Path(paths, jnp.int32(n), plan, start) for n in range(paths.key_tiles)]  # as they start
-    for block in range(paths.blocks):
-        adders = [way for way in ways if way.begin <= block < way.end]
-        assert [int(way.before(jnp.int32(block))) for way in adders] == list(range(len(adders)))
+    seen = np.asarray(seen_tiles(plan, launch.num_query_tiles))[0]
+    programs = [  # in the order in which they start
+        ProgramSchedule(launch, jnp.int32(n), plan, start) for n in range(launch.num_key_tiles)
+    ]
+    for block in range(launch.num_query_tiles):
+        adders = [program for program in programs if program.begin <= block < program.end]
+        before = [int(program.adders_before(jnp.int32(block))) for program in adders]
+        assert before == list(range(len(adders)))
         assert seen[block] == bool(adders)
         if offset + length > 0:
-            assert adders, "nobody would write gradients of queries that are padding"
-        if not paths.longest_first:
-            last = [bool(way.is_last(jnp.int32(block))) for way in adders]
-            assert last == [way is adders[-1] for way in adders]
+            assert adders, "no program would write gradients of queries that are padding"
+        if not launch.longest_first:
+            last = [bool(program.adds_last(jnp.int32(block))) for program in adders]
+            assert last == [program is adders[-1] for program in adders]
 
 
 @pytest.mark.parametrize("side", [None, 1, 4, 16])
-@pytest.mark.parametrize(("key_tiles", "pairs"), [(1, 3), (5, 1), (4, 6)])
-def test_programs_wait_for_earlier_ones_only(key_tiles, pairs, side):
-    index = jnp.arange(key_tiles * pairs, dtype=jnp.int32)
-    pair, tile = map(np.asarray, task(index, key_tiles, pairs, side))
-    assert len({*zip(pair.tolist(), tile.tolist(), strict=True)}) == len(index)
-    for one in range(pairs):
-        tiles = tile[pair == one].tolist()  # in the order of programs
+@pytest.mark.parametrize(("key_tiles", "kv_heads"), [(1, 3), (5, 1), (4, 6)])
+def test_programs_wait_for_earlier_ones_only(key_tiles, kv_heads, side):
+    index = jnp.arange(key_tiles * kv_heads, dtype=jnp.int32)
+    kv_head, tile = map(np.asarray, task_coordinates(index, key_tiles, kv_heads, side))
+    assert len({*zip(kv_head.tolist(), tile.tolist(), strict=True)}) == len(index)
+    for head in range(kv_heads):
+        tiles = tile[kv_head == head].tolist()  # in the order of programs
         assert tiles == sorted(tiles, reverse=side is None)
 
 
 @functools.cache
-def walk(group, count, beside):
-    """(head, tile of queries) by (head, tile of queries)."""
+def states(group, count, diagonal):
+    """(head, tile of queries) of all steps of a schedule."""
     step, visited = (jnp.int32(0), jnp.int32(0)), []
-    advance = jax.jit(lambda member, n: following(member, n, group, count, beside))
+    advance = jax.jit(lambda member, n: next_state_tiles_first(member, n, group, count, diagonal))
     for _ in range(group * count):
         visited.append(tuple(map(int, step)))
         step = advance(*step)
     return visited
 
 
-@pytest.mark.parametrize("beside", [None, 0, 2])
+@pytest.mark.parametrize("diagonal", [None, 0, 2])
 @pytest.mark.parametrize(("group", "count"), [(1, 5), (3, 1), (3, 2), (3, 3), (2, 7)])
-def test_a_walk_begins_with_all_heads_of_the_tiles_beside(group, count, beside):
-    near = [(head, tile) for tile in range(min(beside or 0, count)) for head in range(group)]
-    far = [(head, tile) for head in range(group) for tile in range(beside or 0, count)]
-    assert walk(group, count, beside) == near + far
+def test_all_heads_of_the_diagonal_come_first(group, count, diagonal):
+    on_diagonal = [
+        (head, tile) for tile in range(min(diagonal or 0, count)) for head in range(group)
+    ]
+    beyond = [(head, tile) for head in range(group) for tile in range(diagonal or 0, count)]
+    assert states(group, count, diagonal) == on_diagonal + beyond
 
 
 @pytest.mark.parametrize(("group", "count"), [(1, 5), (3, 1), (2, 7)])
-def test_a_walk_down_goes_through_all_heads_at_each_tile(group, count):
+def test_all_heads_come_at_each_tile_without_a_window(group, count):
     step, visited = (jnp.int32(0), jnp.int32(0)), []
     for _ in range(group * count):
         visited.append(tuple(map(int, step)))
-        step = following_down(*step, group)
+        step = next_state_heads_first(*step, group)
     assert visited == [(head, n) for n in range(count) for head in range(group)]
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_tiles_of_one_document_do_not_wait_for_another_document(seed):
-    """With a processor for each program nobody is late for more than a few steps."""
-    rng, blocks, group, beside = random.Random(seed), 40, 3, KEYS // QUERIES
-    starts = np.zeros(blocks * QUERIES, np.int32)
+    """With a multiprocessor for each program none is late by more than a few steps."""
+    rng, blocks, group, diagonal = random.Random(seed), 40, 3, KEY_TILE // QUERY_TILE
+    starts = np.zeros(blocks * QUERY_TILE, np.int32)
     for begin in sorted(rng.sample(range(len(starts)), 4)):
         starts[begin:] = begin
     plan = query_plan(
-        jnp.asarray(starts[None]), 24 * QUERIES, 0, rows=len(starts), query_tile=QUERIES,
-        offset=0, length=len(starts), key_tile=KEYS, reach=0,
+        jnp.asarray(starts[None]), 24 * QUERY_TILE, 0, rows=len(starts), query_tile=QUERY_TILE,
+        offset=0, length=len(starts), key_tile=KEY_TILE, reach=0,
     )  # fmt: skip
     done: dict[tuple[int, int], int] = {}
     for tile, (begin, _, _, end) in reversed([*enumerate(np.asarray(plan)[0].tolist())]):
-        several = starts[tile * KEYS + KEYS - 1] > tile * KEYS
+        several = starts[tile * KEY_TILE + KEY_TILE - 1] > tile * KEY_TILE
         now = 0
-        for head, n in walk(group, end - begin, beside if several else 0):
+        for head, n in states(group, end - begin, diagonal if several else 0):
             now = max(now, done.get((head, begin + n), 0)) + 1
             done[head, begin + n] = now
-        assert now <= (end - begin + beside) * group
+        assert now <= (end - begin + diagonal) * group
 
 
 @pytest.mark.parametrize("number", range(len(SHARDS)))
 def test_tasks_take_as_many_steps_as_the_plan_says(number):
-    """Without documents; the halo of a ring's first device is nobody's."""
+    """Without documents; on a ring's first device no query sees the halo."""
     start, window, rows, offset, length = SHARDS[number]
     if start.ndim:
         start = jnp.int32(-length)
     first_device = bool(offset) and int(start) == 0
     plan = np.asarray(query_plan(
-        start, window, 0, rows=rows, query_tile=QUERIES,
-        offset=offset, length=length, key_tile=KEYS, reach=0,
+        start, window, 0, rows=rows, query_tile=QUERY_TILE,
+        offset=offset, length=length, key_tile=KEY_TILE, reach=0,
     ))  # fmt: skip
-    paths = paths_of((start, window, rows, offset, length), KEYS, num_kv=5, group=4)
-    index = jnp.arange(paths.tasks, dtype=jnp.int32)
-    tiles = np.asarray(task(index, paths.key_tiles, paths.pairs, paths.side)[1])
+    launch = schedule_of(
+        (start, window, rows, offset, length), KEY_TILE, num_kv_heads=5, group_size=4
+    )
+    index = jnp.arange(launch.tasks, dtype=jnp.int32)
+    _, tiles = task_coordinates(
+        index, launch.num_key_tiles, launch.batch_kv_heads, launch.kv_heads_side_by_side
+    )
+    tiles = np.asarray(tiles)
     expected = (plan[tiles, 3] - plan[tiles, 0]).tolist()
-    assert paths.steps(offset, nobodys_halo=first_device) == expected
+    assert launch.steps_per_head(offset, halo_is_seen=not first_device) == expected
 
 
 @pytest.mark.parametrize("parts", [2, 4])
-@pytest.mark.parametrize("cut", [1, 5, 12])
+@pytest.mark.parametrize("split_tasks", [1, 5, 12])
 @pytest.mark.parametrize("window", [None, 300])
-def test_parts_have_each_head_of_each_task_once(window, cut, parts):
+def test_parts_have_each_head_of_each_task_once(window, split_tasks, parts):
     shard = jnp.int32(0), window, 256, 0, 256
-    paths = dataclasses.replace(paths_of(shard, QUERIES, num_kv=3, group=4), cut=cut, parts=parts)
+    launch = schedule_of(shard, QUERY_TILE, num_kv_heads=3, group_size=4)
+    launch = dataclasses.replace(launch, split_tasks=split_tasks, parts=parts)
     plan = jnp.zeros((1, 4, 4), jnp.int32).at[..., 3].set(1)
-    ways = [Path(paths, jnp.int32(n), plan, None) for n in range(paths.programs)]
+    programs = [ProgramSchedule(launch, jnp.int32(n), plan, None) for n in range(launch.programs)]
     seen, before = set(), {}
-    for index, way in enumerate(ways):
-        assert int(way.share.heads) == (4 if index < paths.tasks - cut else 4 // parts)
-        key = int(way.kv_head), int(way.tile)
-        for member in range(int(way.share.heads)):
-            seen.add((*key, int(way.at(jnp.int32(member), jnp.int32(0))[0])))
+    for index, program in enumerate(programs):
+        assert int(program.part.heads) == (4 if index < launch.tasks - split_tasks else 4 // parts)
+        key = int(program.kv_head), int(program.key_block)
+        for member in range(int(program.part.heads)):
+            seen.add((*key, int(program.coordinates(jnp.int32(member), jnp.int32(0))[0])))
         # Parts come in their order, and know the last one.
-        assert int(way.share.part) == before.get(key, 0)
+        assert int(program.part.part) == before.get(key, 0)
         before[key] = before.get(key, 0) + 1
-        whole = int(way.share.heads) == 4
-        assert bool(way.share.is_last) == (whole or before[key] == parts)
+        whole = int(program.part.heads) == 4
+        assert bool(program.part.is_last) == (whole or before[key] == parts)
     assert len(seen) == 3 * 4 * 4
-    cut_tasks = {int(way.share.number) for way in ways if int(way.share.heads) < 4}
-    assert cut_tasks == set(range(cut))
+    numbers = {int(program.part.number) for program in programs if int(program.part.heads) < 4}
+    assert numbers == set(range(split_tasks))
 
 
-@pytest.mark.parametrize("cut_parts", [(0, 1), (3, 2), ("all", 4), ("pair", 2)])
-@pytest.mark.parametrize("key_tile", [KEYS, QUERIES])
+@pytest.mark.parametrize("split", [(0, 1), (3, 2), ("all", 4), ("head", 2)])
+@pytest.mark.parametrize("key_tile", [KEY_TILE, QUERY_TILE])
 @pytest.mark.parametrize("number", range(0, len(SHARDS), 2))
-def test_parts_wait_for_earlier_programs_only(number, key_tile, cut_parts):
-    """One program after the other, in their order, nobody would wait."""
+def test_parts_wait_for_earlier_programs_only(number, key_tile, split):
+    """Programs that ran one after the other, in the order of their indices, would never wait."""
     start, window, rows, offset, length = SHARDS[number]
     plan = query_plan(
-        start, window, 0, rows=rows, query_tile=QUERIES,
+        start, window, 0, rows=rows, query_tile=QUERY_TILE,
         offset=offset, length=length, key_tile=key_tile, reach=0,
     )  # fmt: skip
-    paths = paths_of(SHARDS[number], key_tile, num_kv=2, group=4)
-    cut, parts = cut_parts
-    cut = {"all": paths.tasks, "pair": paths.key_tiles}.get(cut, cut)
-    paths = dataclasses.replace(paths, cut=min(cut, paths.tasks), parts=parts)
-    plan = with_own_queries(plan if start.ndim > 0 else plan[None], paths)
-    added, handed = collections.Counter(), collections.Counter()
-    for index in range(paths.programs):
-        way = Path(paths, jnp.int32(index), plan, start)
-        blocks = range(int(way.begin), int(way.end))
-        before = [int(way.before(jnp.int32(block))) for block in blocks]
-        first = int(way.kv_head) * 4 + int(way.share.first_head)
-        for head in range(first, first + int(way.share.heads)):
+    launch = schedule_of(SHARDS[number], key_tile, num_kv_heads=2, group_size=4)
+    split_tasks, parts = split
+    split_tasks = {"all": launch.tasks, "head": launch.num_key_tiles}.get(split_tasks, split_tasks)
+    launch = dataclasses.replace(launch, split_tasks=min(split_tasks, launch.tasks), parts=parts)
+    plan = plan_with_diagonal(plan if start.ndim > 0 else plan[None], launch)
+    added, stored = collections.Counter(), collections.Counter()
+    for index in range(launch.programs):
+        program = ProgramSchedule(launch, jnp.int32(index), plan, start)
+        blocks = range(int(program.begin), int(program.end))
+        before = [int(program.adders_before(jnp.int32(block))) for block in blocks]
+        first = int(program.kv_head) * 4 + int(program.part.first_head)
+        for head in range(first, first + int(program.part.heads)):
             for block, expected in zip(blocks, before, strict=True):
                 assert added[head, block] == expected
                 added[head, block] += 1
-        if int(way.share.heads) < 4:
-            assert handed[int(way.share.number)] == int(way.share.part)
-            handed[int(way.share.number)] += 1
-    assert set(handed.values()) <= {parts}
+        if int(program.part.heads) < 4:
+            assert stored[int(program.part.number)] == int(program.part.part)
+            stored[int(program.part.number)] += 1
+    assert set(stored.values()) <= {parts}
 
 
-def time_of(tiles, group, processors, cut=0, parts=1):
-    """When the last program ends, if a processor takes the next one as soon as it has none."""
-    free = [0] * processors
-    whole, last = tiles[: len(tiles) - cut], tiles[len(tiles) - cut :]
-    shared = [n * group // parts + AROUND + HANDING for n in last]
-    for work in [n * group + AROUND for n in whole] + parts * shared:
-        heapq.heapreplace(free, free[0] + work)
-    return max(free)
+def time_of(tiles, group_size, num_sms, split_tasks=0, parts=1):
+    """When the last program ends, if each idle multiprocessor takes the next one."""
+    idle_from = [0] * num_sms
+    whole, split = tiles[: len(tiles) - split_tasks], tiles[len(tiles) - split_tasks :]
+    costs = [n * group_size + PROGRAM_OVERHEAD for n in whole]
+    costs += parts * [n * group_size // parts + PROGRAM_OVERHEAD + HANDOFF_COST for n in split]
+    for cost in costs:
+        heapq.heapreplace(idle_from, idle_from[0] + cost)
+    return max(idle_from)
 
 
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 8, 12])
+@pytest.mark.parametrize("group_size", [1, 2, 3, 4, 5, 6, 8, 12])
 @pytest.mark.parametrize("count", [1, 32, 132, 140, 500, 1024])
-def test_tasks_are_cut_where_that_takes_less_time(count, group):
-    tiles, processors = [*range(1, 33), *[33] * count][:count], 132
-    cut, parts = cut_of_tasks([tiles], group, processors, {66})
+def test_tasks_are_split_where_that_takes_less_time(count, group_size):
+    tiles, num_sms = [*range(1, 33), *[33] * count][:count], 132
+    split_tasks, parts = choose_split([tiles], group_size, num_sms, {66})
     times = {
-        (cut, parts): time_of(tiles, group, processors, cut, parts)
-        for cut in {count, min(66, count)}
-        for parts in range(2, PARTS + 1)
-        if group % parts == 0
+        (n, parts): time_of(tiles, group_size, num_sms, n, parts)
+        for n in {count, min(66, count)}
+        for parts in range(2, MAX_PARTS + 1)
+        if group_size % parts == 0
     }
-    uncut = time_of(tiles, group, processors)
-    if cut:
-        assert times[cut, parts] == min(times.values()) < 0.99 * uncut
+    unsplit = time_of(tiles, group_size, num_sms)
+    if split_tasks:
+        assert times[split_tasks, parts] == min(times.values()) < 0.99 * unsplit
     else:
-        assert parts == 1 and min(times.values(), default=uncut) >= 0.99 * uncut
-    if count == 32 and group == 8:
-        assert times[cut, parts] < 0.4 * uncut, "nearly every processor has something to do"
+        assert parts == 1 and min(times.values(), default=unsplit) >= 0.99 * unsplit
+    if count == 32 and group_size == 8:
+        assert times[split_tasks, parts] < 0.4 * unsplit, "few multiprocessors are idle"
 
 
-def test_no_tasks_are_cut_where_there_are_very_many():
+def test_no_tasks_are_split_where_there_are_very_many():
     shard = jnp.int32(0), 300, 4096, 0, 4096
-    few, many = (paths_of(shard, QUERIES, num_kv=8, batch=n, group=8) for n in (1, 64))
-    assert cut_at_the_end(few, 0, 500).cut > 0
-    assert cut_at_the_end(many, 0, 132).cut == 0
+    few, many = (
+        schedule_of(shard, QUERY_TILE, num_kv_heads=8, batch=n, group_size=8) for n in (1, 64)
+    )
+    assert split_last_tasks(few, 0, 500).split_tasks > 0
+    assert split_last_tasks(many, 0, 132).split_tasks == 0

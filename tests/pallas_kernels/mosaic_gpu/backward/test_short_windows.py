@@ -1,52 +1,54 @@
-"""Which tiles the backward kernel for short windows has at hand."""
+"""Which tiles a program of the backward kernel for short windows has in shared memory."""
 
 import itertools
 
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels._mosaic_gpu.backward.short_windows import (
+from pallas_kernels._mosaic_gpu.backward.short_windows_schedule import (
+    CONSUMERS,
     KEY_SLOTS,
     LONGEST_WINDOW,
-    OWNERS,
-    REACH,
+    MAX_TILES_BACK,
     TILE,
+    chunk_tiles,
+    key_block_of,
     key_slot,
-    key_tile,
-    stretch_length,
 )
 
 
-def owned(block):
-    """The tiles of keys of all warpgroups at a tile of queries."""
-    return [int(key_tile(jnp.int32(block), owner)) for owner in range(OWNERS)]
+def key_blocks(query_block):
+    """The tiles of keys of all consumers at a tile of queries."""
+    block = jnp.int32(query_block)
+    return [int(key_block_of(block, consumer)) for consumer in range(CONSUMERS)]
 
 
-def test_all_keys_of_a_window_are_at_hand():
+def test_the_consumers_have_all_keys_of_a_window():
     for block in range(9):
-        assert sorted(owned(block)) == list(range(block - REACH, block + 1))
-        assert block * TILE - LONGEST_WINDOW >= (block - REACH) * TILE
+        assert sorted(key_blocks(block)) == list(range(block - MAX_TILES_BACK, block + 1))
+        assert block * TILE - LONGEST_WINDOW >= (block - MAX_TILES_BACK) * TILE
 
 
-def test_a_warpgroup_keeps_its_tile_until_no_query_sees_it():
-    for owner in range(OWNERS):
-        tiles = [owned(block)[owner] for block in range(12)]
+def test_a_consumer_keeps_its_keys_until_no_query_sees_them():
+    for consumer in range(CONSUMERS):
+        tiles = [key_blocks(block)[consumer] for block in range(12)]
         for block, (before, after) in enumerate(itertools.pairwise(tiles)):
-            assert after == (before if block + 1 <= before + REACH else block + 1)
+            assert after == (before if block + 1 <= before + MAX_TILES_BACK else block + 1)
 
 
 def test_the_next_tile_of_keys_takes_no_slot_in_use():
     for block in range(9):
-        in_flight = [int(key_slot(jnp.int32(tile))) for tile in (*owned(block), block + 1)]
-        assert sorted(in_flight) == list(range(KEY_SLOTS))
+        slots = [int(key_slot(jnp.int32(tile))) for tile in (*key_blocks(block), block + 1)]
+        assert sorted(slots) == list(range(KEY_SLOTS))
 
 
 @pytest.mark.parametrize(
-    ("blocks", "pairs", "waves"), [(512, 8, 1), (64, 8, 1), (1, 3, 1), (5, 200, 2), (31, 131, 1)]
+    ("num_tiles", "kv_heads", "waves"),
+    [(512, 8, 1), (64, 8, 1), (1, 3, 1), (5, 200, 2), (31, 131, 1)],
 )
-def test_stretches_keep_the_processors_busy(blocks, pairs, waves):
-    stretch = stretch_length(blocks, pairs, 132)
-    programs = pairs * -(-blocks // stretch)
-    assert 1 <= stretch <= blocks and -(-programs // 132) == waves
-    ideal = blocks * pairs / 132
-    assert waves * (stretch + REACH) <= 2 * max(ideal, 1) + REACH + 1
+def test_chunks_keep_the_multiprocessors_busy(num_tiles, kv_heads, waves):
+    chunk = chunk_tiles(num_tiles, kv_heads, 132)
+    programs = kv_heads * -(-num_tiles // chunk)
+    assert 1 <= chunk <= num_tiles and -(-programs // 132) == waves
+    ideal = num_tiles * kv_heads / 132
+    assert waves * (chunk + MAX_TILES_BACK) <= 2 * max(ideal, 1) + MAX_TILES_BACK + 1

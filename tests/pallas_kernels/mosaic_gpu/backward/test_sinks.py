@@ -1,4 +1,4 @@
-"""What goes into the backward kernel for sinks beyond windows, and where its results belong."""
+"""The arrays around the backward kernel for sinks beyond windows."""
 
 import random
 
@@ -10,10 +10,10 @@ from pallas_kernels._masks import sees_beyond_window
 from pallas_kernels._mosaic_gpu.backward.sinks import (
     SHORTEST_WINDOW,
     add_to_own,
-    chunk_length,
-    of_fetched,
     sinks_of_chunks,
+    sum_of_fetched,
 )
+from pallas_kernels._mosaic_gpu.backward.sinks_kernel import chunk_length
 from pallas_kernels._spec import KeyRun, SinkRun
 
 BATCH, KV_HEADS, DIM = 2, 2, 3
@@ -65,21 +65,21 @@ def test_a_chunk_has_the_sinks_that_its_queries_see_beyond_their_windows(seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_gradients_of_chunks_go_to_the_sinks_that_they_belong_to(seed):
+def test_gradients_by_chunks_are_added_to_those_of_their_sinks(seed):
     window, num_sinks, starts = shard(seed)
     length, chunk = starts.shape[1], chunk_length(window)
     rng = np.random.default_rng(seed)
     gradients = rng.standard_normal((BATCH, length, KV_HEADS, DIM))
-    parts = np.zeros((BATCH, -(-length // chunk), num_sinks, KV_HEADS, DIM))
+    by_chunks = np.zeros((BATCH, -(-length // chunk), num_sinks, KV_HEADS, DIM))
     own, fetched = gradients.copy(), np.zeros((BATCH, num_sinks, KV_HEADS, DIM))
     for row, query, slot in seen_sinks(window, num_sinks, starts):
-        part, position = rng.standard_normal((KV_HEADS, DIM)), starts[row, query] + slot
-        parts[row, query // chunk, slot] += part
-        (fetched[row, slot] if position < 0 else own[row, position])[...] += part
-    of_chunks = jnp.asarray(starts[:, ::chunk]), jnp.asarray(parts)
-    result = add_to_own(jnp.asarray(gradients), of_chunks[1], of_chunks[0], chunk)
+        gradient, position = rng.standard_normal((KV_HEADS, DIM)), starts[row, query] + slot
+        by_chunks[row, query // chunk, slot] += gradient
+        (fetched[row, slot] if position < 0 else own[row, position])[...] += gradient
+    by_chunks, of_chunks = jnp.asarray(by_chunks), jnp.asarray(starts[:, ::chunk])
+    result = add_to_own(jnp.asarray(gradients), by_chunks, of_chunks, chunk)
     np.testing.assert_allclose(result, own, atol=1e-4)
-    np.testing.assert_allclose(of_fetched(of_chunks[1], of_chunks[0]), fetched, atol=1e-4)
+    np.testing.assert_allclose(sum_of_fetched(by_chunks, of_chunks), fetched, atol=1e-4)
 
 
 @pytest.mark.parametrize("window", [SHORTEST_WINDOW, 64, 126, 127, 128, 1000, 10**6])

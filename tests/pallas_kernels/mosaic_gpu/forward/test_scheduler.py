@@ -1,6 +1,6 @@
-"""The walk of the Mosaic GPU kernel, which no interpreter runs: every pair once, and no other.
+"""The schedule of the Mosaic GPU forward kernel: every pair of query and key once, and no other.
 
-It reads arrays as it reads refs, so it runs here tile by tile.
+The scheduler reads arrays as it reads refs, so its tiles are looked at one by one.
 """
 
 import dataclasses
@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import _masks
-from pallas_kernels._mosaic_gpu.forward import scheduler
+from pallas_kernels._kernels import ForwardInputs
+from pallas_kernels._mosaic_gpu.forward.scheduler import TileScheduler, WorkTile
 from pallas_kernels._mosaic_gpu.primitives import ROWS
 from pallas_kernels._mosaic_gpu.tiles import SHARED_MEMORY, MosaicTiles, mosaic_tiles
 from pallas_kernels._spec import KeyRun, SinkRun, Spec
@@ -62,8 +63,8 @@ SHARDS = {
 }
 
 
-def walk_of(shard):
-    """(Walk, its arrays)."""
+def schedule_of(shard):
+    """The TileScheduler of a launch over the shard."""
 
     def keys(length):
         return jnp.zeros((len(shard.starts()), length, 1, 16), jnp.bfloat16)
@@ -76,11 +77,11 @@ def walk_of(shard):
     query = jnp.zeros((*local.shape[:2], 8, 16), jnp.bfloat16)
     spec = Spec(shard.window, shard.sinks, 1.0, None, None)
     rows = shard.rows or (0, shard.length)
-    walk = scheduler.Walk(spec, query, tuple(runs), sinks, start, rows, shard.tiles, 4)
-    return walk, walk.arrays
+    inputs = ForwardInputs(query, tuple(runs), sinks, None, start)
+    return TileScheduler(spec, inputs, rows, shard.tiles, 4)
 
 
-def visited(shard, walk, tile, consumer, i, start):
+def visited(shard, scheduler, tile, consumer, i, start):
     """How often each key from -halo - 70 on is seen by each of the positions i."""
     far = shard.halo + 70
     count = np.zeros((i.size, far + shard.length), int)
@@ -93,19 +94,21 @@ def visited(shard, walk, tile, consumer, i, start):
         count[:, j[exists] + far] += mask[:, exists]
         return mask
 
-    low = tile.clear_from(consumer)
-    for n in range(int(tile.count)):
-        first, stop = map(int, tile.place(n))
+    low = tile.first_key_of_all(consumer)
+    for n in range(int(tile.num_key_tiles)):
+        first, stop = map(int, tile.key_range(n))
 
         def seen(i, j, stop=stop):
-            mask = _masks.sees(i, j, start, shard.window, walk.num_sinks, packed=walk.packed)
-            return np.asarray(mask & (j < stop if walk.has_halo else True))
+            mask = _masks.sees(
+                i, j, start, shard.window, scheduler.num_sinks, packed=scheduler.packed
+            )
+            return np.asarray(mask & (j < stop if scheduler.has_halo else True))
 
         mask = add(first, shard.tiles.key, seen)
-        if tile.is_clear(int(tile.begin(consumer)), low, n):
+        if tile.is_clear(int(tile.first_position(consumer)), low, n):
             assert mask.all()
-    for n in range(int(tile.sink_count) if walk.sink_rows else 0):
-        first, stop, fetched = (x.item() for x in tile.place_of_sinks(n))
+    for n in range(int(tile.num_sink_tiles) if scheduler.sink_tile else 0):
+        first, stop, fetched = (x.item() for x in tile.sink_range(n))
 
         def sink_seen(i, j, stop=stop, fetched=fetched):
             if not fetched:
@@ -113,28 +116,30 @@ def visited(shard, walk, tile, consumer, i, start):
             far = _masks.sees_fetched_sink(i, j, start, shard.window, shard.sinks)
             return np.asarray(far) & (j < stop)
 
-        add(first, walk.sink_rows, sink_seen)
+        add(first, scheduler.sink_tile, sink_seen)
     return count
 
 
 @pytest.mark.parametrize("name", SHARDS)
 def test_every_pair_once(name):
     shard = SHARDS[name]
-    walk, arrays = walk_of(shard)
-    begin, end = walk.rows
+    scheduler = schedule_of(shard)
+    begin, end = scheduler.rows
     done = np.zeros((len(shard.starts()), end - begin, 8 // shard.tiles.heads), int)
-    for index in range(walk.num_tiles):
-        tile = scheduler.Tile(walk, arrays, jnp.int32(index))
-        row, head = int(tile.row), int(tile.head_block)
+    for index in range(scheduler.num_tiles):
+        tile = WorkTile(scheduler, scheduler.operands, jnp.int32(index))
+        row, head = int(tile.batch_row), int(tile.head_tile)
         assert int(tile.first_head) == head * shard.tiles.heads
         for consumer in range(shard.tiles.warpgroups):
-            i = int(tile.begin(consumer)) + np.arange(walk.half)
+            i = int(tile.first_position(consumer)) + np.arange(scheduler.positions_per_warpgroup)
             i = i[i < end]
             if not i.size:
                 continue
             start = shard.starts()[row, i][:, None]
-            if walk.packed:
-                loaded = arrays["start"][row, int(tile.group(consumer))].reshape(-1, walk.half)
+            if scheduler.packed:
+                loaded = scheduler.operands["start"][row, int(tile.row_group(consumer))].reshape(
+                    -1, scheduler.positions_per_warpgroup
+                )
                 assert loaded.size == ROWS and (loaded[:, : i.size] == start[:, 0]).all()
             done[row, i - begin, head] += 1
             if head == 0:
@@ -145,7 +150,7 @@ def test_every_pair_once(name):
                 sink = sink & ((j >= 0) | shard.fetched)
                 expected = (window | sink).astype(int)
                 np.testing.assert_array_equal(
-                    visited(shard, walk, tile, consumer, i, start), expected
+                    visited(shard, scheduler, tile, consumer, i, start), expected
                 )
     assert (done == 1).all()
 

@@ -1,0 +1,128 @@
+"""Which tiles a program of the backward kernel for short windows computes, and where they are.
+
+A program has one head of keys and a chunk of consecutive tiles. It goes from one tile of queries to
+the next, and at each through all query heads of the group. A window reaches back at most
+`MAX_TILES_BACK` tiles, so all keys that a tile of queries sees fit into shared memory.
+
+Neighbouring chunks share nothing. A program computes again what its neighbours compute too: of the
+`MAX_TILES_BACK` tiles of keys before its chunk, and of as many tiles of queries after it.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jaxtyping import Int
+
+from pallas_kernels._mosaic_gpu.primitives import ROWS
+
+TILE = ROWS
+"""Queries of a tile, and keys."""
+
+
+MAX_TILES_BACK = 2
+"""Tiles of keys before a tile of queries that its windows reach."""
+
+
+LONGEST_WINDOW = MAX_TILES_BACK * TILE
+
+
+CONSUMERS = MAX_TILES_BACK + 1
+"""Warpgroups that compute, each with one of the tiles of keys that a tile of queries sees."""
+
+
+SLOTS = 3
+"""Tiles of queries in shared memory."""
+
+
+KEY_SLOTS = CONSUMERS + 1
+"""Tiles of keys in shared memory: those that a tile of queries sees, and the next one."""
+
+
+class Chunk(NamedTuple):
+    """What a program computes.
+
+    Attributes:
+        row: of the batch.
+        kv_head: head of keys.
+        first: first tile of keys and of queries.
+        end: end of the tiles whose gradients the program writes.
+        stop: end of the tiles of queries that see these keys.
+    """
+
+    row: Int[Array, ""]
+    kv_head: Int[Array, ""]
+    first: Int[Array, ""]
+    end: Int[Array, ""]
+    stop: Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShortSchedule:
+    """What all programs of a launch have in common.
+
+    Attributes:
+        num_kv_heads: heads of keys.
+        group_size: query heads of each.
+        batch_kv_heads: heads of keys in all rows of the batch.
+        num_tiles: tiles of the sequence.
+        chunk: tiles of a chunk.
+        packed: whether there are documents.
+    """
+
+    num_kv_heads: int
+    group_size: int
+    batch_kv_heads: int
+    num_tiles: int
+    chunk: int
+    packed: bool
+
+    @property
+    def programs(self) -> int:
+        """How many there are."""
+        return self.batch_kv_heads * pl.cdiv(self.num_tiles, self.chunk)
+
+    def program_chunk(self) -> Chunk:
+        """What the program that asks computes."""
+        index = lax.axis_index("program")
+        batch_kv_head = lax.rem(index, jnp.int32(self.batch_kv_heads))
+        first = lax.div(index, jnp.int32(self.batch_kv_heads)) * self.chunk
+        end = jnp.minimum(first + self.chunk, self.num_tiles)
+        stop = jnp.minimum(end + MAX_TILES_BACK, self.num_tiles)
+        num_kv_heads = jnp.int32(self.num_kv_heads)
+        row, kv_head = lax.div(batch_kv_head, num_kv_heads), lax.rem(batch_kv_head, num_kv_heads)
+        return Chunk(row, kv_head, first, end, stop)
+
+
+def chunk_tiles(num_tiles: int, batch_kv_heads: int, num_sms: int) -> int:
+    """Tiles of a chunk: those with which the multiprocessors are done first.
+
+    Args:
+        num_tiles: tiles of the sequence.
+        batch_kv_heads: heads of keys in all rows of the batch.
+        num_sms: multiprocessors of the GPU.
+    """
+
+    def cost(chunk):
+        programs = batch_kv_heads * pl.cdiv(num_tiles, chunk)
+        waves = pl.cdiv(programs, num_sms)
+        return waves * (min(chunk, num_tiles) + MAX_TILES_BACK), programs
+
+    return min(range(1, num_tiles + 1), key=cost)
+
+
+def key_block_of(query_block: Int[Array, ""], consumer: int | Int[Array, ""]) -> Int[Array, ""]:
+    """Number of the tile of keys that a consumer has at a tile of queries.
+
+    A consumer keeps a tile until no query sees it. Then it takes the tile `CONSUMERS` later, whose
+    first queries are at hand. Numbers before the sequence, from -`MAX_TILES_BACK` on, stand for
+    tiles that no query sees.
+    """
+    return query_block - lax.rem(query_block - consumer + CONSUMERS, jnp.int32(CONSUMERS))
+
+
+def key_slot(key_block: Int[Array, ""]) -> Int[Array, ""]:
+    """The slot in shared memory of a tile of keys."""
+    return lax.rem(key_block + KEY_SLOTS, jnp.int32(KEY_SLOTS))

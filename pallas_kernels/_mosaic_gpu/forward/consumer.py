@@ -1,0 +1,201 @@
+"""A warpgroup of the forward kernel that computes: its part of the rows of each tile of queries.
+
+The softmax of a tile of keys runs beside the product of the weights and values of the tile before.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels._logits import LOWEST
+from pallas_kernels._mosaic_gpu.forward.config import ForwardConfig
+from pallas_kernels._mosaic_gpu.forward.epilogue import Epilogue
+from pallas_kernels._mosaic_gpu.forward.scheduler import WorkTile
+from pallas_kernels._mosaic_gpu.forward.softmax import OnlineSoftmax, TileMask
+from pallas_kernels._mosaic_gpu.primitives import (
+    COLUMN,
+    MATRIX,
+    ROWS,
+    broadcast_column,
+    fori,
+    load_as,
+)
+from pallas_kernels._mosaic_gpu.tiles import FOLD
+
+
+class Consumer:
+    """Computes a warpgroup's rows.
+
+    Row sums are [ROWS], or [ROWS, FOLD] while a lazy softmax adds them up.
+    """
+
+    def __init__(
+        self,
+        config: ForwardConfig,
+        refs: dict[str, Any],
+        outputs: tuple[Any, Any],
+        smem: dict[str, Any],
+        barriers: Any,
+        warpgroup: Array,
+    ):
+        self.config, self.refs, self.warpgroup = config, refs, warpgroup
+        self.smem, self.barriers = smem, barriers
+        self.softmax = OnlineSoftmax(config)
+        self.epilogue = Epilogue(config, outputs, smem, barriers, warpgroup)
+
+    def run(self) -> None:
+        """All tiles of this program."""
+        scheduler = self.config.scheduler
+
+        def step(number, used):
+            tile = scheduler.work_tile(self.refs, number)
+            self._tile(tile, number, used)
+            return used + tile.num_key_tiles
+
+        fori(0, scheduler.num_work_tiles(), step, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+    def _tile(self, tile: WorkTile, number: Array, used: Array):
+        """A tile of queries; ``used`` counts the tiles of keys before its first one."""
+        config = self.config
+        stage = lax.rem(number, jnp.int32(config.tiles.query_slots))
+        mask = TileMask(config, self.refs, tile, self.warpgroup)
+        queries = self.smem["query"].at[stage, self.warpgroup]
+        plgpu.barrier_wait(self.barriers["query"].at[stage])
+        carry = self._initial()
+        if config.scheduler.sink_tile:
+            carry = fori(0, tile.num_sink_tiles, partial(self._sink_tile, queries, mask), carry)
+
+        def visit(carry):
+            row_max, row_sum, acc, weights = self._key_tiles(tile, queries, mask, used, carry)
+            self._free_queries(stage)
+            acc = self._last_values(self._stage(used, tile.num_key_tiles - 1), acc, weights)
+            return row_max, row_sum, acc
+
+        def skip(carry):
+            self._free_queries(stage)
+            return carry
+
+        row_max, row_sum, acc = lax.cond(tile.num_key_tiles > 0, visit, skip, carry)
+        if config.tiles.lazy:
+            row_sum = row_sum.sum(axis=1)
+        sink_logits = None
+        if config.has_sink_logits:
+            # Only now: in registers from the tile's beginning on, the learned sinks made the
+            # kernel 65% slower on an H100 (gpt-oss: 64/8 heads of 64, window 127).
+            row = self.refs["sink_logits"].at[tile.batch_row, tile.head_tile]
+            sink_logits = load_as(row, COLUMN)
+        self.epilogue.write(tile, stage, row_max, row_sum, acc, sink_logits)
+        if config.out_in_query_smem:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_arrive(self.barriers["query_free"].at[stage])
+
+    def _initial(self) -> tuple[Array, Array, Array]:
+        """(row_max, row_sum, accumulator) before any key."""
+        zeros = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), COLUMN)
+        row_max, row_sum = zeros + LOWEST, zeros
+        if self.config.tiles.lazy:
+            row_sum = broadcast_column(row_sum, FOLD)
+        acc = jnp.zeros((ROWS, self.config.value_dim), jnp.float32)
+        return row_max, row_sum, plgpu.layout_cast(acc, MATRIX)
+
+    def _sink_tile(self, queries, mask: TileMask, n, carry):
+        """A tile of sinks, all at once: there are few."""
+        row_max, row_sum, acc = carry
+        plgpu.barrier_wait(self.barriers["sinks"])
+
+        def multiply_keys(logits):
+            plgpu.wgmma(logits, queries, self.smem["sink_key"].T)
+            return logits[...]
+
+        shape = plgpu.ACC((ROWS, self.config.scheduler.sink_tile), jnp.float32)
+        products = pl.run_scoped(multiply_keys, shape)
+        row_max, row_sum, correction, weights = self.softmax.update(
+            products, row_max, row_sum, partial(mask.sinks, n)
+        )
+
+        def multiply_values(acc):
+            plgpu.wgmma(acc, weights, self.smem["sink_value"])
+
+        acc = acc * broadcast_column(correction, self.config.value_dim)
+        acc = pl.run_state(multiply_values)(plgpu.ACC.init(acc))
+        plgpu.barrier_arrive(self.barriers["sinks_free"])
+        return row_max, row_sum, acc
+
+    def _key_tiles(self, tile: WorkTile, queries, mask: TileMask, used, carry):
+        """All tiles of keys but the product with the last one's values, whose weights are left."""
+        config = self.config
+
+        def multiply_keys(logits):
+            plgpu.wgmma(logits, queries, self.smem["key"].at[self._stage(used, 0)].T)
+            return logits[...]
+
+        row_max, row_sum, acc = carry
+        plgpu.barrier_wait(self.barriers["key"].at[self._stage(used, 0)])
+        shape = plgpu.ACC((ROWS, config.tiles.key), jnp.float32)
+        products = pl.run_scoped(multiply_keys, shape)
+        plgpu.barrier_arrive(self.barriers["key_free"].at[self._stage(used, 0)])
+        row_max, row_sum, correction, weights = self.softmax.update(
+            products, row_max, row_sum, partial(mask.window, jnp.int32(0))
+        )
+        if config.scheduler.sink_tile:
+            acc = self.softmax.rescale(acc, correction)
+        step = partial(self._key_tile, queries, mask, used)
+        return fori(1, tile.num_key_tiles, step, (row_max, row_sum, acc, weights))
+
+    def _key_tile(self, queries, mask: TileMask, used, n, carry):
+        """The softmax of the ``n``-th tile of keys beside the product of the tile before."""
+        row_max, row_sum, acc, weights = carry
+        stage, before = self._stage(used, n), self._stage(used, n - 1)
+
+        def beside(refs):
+            acc, *results = refs
+
+            def multiply(logits):
+                plgpu.barrier_wait(self.barriers["key"].at[stage])
+                plgpu.wgmma(logits, queries, self.smem["key"].at[stage].T)
+                plgpu.barrier_wait(self.barriers["value"].at[before])
+                plgpu.wgmma(acc, weights, self.smem["value"].at[before])
+                products = plgpu.wgmma_accumulator_load(logits, wait_n=1)
+                plgpu.barrier_arrive(self.barriers["key_free"].at[stage])
+                found = self.softmax.update(products, row_max, row_sum, partial(mask.window, n))
+                if self.config.tiles.lazy:
+                    # Nobody reads this. Without a store that needs the weights, ptxas moves the
+                    # wait for the products to before the softmax.
+                    self.smem["sums"].at[self.warpgroup][...] = found[1]
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(self.barriers["value_free"].at[before])
+                return found
+
+            shape = plgpu.ACC((ROWS, self.config.tiles.key), jnp.float32)
+            for ref, x in zip(results, pl.run_scoped(multiply, shape), strict=True):
+                ref[...] = x
+
+        acc, row_max, row_sum, correction, weights = pl.run_state(beside)(
+            (plgpu.ACC.init(acc), row_max, row_sum, row_max, weights)
+        )
+        return row_max, row_sum, self.softmax.rescale(acc, correction), weights
+
+    def _last_values(self, stage: Array, acc: Array, weights: Array) -> Array:
+        """Adds the product with the values of the last tile of keys."""
+
+        def multiply(acc):
+            plgpu.barrier_wait(self.barriers["value"].at[stage])
+            plgpu.wgmma(acc, weights, self.smem["value"].at[stage])
+
+        acc = pl.run_state(multiply)(plgpu.ACC.init(acc))
+        plgpu.barrier_arrive(self.barriers["value_free"].at[stage])
+        return acc
+
+    def _stage(self, used, n) -> Array:
+        """The stage of the ``n``-th tile of keys after so many used ones."""
+        return lax.rem(used + n, jnp.int32(self.config.tiles.slots))
+
+    def _free_queries(self, stage):
+        """Lets the producer fetch the next queries, unless results go where these are."""
+        if not self.config.out_in_query_smem:
+            plgpu.barrier_arrive(self.barriers["query_free"].at[stage])

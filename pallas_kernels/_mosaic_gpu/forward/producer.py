@@ -1,0 +1,105 @@
+"""The warpgroup of the forward kernel that fetches queries, keys and values through TMA.
+
+It runs ahead of the warpgroups that compute, as far as there are free stages.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels._mosaic_gpu.forward.config import ForwardConfig
+from pallas_kernels._mosaic_gpu.forward.scheduler import WorkTile
+from pallas_kernels._mosaic_gpu.primitives import fori
+
+
+class Producer:
+    """Fetches what the consumers need, tile of queries by tile of queries."""
+
+    def __init__(
+        self, config: ForwardConfig, refs: dict[str, Any], smem: dict[str, Any], barriers: Any
+    ):
+        self.config, self.refs, self.smem, self.barriers = config, refs, smem, barriers
+
+    def run(self) -> None:
+        """All tiles of this program."""
+        scheduler = self.config.scheduler
+
+        def step(number, fetched):
+            tile = scheduler.work_tile(self.refs, number)
+            self._queries(tile, number)
+            keys, sinks = fetched
+            if scheduler.sink_tile:
+                self._sinks(tile, sinks)
+                sinks = sinks + tile.num_sink_tiles
+            return self._keys(tile, keys), sinks
+
+        fori(0, scheduler.num_work_tiles(), step, (jnp.int32(0), jnp.int32(0)))
+
+    def _queries(self, tile: WorkTile, number):
+        """A tile of queries: for each consumer its positions of each head."""
+        tiles, positions = self.config.tiles, self.config.scheduler.positions_per_warpgroup
+        stage = lax.rem(number, jnp.int32(tiles.query_slots))
+
+        @pl.when(number >= tiles.query_slots)
+        def wait():  # until all consumers have read the tile before it, or written its results
+            plgpu.barrier_wait(self.barriers["query_free"].at[stage])
+
+        for consumer in range(tiles.warpgroups):
+            for head in range(tiles.heads):
+                rows = pl.ds(tile.first_position(consumer), positions)
+                plgpu.copy_gmem_to_smem(
+                    self.refs["query"].at[tile.batch_row, rows, tile.first_head + head],
+                    self.smem["query"].at[stage, consumer, pl.ds(head * positions, positions)],
+                    self.barriers["query"].at[stage],
+                )
+
+    def _keys(self, tile: WorkTile, fetched):
+        """All tiles of keys and values; ``fetched`` counts those of the tiles before."""
+        tiles = self.config.tiles
+        for run, begin, count in zip(
+            self.refs["runs"], tile.begins_in_eights, tile.key_tiles_of_runs, strict=True
+        ):
+
+            def step(n, fetched, run=run, begin=begin):
+                stage = lax.rem(fetched, jnp.int32(tiles.slots))
+                keys = pl.ds((begin + n * (tiles.key // 8)) * 8, tiles.key)
+                for name, ref in zip(("key", "value"), run, strict=True):
+                    source = ref.at[tile.batch_row, keys, tile.kv_head]
+                    self._into_stage(source, name, stage, fetched)
+                return fetched + 1
+
+            fetched = fori(0, count, step, fetched)
+        return fetched
+
+    def _into_stage(self, source, name: str, stage, fetched):
+        @pl.when(fetched >= self.config.tiles.slots)
+        def wait():  # until all consumers have read what the stage held
+            plgpu.barrier_wait(self.barriers[name + "_free"].at[stage])
+
+        plgpu.copy_gmem_to_smem(source, self.smem[name].at[stage], self.barriers[name].at[stage])
+
+    def _sinks(self, tile: WorkTile, fetched):
+        """Tiles of sinks into their one stage: the shard's own ones, then those of other shards."""
+        size = self.config.scheduler.sink_tile
+
+        def step(n, _, run, begin, fetched):
+            @pl.when(fetched + n > 0)
+            def wait():  # until all consumers have read the tile of sinks before it
+                plgpu.barrier_wait(self.barriers["sinks_free"])
+
+            keys = pl.ds((begin + n * (size // 8)) * 8, size)
+            for name, ref in zip(("sink_key", "sink_value"), run, strict=True):
+                source = ref.at[tile.batch_row, keys, tile.kv_head]
+                plgpu.copy_gmem_to_smem(source, self.smem[name], self.barriers["sinks"])
+
+        begin = tile.own_sinks_begin_in_eights
+        own = partial(step, run=self.refs["runs"][-1], begin=begin, fetched=fetched)
+        fori(0, tile.num_own_sink_tiles, own, None)
+        if self.config.has_fetched_sinks:
+            fetched = fetched + tile.num_own_sink_tiles
+            far = partial(step, run=self.refs["sinks"], begin=jnp.int32(0), fetched=fetched)
+            fori(0, tile.num_sink_tiles - tile.num_own_sink_tiles, far, None)

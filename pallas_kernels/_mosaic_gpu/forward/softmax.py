@@ -1,0 +1,128 @@
+"""The online softmax of the forward kernel, and the masks of its tiles of keys.
+
+The softmax is in base 2. It keeps ``LOWEST`` instead of -inf as the maximum of a row that has seen
+no key, so that no difference of infinities arises. Where it is ``lazy``, the number that exponents
+are relative to is not always the row's maximum: it grows only by more than `SLACK`, so that sums
+are hardly ever rescaled (as in FlashAttention-4); and each thread sums up its own columns until the
+end.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels._logits import cap_logits
+from pallas_kernels._masks import sees, sees_behind_halo, sees_fetched_sink, sees_sink_before
+from pallas_kernels._mosaic_gpu.forward.config import ForwardConfig
+from pallas_kernels._mosaic_gpu.forward.scheduler import WorkTile
+from pallas_kernels._mosaic_gpu.primitives import (
+    COLUMN,
+    MATRIX,
+    ROWS,
+    broadcast_column,
+    fold_columns,
+    load_as,
+    not_all_one,
+)
+
+SLACK = 8.0
+"""Powers of two that weights may grow by: they fit float16, and their sums float32."""
+
+
+class TileMask:
+    """Masks of the logits of a warpgroup's queries with tiles of keys."""
+
+    def __init__(self, config: ForwardConfig, refs, tile: WorkTile, warpgroup: Array):
+        self.config, self.tile = config, tile
+        self.first_query = tile.first_position(warpgroup)
+        self.first_key_of_all = tile.first_key_of_all(warpgroup)
+        self.starts = tile.start
+        if config.scheduler.packed:
+            row = tile.row_group(warpgroup)
+            self.starts = load_as(refs["start"].at[tile.batch_row, row], COLUMN)
+
+    def window(self, n: Array, logits: Array) -> Array:
+        """Logits with the ``n``-th tile of keys, -inf where a query does not see a key."""
+        clear = self.tile.is_clear(self.first_query, self.first_key_of_all, n)
+        return lax.cond(clear, lambda x: x, partial(self._window, n), logits)
+
+    def sinks(self, n: Array, logits: Array) -> Array:
+        """Logits with the ``n``-th tile of sinks, -inf where a query does not see a key."""
+        first_key, stop, fetched = self.tile.sink_range(n)
+        i, j, start = self._positions(logits.shape[1], first_key)
+        spec = self.config.spec
+
+        def own(logits):
+            seen = sees_sink_before(i, j, start, spec.num_sinks, stop)
+            return jnp.where(seen, logits, -jnp.inf)
+
+        def of_other_shards(logits):
+            seen = sees_fetched_sink(i, j, start, spec.window, spec.num_sinks)
+            return jnp.where(seen & (j < stop), logits, -jnp.inf)
+
+        if not self.config.has_fetched_sinks:
+            return own(logits)
+        return lax.cond(fetched, of_other_shards, own, logits)
+
+    def _window(self, n, logits):
+        scheduler = self.config.scheduler
+        first_key, stop = self.tile.key_range(n)
+        i, j, start = self._positions(self.config.tiles.key, first_key)
+        rule = sees_behind_halo if scheduler.has_halo else sees
+        window, num_sinks = self.config.spec.window, scheduler.num_sinks
+        seen = rule(i, j, start, window, num_sinks, packed=scheduler.packed)
+        if scheduler.has_halo:
+            seen &= j < stop
+        return jnp.where(seen, logits, -jnp.inf)
+
+    def _positions(self, size: int, first_key):
+        """(i, j, start) of a matrix of logits."""
+        scheduler = self.config.scheduler
+        i = plgpu.broadcasted_iota(jnp.int32, (ROWS, size), 0, layout=MATRIX)
+        if self.config.tiles.heads > 1:
+            i = lax.bitwise_and(i, jnp.int32(scheduler.positions_per_warpgroup - 1))
+        j = plgpu.broadcasted_iota(jnp.int32, (ROWS, size), 1, layout=MATRIX)
+        start = broadcast_column(self.starts, size) if scheduler.packed else self.starts
+        return i + self.first_query, j + first_key, start
+
+
+class OnlineSoftmax:
+    """One step of the softmax for a tile of keys, and what follows for the accumulator."""
+
+    def __init__(self, config: ForwardConfig):
+        self.spec, self.dtype = config.spec, config.dtype
+        self.lazy, self.value_dim = config.tiles.lazy, config.value_dim
+
+    def update(
+        self, products: Array, row_max: Array, row_sum: Array, mask: Callable[[Array], Array]
+    ) -> tuple[Array, Array, Array, Array]:
+        """(row_max, row_sum, the factor of what was summed up before, weights)."""
+        logits, factor, _ = cap_logits(self.spec, products)
+        logits = mask(logits)
+        if self.lazy:
+            peak = fold_columns(jnp.maximum, logits).max(axis=1) * factor
+            new_max = jnp.where(peak > row_max + SLACK, peak, row_max)
+        else:
+            new_max = jnp.maximum(row_max, logits.max(axis=1) * factor)
+        correction = jnp.exp2(row_max - new_max)
+        weights = jnp.exp2(logits * factor - broadcast_column(new_max, logits.shape[1]))
+        if self.lazy:
+            width = row_sum.shape[1]
+            row_sum = row_sum * broadcast_column(correction, width) + fold_columns(jnp.add, weights)
+        else:
+            row_sum = row_sum * correction + weights.sum(axis=1)
+        return new_max, row_sum, correction, weights.astype(self.dtype)
+
+    def rescale(self, acc: Array, correction: Array) -> Array:
+        """The accumulator times the factor of its rows; lazily, only where one is not 1."""
+
+        def multiply(acc: Any):
+            return acc * broadcast_column(correction, self.value_dim)
+
+        if not self.lazy:
+            return multiply(acc)
+        return lax.cond(not_all_one(correction), multiply, lambda acc: acc, acc)
