@@ -1,7 +1,9 @@
-"""A fixture for tests of many layers, in which compiling the attention is most of the time."""
+"""For tests of many layers, in which compiling the attention is most of the time."""
 
+import contextlib
 import functools
 import inspect
+from unittest import mock
 
 import jax
 import pytest
@@ -17,7 +19,15 @@ def _jitted():
     return jax.jit(ring_attention, static_argnames=tuple(static))
 
 
-@pytest.fixture
-def one_program_for_all(monkeypatch):
+@contextlib.contextmanager
+def attention_as_one_program():
     """Layers run op by op, and their attention as one program for all of the same settings."""
-    monkeypatch.setattr(_layer, "ring_attention", _jitted())
+    with mock.patch.object(_layer, "ring_attention", _jitted()):
+        yield
+
+
+@pytest.fixture
+def one_program_for_all():
+    """The same as a fixture."""
+    with attention_as_one_program():
+        yield

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-LENGTH = 32
-DOCUMENTS = ([32], [11, 21])  # of two rows
+LENGTH = 16
+DOCUMENTS = ([16], [5, 11])  # of two rows
 SEGMENT_IDS = np.stack([np.repeat(np.arange(len(row)), row) for row in DOCUMENTS])
 
 

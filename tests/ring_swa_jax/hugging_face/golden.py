@@ -74,7 +74,12 @@ def main() -> None:
     for name, small in SMALL.items():
         config, results = config_and_results(small)
         shapes = {i: result.shapes for i, result in results.items()}
-        models[name] = {"config": config, "max_length": small.max_length, "shapes": shapes}
+        models[name] = {
+            "folder": small.folder,
+            "config": config,
+            "max_length": small.max_length,
+            "shapes": shapes,
+        }
         for i, result in results.items():
             arrays[f"{name}/{i}/out"] = result.out
             arrays[f"{name}/{i}/gradient"] = result.gradient
