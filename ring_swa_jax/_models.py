@@ -1,8 +1,6 @@
 """Attention settings of published models, by name: what their config.json says of attention."""
 
 import copy
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from ring_swa_jax._hugging_face import settings_from_hugging_face
@@ -179,11 +177,9 @@ _CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 
-models: Mapping[str, ModelLayers] = MappingProxyType(
-    {
-        name: settings_from_hugging_face(
-            config, source=f"https://huggingface.co/{repository}, config.json; {paper}"
-        )
-        for name, (repository, paper, config) in _CONFIGS.items()
-    }
-)
+models: dict[str, ModelLayers] = {
+    name: settings_from_hugging_face(
+        config, source=f"https://huggingface.co/{repository}, config.json; {paper}"
+    )
+    for name, (repository, paper, config) in _CONFIGS.items()
+}

@@ -67,7 +67,8 @@ def settings_from_hugging_face(
     for key, harmless in (("use_bidirectional_attention", "vision"), ("is_causal", True)):
         if reader.get(key) not in (None, False, harmless) or config.get("is_causal") is False:
             raise reader.refuse(key, "windows to both sides are not here")
-    reader.refuse_unread(known_type=known is not None)
+    if any(settings):  # else there was nothing to decide
+        reader.refuse_unread(known_type=known is not None)
     names = _names(layer_types, settings)
     return ModelLayers(
         source=source or f"config.json of model_type={model_type!r}",
