@@ -6,7 +6,7 @@ from collections.abc import Hashable
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 AxisName = Hashable | tuple[Hashable, ...]
 
@@ -63,6 +63,11 @@ def explicit_axes(x: Array) -> set[Hashable]:
     mesh = jax.typeof(x).sharding.mesh
     axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return {name for name, kind in axes if kind == AxisType.Explicit}
+
+
+def reshard(x: Array, mesh, spec: PartitionSpec) -> Array:
+    """``jax.sharding.reshard`` on a mesh that need not be the one of ``jax.set_mesh``."""
+    return jax.sharding.reshard(x, NamedSharding(mesh, spec))
 
 
 def spec_of(x: Array) -> tuple:

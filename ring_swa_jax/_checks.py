@@ -3,8 +3,25 @@
 import math
 import operator
 
+import jax
 import jax.numpy as jnp
 from jax import Array
+
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+def as_array(name: str, x) -> Array:
+    """``x`` as a JAX array; lists and NumPy arrays are converted.
+
+    Raises:
+        TypeError: it is no array.
+    """
+    if isinstance(x, jax.Array):
+        return x
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be an array, got {type(x).__name__}") from error
 
 
 def check_heads(query: Array, key: Array, value: Array, *, batched: bool = True) -> None:
@@ -16,38 +33,78 @@ def check_heads(query: Array, key: Array, value: Array, *, batched: bool = True)
     """
     letters = "[B, T, N, H]" if batched else "[T, N, H]"
     shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
+    swap = (
+        f"dimensions are {letters}: arrays with the heads before the length go through "
+        "jnp.swapaxes(x, -3, -2)"
+    )
     rank = 4 if batched else 3
     if not query.ndim == key.ndim == value.ndim == rank:
         raise ValueError(f"query, key and value must have the shape {letters}, got {shapes}")
     if query.shape[:-2] != key.shape[:-2] or key.shape[:-1] != value.shape[:-1]:
         raise ValueError(
             "query, key and value must have the same batch and length, and key and value the "
-            f"same heads, got {shapes}"
+            f"same heads, got {shapes}; {swap}"
         )
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(f"query and key must have the same head dim, got {shapes}")
-    if 0 in query.shape or 0 in value.shape:
-        raise ValueError(f"query, key and value must not be empty, got {shapes}")
+    sizes = (*query.shape[-3:], *value.shape[-3:])  # the batch may be empty
+    if 0 in sizes:
+        raise ValueError(
+            f"query, key and value must have tokens, heads and features, got {shapes}"
+        )
     if query.shape[-2] % key.shape[-2]:
         raise ValueError(
             f"the {query.shape[-2]} query heads must be a multiple of the {key.shape[-2]} "
-            f"key/value heads, got {shapes}"
+            f"key/value heads, got {shapes}; {swap}"
         )
     dtypes = f"query {query.dtype}, key {key.dtype}, value {value.dtype}"
     if not query.dtype == key.dtype == value.dtype:
         raise TypeError(f"query, key and value must share one dtype, got {dtypes}; cast them first")
-    if not jnp.issubdtype(query.dtype, jnp.floating):
-        raise TypeError(f"query, key and value must be floating-point, got {dtypes}")
+    check_dtype("query, key and value", query.dtype)
+
+
+def check_dtype(names: str, dtype) -> None:
+    """Checks that attention is computed in this dtype.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if jnp.dtype(dtype).name not in _FLOATS:
+        raise TypeError(
+            f"{names} must be float16, bfloat16, float32 or float64, got {dtype}; cast first"
+        )
 
 
 def static_window(window_size) -> int | None:
     """``window_size`` as a non-negative Python int, or None for no window.
 
+    A pair (L, 0), as FlashAttention writes a causal window, is L.
+
     Raises:
-        TypeError: not a static integer.
-        ValueError: negative.
+        TypeError: not a static integer, nor a pair of them.
+        ValueError: negative, or keys after the query.
     """
-    return None if window_size is None else _static_count("window_size", window_size)
+    if not isinstance(window_size, (tuple, list)):
+        return _static_bound(window_size)
+    if len(window_size) != 2:
+        raise ValueError(
+            "window_size must be W, for the W keys before a query and itself, or a pair (W, 0), "
+            f"got {window_size!r}"
+        )
+    before, after = map(_static_bound, window_size)
+    if after != 0:
+        raise ValueError(
+            "window_size must not reach past the query, which attends the keys before it: write "
+            f"{before!r} or ({before!r}, 0), got {window_size!r}"
+        )
+    return before
+
+
+def _static_bound(bound) -> int | None:
+    if bound is None:
+        return None
+    mend = "; for no bound, which FlashAttention writes as -1, write None"
+    return _static_count("window_size", bound, mend)
 
 
 def static_sinks(num_sink_tokens) -> int:
@@ -73,7 +130,7 @@ def static_size(name: str, value) -> int:
     return size
 
 
-def _static_count(name: str, value) -> int:
+def _static_count(name: str, value, mend_of_negative: str = "") -> int:
     try:
         count = operator.index(value)
     except TypeError:  # JAX's errors for traced values are TypeErrors too
@@ -84,7 +141,7 @@ def _static_count(name: str, value) -> int:
             "it in static_argnames"
         )
     if count < 0:
-        raise ValueError(f"{name} must not be negative, got {count}")
+        raise ValueError(f"{name} must not be negative, got {count}{mend_of_negative}")
     return count
 
 
@@ -145,7 +202,7 @@ def check_sinks_fit(num_sinks: int, chunk: int, devices: int) -> None:
         )
 
 
-def check_cu_seqlens(cu_seqlens: Array) -> None:
+def check_cu_seqlens(cu_seqlens) -> None:
     """Checks the type and rank of cumulative sequence lengths; their values stay unread.
 
     Raises:
@@ -161,8 +218,8 @@ def check_cu_seqlens(cu_seqlens: Array) -> None:
         )
 
 
-def check_segment_ids(segment_ids: Array, shape: tuple[int, ...] | None = None) -> None:
-    """Checks that segment ids are integers of the shape [B, S].
+def check_segment_ids(segment_ids, shape: tuple[int, ...] | None = None) -> None:
+    """Checks that segment ids, a JAX or NumPy array, are integers of the shape [B, S].
 
     Raises:
         ValueError: another shape.

@@ -72,13 +72,14 @@ def fetch_sinks(
     chunk = key.shape[1]
     index = axis.index()
     dtype = jnp.promote_types(key.dtype, jnp.float32)
-    slots = bounds.start_of_last()[:, None] + jnp.arange(num_sinks)
+    start_of_last = bounds.start_of_last()
+    slots = start_of_last[:, None] + jnp.arange(num_sinks, dtype=jnp.int32)[None]
     held = ((slots >= 0) & (slots < chunk))[..., None, None]
     rows = jnp.clip(slots, 0, chunk - 1)[..., None, None]
     both = jnp.concatenate([key, value], axis=-1)
     offer = jnp.where(held, jnp.take_along_axis(both, rows, axis=1).astype(dtype), 0)
-    wanted = bounds.crossing == (bounds.start_of_last() + index * chunk)
-    wanted &= (jnp.arange(axis.size) > index)[:, None]
-    offers = jnp.where(wanted[..., None, None, None], offer, 0)
+    wanted = bounds.crossing == (start_of_last + index * chunk)[None]
+    wanted &= (jnp.arange(axis.size, dtype=jnp.int32) > index)[:, None]
+    offers = jnp.where(wanted[..., None, None, None], offer[None], 0)
     sinks = lax.psum_scatter(offers, axis.name, scatter_dimension=0)
     return SinkRun(sinks[..., : key.shape[-1]], sinks[..., key.shape[-1] :])

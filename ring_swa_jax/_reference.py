@@ -6,6 +6,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from ring_swa_jax import _checks
+from ring_swa_jax._integers import as_segment_ids
 from ring_swa_jax._segments import segment_starts
 
 
@@ -38,7 +39,8 @@ def reference_attention(
         v: values.
         window_size: W; a query sees **W + 1 keys**: the W before it and itself. None: all.
         num_sink_tokens: how many first tokens of its sequence every query sees.
-        segment_ids: a new sequence starts where the id changes; a negative id is padding.
+        segment_ids: of any integer dtype; a new sequence starts where the id changes; a negative
+            id is padding.
         sink_logits: a learned logit a query head that enlarges the denominator.
         logits_soft_cap: logits become ``cap * tanh(logits / cap)``.
         scale: factor of ``q.k``, by default ``H**-0.5``.
@@ -50,6 +52,7 @@ def reference_attention(
         ValueError: shapes, head counts or settings that do not fit.
         TypeError: dtypes that differ or are not floating-point.
     """
+    q, k, v = (_checks.as_array(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     _checks.check_heads(q, k, v)
     window = _checks.static_window(window_size)
     num_sinks = _checks.static_sinks(num_sink_tokens)
@@ -58,15 +61,14 @@ def reference_attention(
     out_dtype = q.dtype
     dtype = jnp.promote_types(out_dtype, jnp.float32)
 
-    i, j = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
+    positions = jnp.arange(length, dtype=jnp.int32)
+    i, j = positions[None, :, None], positions[None, None]
     start = jnp.zeros((1, length), jnp.int32)
     if segment_ids is not None:
-        segment_ids = jnp.asarray(segment_ids)
-        _checks.check_segment_ids(segment_ids, q.shape[:2])
-        start = segment_starts(segment_ids)
+        start = segment_starts(as_segment_ids(segment_ids, q.shape[:2]))
     start = start[:, :, None]
-    near = i - j <= (length if window is None else window)
-    seen = (start <= j) & (j <= i) & (near | (j - start < num_sinks))
+    near = i - j <= (length if window is None else min(window, length))
+    seen = (start <= j) & (j <= i) & (near | (j - start < min(num_sinks, length)))
 
     q, k, v = (x.astype(dtype) for x in (q, k, v))
     k, v = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
@@ -78,9 +80,9 @@ def reference_attention(
     seen = seen[:, None]
     logits = jnp.where(seen, logits, -jnp.inf)
     if sink_logits is not None:
-        sink_logits = jnp.asarray(sink_logits)
+        sink_logits = _checks.as_array("sink_logits", sink_logits)
         _checks.check_sink_logits(sink_logits, heads)
-        learned = jnp.broadcast_to(sink_logits[:, None, None], (*logits.shape[:-1], 1))
+        learned = jnp.broadcast_to(sink_logits[None, :, None, None], (*logits.shape[:-1], 1))
         logits = jnp.concatenate([logits, learned.astype(dtype)], axis=-1)
     has_key = seen.any(-1, keepdims=True)
     weights = jax.nn.softmax(jnp.where(has_key, logits, 0), axis=-1)[..., :length]

@@ -3,9 +3,8 @@
 import dataclasses
 import math
 
-import jax.numpy as jnp
-from jax import Array
-from jaxtyping import Float
+import numpy as np
+from jaxtyping import Float64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +24,9 @@ class LinearScaling:
     def __post_init__(self):
         _check_at_least("factor", self.factor, 1)
 
-    def frequencies(self, frequencies: Float[Array, "R"], base: float) -> Float[Array, "R"]:
+    def frequencies(
+        self, frequencies: Float64[np.ndarray, "R"], base: float
+    ) -> Float64[np.ndarray, "R"]:
         """The frequencies, all slower."""
         return frequencies / self.factor
 
@@ -73,7 +74,9 @@ class YarnScaling:
         if self.attention_factor is not None:
             _check_at_least("attention_factor", self.attention_factor, 0, strictly=True)
 
-    def frequencies(self, frequencies: Float[Array, "R"], base: float) -> Float[Array, "R"]:
+    def frequencies(
+        self, frequencies: Float64[np.ndarray, "R"], base: float
+    ) -> Float64[np.ndarray, "R"]:
         """The frequencies, the lower ones slower."""
         half = frequencies.size
         kept_to, divided_from = (
@@ -85,8 +88,7 @@ class YarnScaling:
         # The authors' program clips to the numbers of features, not of their pairs.
         kept_to, divided_from = max(kept_to, 0), min(divided_from, 2 * half - 1)
         width = max(divided_from - kept_to, 1e-3)
-        index = jnp.arange(half, dtype=frequencies.dtype)
-        divided = jnp.clip((index - kept_to) / width, 0, 1)
+        divided = np.clip((np.arange(half) - kept_to) / width, 0, 1)
         return frequencies * (1 - divided) + frequencies / self.factor * divided
 
     def magnitude(self) -> float:
@@ -128,11 +130,13 @@ class Llama3Scaling:
             "high_freq_factor", self.high_freq_factor, self.low_freq_factor, strictly=True
         )
 
-    def frequencies(self, frequencies: Float[Array, "R"], base: float) -> Float[Array, "R"]:
+    def frequencies(
+        self, frequencies: Float64[np.ndarray, "R"], base: float
+    ) -> Float64[np.ndarray, "R"]:
         """The frequencies, the lower ones slower."""
         turns = self.original_length * frequencies / (2 * math.pi)
         width = self.high_freq_factor - self.low_freq_factor
-        kept = jnp.clip((turns - self.low_freq_factor) / width, 0, 1)
+        kept = np.clip((turns - self.low_freq_factor) / width, 0, 1)
         return frequencies * kept + frequencies / self.factor * (1 - kept)
 
     def magnitude(self) -> float:

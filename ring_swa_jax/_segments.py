@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
-from ring_swa_jax._axis import SequenceAxis, explicit_axes
+from ring_swa_jax._axis import SequenceAxis, explicit_axes, reshard
+from ring_swa_jax._integers import as_segment_ids
 
 
 @jax.tree_util.register_dataclass
@@ -49,7 +50,7 @@ def from_cu_seqlens(axis: SequenceAxis, chunk: int, cu_seqlens: Int[Array, "n"])
     def start_at(position):
         after = jnp.searchsorted(cu_seqlens, position, side="right", method="scan_unrolled")
         after = after.astype(jnp.int32)
-        start = cu_seqlens[jnp.clip(after - 1, 0, cu_seqlens.size - 1)].astype(jnp.int32)
+        start = cu_seqlens[jnp.clip(after - 1, 0, cu_seqlens.size - 1)]
         inside = (after > 0) & (after < cu_seqlens.size)
         return jnp.where(inside, jnp.clip(start, 0, position), position + 1)
 
@@ -60,47 +61,57 @@ def from_cu_seqlens(axis: SequenceAxis, chunk: int, cu_seqlens: Int[Array, "n"])
 
 def segment_starts(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
     """Position of the first token of each token's segment in its row; i + 1 for padding token i."""
-    positions = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
-    changes = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
-    starts = lax.cummax(jnp.where(changes, positions, 0), axis=1)
+    positions = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
+    starts = lax.cummax(jnp.where(_changes(segment_ids), positions, 0), axis=1)
     return jnp.where(segment_ids < 0, positions + 1, starts)
+
+
+def _changes(segment_ids: Int[Array, "B S"]) -> Bool[Array, "B S"]:
+    """Where the id is another than the token's before; False for the first token."""
+    return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
 
 
 def segment_positions(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
     """Position of each token inside its own sequence.
 
     Args:
-        segment_ids: whole rows; a new sequence starts where the id changes, and a negative id is
-            padding.
+        segment_ids: whole rows, of any integer dtype; a new sequence starts where the id changes,
+            and a negative id is padding.
 
     Returns:
         int32 positions from 0, restarting with each sequence; 0 for padding.
+
+    Raises:
+        ValueError: ids that are not [B, S].
+        TypeError: ids that are not integers.
     """
-    spec = jax.typeof(segment_ids).sharding.spec
+    segment_ids = as_segment_ids(segment_ids)
+    sharding = jax.typeof(segment_ids).sharding
     explicit = explicit_axes(segment_ids)
     if explicit:  # JAX does not scan along a dimension that is cut
-        segment_ids = jax.sharding.reshard(segment_ids, P(*spec[:1]))
-    positions = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+        segment_ids = reshard(segment_ids, sharding.mesh, P(*sharding.spec[:1]))
+    positions = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
     positions = jnp.maximum(positions - segment_starts(segment_ids), 0)
-    return jax.sharding.reshard(positions, spec) if explicit else positions
+    return reshard(positions, sharding.mesh, sharding.spec) if explicit else positions
 
 
 def from_segment_ids(axis: SequenceAxis, segment_ids: Int[Array, "B T"]) -> Bounds:
     """Bounds of packed rows cut over the axis; three integers a row and device are gathered."""
     chunk = segment_ids.shape[1]
-    positions = jnp.arange(chunk, dtype=jnp.int32)
-    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-    last_change = jnp.max(jnp.where(changes, positions[1:], 0), axis=1, initial=0)
-    summary = jnp.stack(
-        [segment_ids[:, 0].astype(jnp.int32), segment_ids[:, -1].astype(jnp.int32), last_change]
-    )
+    positions = jnp.arange(chunk, dtype=jnp.int32)[None]
+    changes = _changes(segment_ids)
+    last_change = jnp.max(jnp.where(changes, positions, 0), axis=1)
+    wide = segment_ids.dtype  # 32 bits of an unsigned id do as well: they are only compared
+    wide = jnp.int32 if jnp.iinfo(wide).bits <= 32 else wide
+    ends = (segment_ids[:, 0], segment_ids[:, -1], last_change)
+    summary = jnp.stack([x.astype(wide) for x in ends])
     if axis.name is None:
         first, last, change = summary[:, None]
     else:
         first, last, change = jnp.moveaxis(lax.all_gather(summary, axis.name), 1, 0)
+    change = change.astype(jnp.int32)
     chunk_begins = jnp.arange(axis.size, dtype=jnp.int32)[:, None] * chunk
-    before = jnp.concatenate([first[:1] - 1, last[:-1]])
-    begins_new = first != before
+    begins_new = jnp.pad(first[1:] != last[:-1], ((1, 0), (0, 0)), constant_values=True)
     new_start = jnp.where(change > 0, chunk_begins + change, jnp.where(begins_new, chunk_begins, 0))
     start_of_last = lax.cummax(new_start, axis=0)
     carried = jnp.concatenate([jnp.zeros_like(start_of_last[:1]), start_of_last[:-1]])
@@ -108,6 +119,6 @@ def from_segment_ids(axis: SequenceAxis, segment_ids: Int[Array, "B T"]) -> Boun
 
     index = axis.index()
     here = crossing[index] - index * chunk
-    starts = jnp.where(jnp.pad(changes, ((0, 0), (1, 0))), positions, here[:, None])
+    starts = jnp.where(changes, positions, here[:, None])
     starts = jnp.where(segment_ids < 0, positions + 1, lax.cummax(starts, axis=1))
     return Bounds(starts, crossing, chunk)

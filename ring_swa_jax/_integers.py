@@ -1,0 +1,90 @@
+"""Arrays of integers that users pass, of any width: exactly as they are, or a clear error.
+
+Without ``jax_enable_x64`` JAX drops the upper half of NumPy's 64-bit integers in silence. So NumPy
+arrays and lists are looked at here before JAX sees them. A JAX array, traced or not, is what it is.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Int
+
+from ring_swa_jax import _checks
+
+_INT32 = np.iinfo(np.int32)
+
+
+def as_segment_ids(ids, shape: tuple[int, ...] | None = None) -> Int[Array, "B S"]:
+    """Segment ids with the same changes and the same signs: int32, or a JAX array's wider dtype.
+
+    Raises:
+        ValueError: another shape.
+        TypeError: not integers.
+    """
+    ids = _as_array("segment_ids", ids)
+    _checks.check_segment_ids(ids, shape)
+    if isinstance(ids, np.ndarray) and not _fits_int32(ids):
+        changes = np.zeros(ids.shape, bool)
+        changes[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        ids = np.where(ids < 0, -1, np.cumsum(changes, axis=1, dtype=np.int32))
+    return _narrow(ids)
+
+
+def as_cu_seqlens(cu_seqlens) -> Int[Array, "n"]:
+    """Ends of sequences as int32; entries past 2**31 - 1 are past every row and become that.
+
+    Raises:
+        ValueError: not a vector of two or more.
+        TypeError: not integers.
+    """
+    cu_seqlens = _as_array("cu_seqlens", cu_seqlens)
+    _checks.check_cu_seqlens(cu_seqlens)
+    if jnp.iinfo(cu_seqlens.dtype).bits >= 32 and cu_seqlens.dtype != np.int32:
+        clip = np.clip if isinstance(cu_seqlens, np.ndarray) else jnp.clip
+        # Unsigned numbers have no negative ones to compare with.
+        least = max(_INT32.min, int(jnp.iinfo(cu_seqlens.dtype).min))
+        cu_seqlens = clip(cu_seqlens, least, _INT32.max)
+    return jnp.asarray(cu_seqlens.astype(np.int32))
+
+
+def as_positions(positions) -> Int[Array, "..."]:
+    """Positions as int32, or in a JAX array's wider dtype.
+
+    Raises:
+        ValueError: positions that JAX cannot hold without ``jax_enable_x64``.
+        TypeError: not integers.
+    """
+    positions = _as_array("positions", positions)
+    if not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise TypeError(f"positions must be integers, got {positions.dtype}")
+    if isinstance(positions, np.ndarray) and not _fits_int32(positions):
+        if not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"positions from {positions.min()} to {positions.max()} do not fit into int32; "
+                "set jax_enable_x64, or count from a nearer token: only distances matter"
+            )
+        return jnp.asarray(positions)
+    return _narrow(positions)
+
+
+def _as_array(name: str, x) -> Array | np.ndarray:
+    if isinstance(x, (jax.Array, np.ndarray)):
+        return x
+    if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x)):
+        return jnp.asarray(x)  # a list of traced numbers
+    try:
+        return np.asarray(x)
+    except ValueError as error:  # lists of different lengths
+        raise TypeError(f"{name} must be an array, got {type(x).__name__}") from error
+
+
+def _fits_int32(x: np.ndarray) -> bool:
+    return x.size == 0 or (_INT32.min <= int(x.min()) and int(x.max()) <= _INT32.max)
+
+
+def _narrow(x: Array | np.ndarray) -> Array:
+    """As int32 what surely fits: NumPy arrays that were looked at, and narrower dtypes."""
+    if isinstance(x, np.ndarray) or jnp.iinfo(x.dtype).bits < 32:
+        x = x.astype(np.int32)
+    return jnp.asarray(x)
