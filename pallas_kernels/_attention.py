@@ -139,7 +139,8 @@ def _sink_logits_gradient(
     if sink_logits is None:
         return None
     has_keys = lse > -jnp.inf
-    weights = jnp.exp(sink_logits[:, None] - jnp.where(has_keys, lse, 0))
+    learned = sink_logits.astype(lse.dtype)[None, :, None]
+    weights = jnp.exp(learned - jnp.where(has_keys, lse, 0))
     weights = jnp.where(has_keys, weights, 0)
     return -(weights * delta).sum((0, 2)).astype(sink_logits.dtype)
 

@@ -1,4 +1,9 @@
-"""How ``jax.vmap`` meets the kernels: the mapped axis becomes part of the batch."""
+"""How ``jax.vmap`` and JAX's strict settings meet the kernels.
+
+A mapped axis becomes part of the batch. ``jax_numpy_rank_promotion`` and
+``jax_numpy_dtype_promotion`` are for the code of those who set them: kernels of all backends, GPU
+kernels among them that no CPU traces, are traced under JAX's defaults.
+"""
 
 from collections.abc import Callable
 
@@ -16,7 +21,8 @@ def folds_vmap(function: Callable) -> Callable:
 
     @custom_vmap
     def folded(*arrays):
-        return function(*arrays)
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            return function(*arrays)
 
     @folded.def_vmap
     def rule(size, is_mapped, *arrays):

@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from ring_swa_jax import _checks
-from ring_swa_jax._axis import explicit_axes, spec_of
+from ring_swa_jax._axis import explicit_axes, reshard, spec_of
+from ring_swa_jax._integers import as_segment_ids
 from ring_swa_jax._segments import segment_starts
 
 _MOST_TOKENS = 2**31 - 1  # that `Cache.length` can count
@@ -146,7 +147,7 @@ def prefill_cache(
         ValueError: shapes or settings that do not fit, or a prompt longer than ``max_length``.
         TypeError: dtypes that differ or are not floating-point, settings that are not static.
     """
-    k, v = jnp.asarray(k), jnp.asarray(v)
+    k, v = _checks.as_array("k", k), _checks.as_array("v", v)
     _checks.check_heads(k, k, v)
     batch, length = k.shape[:2]
     window, slots, sinks = _plan(window_size, num_sink_tokens, max_length)
@@ -160,11 +161,10 @@ def prefill_cache(
         begin = jnp.zeros(batch, jnp.int32)
         count = jnp.full(batch, length, jnp.int32)
     else:
-        segment_ids = jnp.asarray(segment_ids)
-        _checks.check_segment_ids(segment_ids, (batch, length))
+        segment_ids = as_segment_ids(segment_ids, (batch, length))
         real = segment_ids >= 0
         begin = jnp.where(real, segment_starts(segment_ids), 0).max(1)
-        end = jnp.where(real, jnp.arange(1, length + 1, dtype=jnp.int32), 0).max(1)
+        end = jnp.where(real, jnp.arange(1, length + 1, dtype=jnp.int32)[None], 0).max(1)
         count = end - begin
 
     def gather(x, positions):
@@ -173,11 +173,10 @@ def prefill_cache(
         return _gather(x, index)
 
     if explicit_axes(k):
-        begin, count = (
-            jax.sharding.reshard(x, PartitionSpec(spec_of(k)[0])) for x in (begin, count)
-        )
+        mesh = jax.typeof(k).sharding.mesh
+        begin, count = (reshard(x, mesh, PartitionSpec(spec_of(k)[0])) for x in (begin, count))
     rolling = slot_positions(count, slots)
-    first = jnp.broadcast_to(jnp.arange(sinks, dtype=jnp.int32), (batch, sinks))
+    first = jnp.broadcast_to(jnp.arange(sinks, dtype=jnp.int32)[None], (batch, sinks))
     return Cache(
         key=gather(k, rolling),
         value=gather(v, rolling),
@@ -205,8 +204,8 @@ def next_positions(
     """
     check_cache(cache)
     if valid is None:
-        return cache.length[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)
-    valid = jnp.asarray(valid)
+        return cache.length[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)[None]
+    valid = _checks.as_array("valid", valid)
     _checks.check_valid(valid, (cache.length.shape[0], num_tokens))
     rank = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
     return jnp.where(valid, cache.length[:, None] + rank, 0)
@@ -225,7 +224,7 @@ def check_cache(cache) -> None:
 def slot_positions(length: Int[Array, "B"], num_slots: int) -> Int[Array, "B C"]:
     """Position of the token in each slot after ``length`` tokens; negative for an empty slot."""
     last = length[:, None] - 1
-    return last - (last - jnp.arange(num_slots, dtype=jnp.int32)) % num_slots
+    return last - (last - jnp.arange(num_slots, dtype=jnp.int32)[None]) % num_slots
 
 
 def append_sinks(
@@ -295,7 +294,8 @@ def _gather(x: Float[Array, "B S K H"], index: Int[Array, "B C"]) -> Float[Array
 
 def _slots_or_none(kept, slots, num_slots):
     """The slot of each token that is kept; the others get places past the buffer, all distinct."""
-    return jnp.where(kept, slots, num_slots + jnp.arange(slots.shape[1], dtype=jnp.int32))
+    none = num_slots + jnp.arange(slots.shape[1], dtype=jnp.int32)[None]
+    return jnp.where(kept, slots, none)
 
 
 def _scatter(buffer, slots, tokens):

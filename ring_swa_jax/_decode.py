@@ -86,21 +86,21 @@ def decode_attention(
     References:
         Xiao et al., Efficient Streaming Language Models with Attention Sinks, arXiv:2309.17453.
     """
-    q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
+    q, k, v = (_checks.as_array(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     _checks.check_heads(q, k, v)
     window = _checks.static_window(window_size)
     num_sinks = _checks.static_sinks(num_sink_tokens)
     cap = _checks.static_soft_cap(logits_soft_cap)
     scale = _checks.static_scale(scale, q.shape[-1])
     if sink_logits is not None:
-        sink_logits = jnp.asarray(sink_logits)
+        sink_logits = _checks.as_array("sink_logits", sink_logits)
         _checks.check_sink_logits(sink_logits, q.shape[2])
     _check_fits(cache, k, v, window, num_sinks, relative=rotate is not None)
     batch, num_tokens = q.shape[:2]
     if valid is None:
         valid = jnp.ones((batch, num_tokens), bool)
     else:
-        valid = jnp.asarray(valid)
+        valid = _checks.as_array("valid", valid)
         _checks.check_valid(valid, (batch, num_tokens))
         # Weights of zero would not hide the NaN that a row's padding may hold.
         k, v = (jnp.where(valid[..., None, None], x, 0) for x in (k, v))
@@ -122,7 +122,8 @@ def decode_attention(
         return _Run(query, _turn(rotate, key, jnp.maximum(key_positions - gap, 0)), value, seen)
 
     def before_window(key, value, window):
-        slots = jnp.broadcast_to(jnp.arange(key.shape[2], dtype=jnp.int32), (batch, key.shape[2]))
+        slots = jnp.arange(key.shape[2], dtype=jnp.int32)[None]
+        slots = jnp.broadcast_to(slots, (batch, key.shape[2]))
         seen = (positions[:, :, None] - slots[:, None] > window) & valid[..., None]
         if rotate is None:
             return _Run(q, key, value, seen)
@@ -136,7 +137,7 @@ def decode_attention(
         runs.append(before_window(cache.sink_key, cache.sink_value, window))
     if num_tokens == 1:  # what it overwrites is out of its window, so one run has all keys
         cache = append_window(cache, k, v, valid)
-        stored = stored + valid[:, 0]
+        stored = stored + valid[:, 0].astype(jnp.int32)
     else:
         new_positions = jnp.where(valid, positions, -1)
         runs.append(in_window(k.swapaxes(1, 2), v.swapaxes(1, 2), new_positions))
@@ -181,7 +182,7 @@ def _attend(runs, sink_logits, scale, cap) -> Float[Array, "B T N Hv"]:
     all_logits = [logits(run) for run in runs]
     top = jnp.max(jnp.stack([x.max(-1) for x in all_logits]), axis=0)
     if sink_logits is not None:
-        learned = sink_logits.astype(dtype).reshape(num_kv, -1, 1)
+        learned = sink_logits.astype(dtype).reshape(1, num_kv, -1, 1)
         top = jnp.maximum(top, learned)
     top = jnp.where(top == -jnp.inf, 0, top)
     total = jnp.zeros_like(top) if sink_logits is None else jnp.exp(learned - top)

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 
 from ring_swa_jax import _checks
 from ring_swa_jax._axis import AxisName, explicit_axes, spec_of
+from ring_swa_jax._integers import as_positions, as_segment_ids
 from ring_swa_jax._rope import Rope, apply_rope
 from ring_swa_jax._segments import segment_positions
 from ring_swa_jax._sharded import only, ring_attention
@@ -144,6 +145,8 @@ class AttentionLayer:
         positions: Int[Array, "B S"] | None,
     ) -> Float[Array, "B S N Hv"]:
         """From the projections of whole rows to the attended values."""
+        if segment_ids is not None:
+            segment_ids = as_segment_ids(segment_ids, q.shape[:2])
         q, k = self.normalise(q, k, learned)
         positions = self.positions(q, segment_ids, positions)
         q, k = self.rotate(q, positions), self.rotate(k, positions)
@@ -168,6 +171,7 @@ class AttentionLayer:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         axes = (-2, -1) if self.qk_norm == "all_heads" else -1
         square = jnp.mean(wide * wide, axis=axes, keepdims=True)
+        factor = jnp.expand_dims(factor, range(x.ndim - factor.ndim)).astype(wide.dtype)
         return (wide * jax.lax.rsqrt(square + self.qk_norm_epsilon) * factor).astype(x.dtype)
 
     def positions(
@@ -178,10 +182,9 @@ class AttentionLayer:
     ) -> Int[Array, "B S"] | Int[Array, "1 S"]:
         """By default positions restart in each document, or count through without documents."""
         if positions is not None:
-            return jnp.asarray(positions)
+            return as_positions(positions)
         if segment_ids is None:
             return jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-        _checks.check_segment_ids(segment_ids, x.shape[:2])
         return segment_positions(segment_ids)
 
     def sharding_of_heads(self, x: Array, kernel: Array) -> PartitionSpec | None:

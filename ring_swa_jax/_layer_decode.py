@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from ring_swa_jax import _cache
 from ring_swa_jax._cache import Cache
 from ring_swa_jax._decode import decode_attention
+from ring_swa_jax._integers import as_positions, as_segment_ids
 from ring_swa_jax._layer import AttentionLayer, Learned
 from ring_swa_jax._segments import segment_positions
 from ring_swa_jax._sharded import sequence_devices
@@ -53,6 +54,8 @@ def prefill(
 ) -> tuple[Float[Array, "B S N Hv"], Cache]:
     """The attended values of whole rows, and the cache that goes on with their last sequences."""
     _check_positions(positions, relative_positions)
+    if segment_ids is not None:
+        segment_ids = as_segment_ids(segment_ids, q.shape[:2])
     q, k = layer.normalise(q, k, learned)
     positions = layer.positions(q, segment_ids, positions)
     turned_q, turned_k = layer.rotate(q, positions), layer.rotate(k, positions)
@@ -92,7 +95,7 @@ def decode(
         if positions is None:
             positions = _cache.next_positions(cache, q.shape[1], valid)
         else:
-            positions = jnp.asarray(positions)
+            positions = as_positions(positions)
         q, k = layer.rotate(q, positions), layer.rotate(k, positions)
     return _attend_step(layer, q, k, v, cache, valid, learned.sink_logits)
 

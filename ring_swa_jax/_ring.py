@@ -1,5 +1,7 @@
 """Attention on one chunk of a sequence, called inside the user's own ``jax.shard_map``."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -9,6 +11,7 @@ import pallas_kernels
 from ring_swa_jax import _checks
 from ring_swa_jax._axis import AxisName, SequenceAxis, same_varying
 from ring_swa_jax._halo import RingHalo, fetch_sinks
+from ring_swa_jax._integers import as_cu_seqlens
 from ring_swa_jax._segments import Bounds, from_cu_seqlens, one_sequence
 
 
@@ -119,6 +122,7 @@ def ring_streaming_llm_attn(
     References:
         Xiao et al., Efficient Streaming Language Models with Attention Sinks, arXiv:2309.17453.
     """
+    q, k, v = (_checks.as_array(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     _checks.check_heads(q, k, v)
     axis = SequenceAxis.named(axis_name)
     return attend_chunk(
@@ -235,9 +239,9 @@ def ring_streaming_llm_attn_varlen(
         TypeError: as `ring_streaming_llm_attn`, and ``cu_seqlens`` that are no integers.
         NotImplementedError: as `ring_sliding_window_attn`.
     """
+    q, k, v = (_checks.as_array(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     _checks.check_heads(q, k, v, batched=False)
-    cu_seqlens = jnp.asarray(cu_seqlens)
-    _checks.check_cu_seqlens(cu_seqlens)
+    cu_seqlens = as_cu_seqlens(cu_seqlens)
     axis = SequenceAxis.named(axis_name)
     return attend_chunk(
         q[None],
@@ -268,29 +272,49 @@ def attend_chunk(
     sink_logits: Float[Array, "N"] | None,
     implementation: str | None,
 ) -> Float[Array, "B T N Hv"]:
-    """What the per-shard functions and ring_attention share: exchange, then attend."""
+    """What the per-shard functions and ring_attention share: checks, exchange, attention."""
     chunk = q.shape[1]
     longest_reach = axis.size * chunk - 1
     window = _checks.static_window(window_size)
-    num_sinks = _checks.static_sinks(num_sink_tokens)
-    _checks.check_sinks_fit(num_sinks, chunk, axis.size)
-    sink_logits = None if sink_logits is None else jnp.asarray(sink_logits)
-    _checks.check_sink_logits(sink_logits, q.shape[2])
     window = None if window is None or window >= longest_reach else window
+    num_sinks = _checks.static_sinks(num_sink_tokens)
+    num_sinks = 0 if window is None else num_sinks
+    _checks.check_sinks_fit(num_sinks, chunk, axis.size)
+    if sink_logits is not None:
+        sink_logits = _checks.as_array("sink_logits", sink_logits)
+    _checks.check_sink_logits(sink_logits, q.shape[2])
     spec = pallas_kernels.Spec(
         window=window,
-        num_sinks=0 if window is None else min(num_sinks, chunk),
+        num_sinks=min(num_sinks, chunk),
         scale=_checks.static_scale(scale, q.shape[-1]),
         soft_cap=_checks.static_soft_cap(logits_soft_cap),
         precision=matmul_precision(),
     )
     name = pallas_kernels.choose(implementation, spec, q, v)
+    if q.shape[0] == 0:
+        return jnp.zeros((*q.shape[:-1], v.shape[-1]), q.dtype)
+    return _exchange_and_attend(q, k, v, sink_logits, bounds, axis=axis, spec=spec, name=name)
 
+
+# The jit is for calls outside of any other, which would compile the loops inside anew each time.
+@partial(jax.jit, static_argnames=("axis", "spec", "name"), inline=True)
+def _exchange_and_attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K Hv"],
+    sink_logits: Float[Array, "N"] | None,
+    bounds: Bounds,
+    *,
+    axis: SequenceAxis,
+    spec: pallas_kernels.Spec,
+    name: str,
+) -> Float[Array, "B T N Hv"]:
+    """Attention with checked settings by the implementation of this name."""
     q, k, v, sink_logits, bounds = same_varying(axis, q, k, v, sink_logits, bounds)
     sinks = None
     if spec.num_sinks and axis.size > 1:
         sinks = fetch_sinks(axis, k, v, bounds, spec.num_sinks)
-    halo = RingHalo.of_window(axis, chunk, window)
+    halo = RingHalo.of_window(axis, q.shape[1], spec.window)
     return pallas_kernels.attend(spec, halo, name, q, k, v, sinks, sink_logits, bounds.start)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Hashable
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
@@ -14,7 +13,8 @@ from jaxtyping import Float, Int
 
 import pallas_kernels
 from ring_swa_jax import _checks
-from ring_swa_jax._axis import AxisName, SequenceAxis
+from ring_swa_jax._axis import AxisName, SequenceAxis, reshard
+from ring_swa_jax._integers import as_segment_ids
 from ring_swa_jax._ring import attend_chunk
 from ring_swa_jax._segments import from_segment_ids, one_sequence
 
@@ -56,8 +56,8 @@ def ring_attention(
             None: all keys before it. Static.
         num_sink_tokens: how many first tokens of its own sequence a query always sees; at most a
             chunk on several devices. Static.
-        segment_ids: a new sequence starts where the id changes; a negative id is padding, with
-            zeros as result and gradient. The values are never read on the host.
+        segment_ids: of any integer dtype; a new sequence starts where the id changes; a negative
+            id is padding, with zeros as result and gradient.
         sink_logits: a learned logit a query head that enlarges the denominator.
         logits_soft_cap: logits become ``cap * tanh(logits / cap)``.
         scale: factor of ``q.k``, by default ``H**-0.5``.
@@ -84,13 +84,12 @@ def ring_attention(
         Language Models with Attention Sinks, arXiv:2309.17453; Liu, Zaharia and Abbeel, Ring
         Attention, arXiv:2310.01889.
     """
-    q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
+    q, k, v = (_checks.as_array(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     _checks.check_heads(q, k, v)
     if segment_ids is not None:
-        segment_ids = jnp.asarray(segment_ids)
-        _checks.check_segment_ids(segment_ids, q.shape[:2])
+        segment_ids = as_segment_ids(segment_ids, q.shape[:2])
     if sink_logits is not None:
-        sink_logits = jnp.asarray(sink_logits)
+        sink_logits = _checks.as_array("sink_logits", sink_logits)
         _checks.check_sink_logits(sink_logits, q.shape[2])
     return _sharded_attention(
         q,
@@ -232,7 +231,7 @@ def _sharded_attention(q, k, v, segment_ids, sink_logits, *, layout: _Layout, **
     }
     if explicit:
         q, k, v, segment_ids, sink_logits = (
-            None if x is None else jax.sharding.reshard(x, only(s, explicit))
+            None if x is None else reshard(x, layout.mesh, only(s, explicit))
             for x, s in zip(arrays, specs, strict=True)
         )
     manual = set(jax.sharding.get_abstract_mesh().manual_axes)
