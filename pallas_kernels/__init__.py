@@ -6,6 +6,16 @@ from pallas_kernels._implementations import NAMES as IMPLEMENTATIONS
 from pallas_kernels._implementations import choose as choose
 from pallas_kernels._spec import SinkRun as SinkRun
 from pallas_kernels._spec import Spec as Spec
+from pallas_kernels._spec import accumulator_dtype as accumulator_dtype
 from pallas_kernels._support import interprets as interprets
 
-__all__ = ["IMPLEMENTATIONS", "Halo", "SinkRun", "Spec", "attend", "choose", "interprets"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Halo",
+    "SinkRun",
+    "Spec",
+    "accumulator_dtype",
+    "attend",
+    "choose",
+    "interprets",
+]

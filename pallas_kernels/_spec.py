@@ -72,4 +72,4 @@ Starts = Int[Array, ""] | Int[Array, "B T"]
 
 def accumulator_dtype(dtype) -> jnp.dtype:
     """float32 for half precision and float32, float64 for float64."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)

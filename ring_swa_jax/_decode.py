@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
+from pallas_kernels import accumulator_dtype
 from ring_swa_jax import _checks
 from ring_swa_jax._cache import (
     Cache,
@@ -167,7 +168,7 @@ def _attend(runs, sink_logits, scale, cap) -> Float[Array, "B T N Hv"]:
     """One softmax over all runs; zeros for a query that sees no key."""
     batch, length, heads, _ = runs[0].query.shape
     _, num_kv, _, value_dim = runs[0].value.shape
-    dtype = jnp.promote_types(runs[0].query.dtype, jnp.float32)
+    dtype = accumulator_dtype(runs[0].query.dtype)
     precision = matmul_precision()
 
     def dot(equation, x, y):

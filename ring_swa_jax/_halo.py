@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
-from pallas_kernels import SinkRun
+from pallas_kernels import SinkRun, accumulator_dtype
 from ring_swa_jax._axis import SequenceAxis
 from ring_swa_jax._segments import Bounds
 
@@ -71,7 +71,7 @@ def fetch_sinks(
     """
     chunk = key.shape[1]
     index = axis.index()
-    dtype = jnp.promote_types(key.dtype, jnp.float32)
+    dtype = accumulator_dtype(key.dtype)
     start_of_last = bounds.start_of_last()
     slots = start_of_last[:, None] + jnp.arange(num_sinks, dtype=jnp.int32)[None]
     held = ((slots >= 0) & (slots < chunk))[..., None, None]

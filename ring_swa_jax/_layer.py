@@ -9,6 +9,7 @@ from jax import Array
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Float, Int
 
+from pallas_kernels import accumulator_dtype
 from ring_swa_jax import _checks
 from ring_swa_jax._axis import AxisName, explicit_axes, spec_of
 from ring_swa_jax._integers import as_positions, as_segment_ids
@@ -168,7 +169,7 @@ class AttentionLayer:
 
     def _normalise(self, x: Float[Array, "B S N H"], factor: Array) -> Float[Array, "B S N H"]:
         """RMSNorm over each head, or over all heads of a token together, in float32."""
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = x.astype(accumulator_dtype(x.dtype))
         axes = (-2, -1) if self.qk_norm == "all_heads" else -1
         square = jnp.mean(wide * wide, axis=axes, keepdims=True)
         factor = jnp.expand_dims(factor, range(x.ndim - factor.ndim)).astype(wide.dtype)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from pallas_kernels import accumulator_dtype
 from ring_swa_jax import _checks
 from ring_swa_jax._integers import as_segment_ids
 from ring_swa_jax._segments import segment_starts
@@ -59,7 +60,7 @@ def reference_attention(
     cap = _checks.static_soft_cap(logits_soft_cap)
     length, heads = q.shape[1:3]
     out_dtype = q.dtype
-    dtype = jnp.promote_types(out_dtype, jnp.float32)
+    dtype = accumulator_dtype(out_dtype)
 
     positions = jnp.arange(length, dtype=jnp.int32)
     i, j = positions[None, :, None], positions[None, None]

@@ -8,6 +8,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from pallas_kernels import accumulator_dtype
 from ring_swa_jax import _checks
 from ring_swa_jax._angles import angles
 from ring_swa_jax._integers import as_positions
@@ -90,7 +91,7 @@ def apply_rope(
     if dim % 2 or not 0 < dim <= x.shape[-1]:
         raise ValueError(f"rotary_dim must be even and in 2..H={x.shape[-1]}, got {dim}")
     _check_scaling(scaling)
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = accumulator_dtype(x.dtype)
     half = dim // 2
     frequencies = float(base) ** (-np.arange(half) / half)
     if scaling is not None:
