@@ -11,6 +11,7 @@ from ring_swa_jax._models import layer_settings as layer_settings
 from ring_swa_jax._models import models as models
 from ring_swa_jax._processes import check_processes as check_processes
 from ring_swa_jax._reference import reference_attention as reference_attention
+from ring_swa_jax._repeated_work import RepeatedWorkWarning as RepeatedWorkWarning
 from ring_swa_jax._ring import ring_sliding_window_attn as ring_sliding_window_attn
 from ring_swa_jax._ring import ring_sliding_window_attn_varlen as ring_sliding_window_attn_varlen
 from ring_swa_jax._ring import ring_streaming_llm_attn as ring_streaming_llm_attn
@@ -28,6 +29,7 @@ __all__ = [
     "LinearScaling",
     "Llama3Scaling",
     "ModelLayers",
+    "RepeatedWorkWarning",
     "Rope",
     "YarnScaling",
     "apply_rope",

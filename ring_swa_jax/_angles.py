@@ -24,7 +24,9 @@ _PER_RADIAN = 0x28BE60DB9391054A7F09D5F47D4D377036D8A5664F10E4107F9458EAF7AEF158
 def angles(
     positions: Int[Array, "*shape"], frequencies: Sequence[float], dtype
 ) -> Float[Array, "*shape R"]:
-    """``positions * frequencies`` in [-pi, pi), off by 7e-7 in float32 and by 1e-15 in float64.
+    """``positions * frequencies`` modulo 2 pi, off by 7e-7 in float32 and by 1e-15 in float64.
+
+    Angles below 1 are plain products, whose error is relative.
 
     Args:
         positions: of any integer dtype, negative ones too.
@@ -43,7 +45,9 @@ def angles(
         step = np.array(_fractions(tuple(frequencies), shift, bits), word).reshape(shape)
         turns = turns + byte[..., None].astype(word) * step
     signed = turns.astype(jnp.int64 if bits == 64 else jnp.int32)
-    return signed.astype(dtype) * (2 * math.pi / 2**bits)
+    angle = signed.astype(dtype) * (2 * math.pi / 2**bits)
+    product = positions[..., None].astype(dtype) * np.array(frequencies, dtype).reshape(shape)
+    return jnp.where(jnp.abs(product) < 1, product, angle)
 
 
 @functools.lru_cache(maxsize=512)

@@ -6,9 +6,17 @@ from collections.abc import Hashable
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax._src import core
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 AxisName = Hashable | tuple[Hashable, ...]
+
+
+def names_of(axis: AxisName | None) -> tuple[Hashable, ...]:
+    """The mesh axes that it names."""
+    if axis is None:
+        return ()
+    return axis if isinstance(axis, tuple) else (axis,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +64,15 @@ def same_varying(axis: SequenceAxis, *trees):
         return lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(cast, trees)
+
+
+def vmapped_axes() -> frozenset[Hashable]:
+    """Mesh axes that surrounding ``jax.vmap`` name as their ``spmd_axis_name``.
+
+    JAX has no public name for them. Inside a ``jax.shard_map`` with ``check_vma=True`` its vmap of
+    loops casts some values to vary over these axes and forgets others.
+    """
+    return frozenset(core.get_axis_env().spmd_axis_names)
 
 
 def explicit_axes(x: Array) -> set[Hashable]:

@@ -1,17 +1,18 @@
 """What the Flax modules share: an attention layer's settings, and its maths between projections."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from pallas_kernels import accumulator_dtype
 from ring_swa_jax import _checks
-from ring_swa_jax._axis import AxisName, explicit_axes, spec_of
+from ring_swa_jax._axis import AxisName, explicit_axes, names_of, spec_of
 from ring_swa_jax._integers import as_positions, as_segment_ids
 from ring_swa_jax._rope import Rope, apply_rope
 from ring_swa_jax._segments import segment_positions
@@ -188,18 +189,29 @@ class AttentionLayer:
             return jnp.arange(x.shape[1], dtype=jnp.int32)[None]
         return segment_positions(segment_ids)
 
-    def sharding_of_heads(self, x: Array, kernel: Array) -> PartitionSpec | None:
-        """How x @ kernel [E, heads, H] is to lie on Explicit mesh axes; None on others."""
+    def sharding_of_heads(self, x: Array, kernel: Array) -> NamedSharding | None:
+        """How x @ kernel [E, heads, H] is to lie on Explicit mesh axes; None on others.
+
+        Heads that the devices do not divide are not cut: `ring_attention` repeats them.
+        """
         explicit = explicit_axes(x)
         if not explicit:
             return None
         batch, seq, _ = spec_of(x)
-        return only(PartitionSpec(batch, seq, self.head_axis or spec_of(kernel)[1], None), explicit)
+        mesh = jax.typeof(x).sharding.mesh
+        spec = only(PartitionSpec(batch, seq, self.head_axis or spec_of(kernel)[1]), explicit)
+        devices = math.prod(mesh.shape[name] for name in names_of(spec[2]))
+        spec = spec if kernel.shape[1] % devices == 0 else spec[:2]
+        return NamedSharding(mesh, PartitionSpec(*spec))
 
-    def sharding_of_output(self, x: Array) -> PartitionSpec | None:
+    def sharding_of_output(self, x: Array) -> NamedSharding | None:
         """How the layer's output is to lie on Explicit mesh axes, as x does; None on others."""
         explicit = explicit_axes(x)
-        return only(PartitionSpec(*spec_of(x)), explicit) if explicit else None
+        if not explicit:
+            return None
+        return NamedSharding(
+            jax.typeof(x).sharding.mesh, only(PartitionSpec(*spec_of(x)), explicit)
+        )
 
     def attend(
         self,

@@ -69,7 +69,7 @@ def prefill(
         relative_positions=relative_positions,
     )
     if relative_positions and q.shape[1] > _same_positions(layer):
-        _check_not_cut(layer, q, k)
+        _check_not_cut(layer, q)
         context = _attend_chunks(layer, q, k, v, segment_ids, learned.sink_logits)
     else:
         context = layer.attend(turned_q, turned_k, v, segment_ids, learned.sink_logits)
@@ -161,9 +161,9 @@ def _check_positions(positions, relative_positions: bool) -> None:
         )
 
 
-def _check_not_cut(layer: AttentionLayer, q, k) -> None:
+def _check_not_cut(layer: AttentionLayer, q) -> None:
     axes = (layer.seq_axis, layer.batch_axis, layer.head_axis)
-    devices = sequence_devices(q, k, layer.mesh, *axes)
+    devices = sequence_devices(q, layer.mesh, *axes)
     if devices > 1:
         raise ValueError(
             f"with relative_positions=True a prompt of {q.shape[1]} tokens, more than "

@@ -6,6 +6,7 @@ from collections.abc import Hashable
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
@@ -13,8 +14,9 @@ from jaxtyping import Float, Int
 
 import pallas_kernels
 from ring_swa_jax import _checks
-from ring_swa_jax._axis import AxisName, SequenceAxis, reshard
+from ring_swa_jax._axis import AxisName, SequenceAxis, names_of, reshard, vmapped_axes
 from ring_swa_jax._integers import as_segment_ids
+from ring_swa_jax._repeated_work import warn_of_unnamed_axes
 from ring_swa_jax._ring import attend_chunk
 from ring_swa_jax._segments import from_segment_ids, one_sequence
 
@@ -49,7 +51,8 @@ def ring_attention(
 
     Args:
         q: queries of whole rows.
-        k: keys; N is a multiple of K.
+        k: keys; N is a multiple of K. Heads that the devices of ``head_axis`` do not divide are
+            repeated.
         v: values, in the dtype of q and k.
         window_size: W; a query sees **W + 1 keys**: the W before it and itself, as
             FlashAttention's ``(W, 0)``. Hugging Face's ``sliding_window=n`` is ``n - 1`` here.
@@ -97,7 +100,7 @@ def ring_attention(
         v,
         segment_ids,
         sink_logits,
-        layout=_Layout.resolve(q, k, mesh, seq_axis, batch_axis, head_axis),
+        layout=_Layout.resolve(q, mesh, seq_axis, batch_axis, head_axis),
         window_size=_checks.static_window(window_size),
         num_sink_tokens=_checks.static_sinks(num_sink_tokens),
         logits_soft_cap=_checks.static_soft_cap(logits_soft_cap),
@@ -116,16 +119,18 @@ class _Layout:
     head: AxisName | None
 
     @classmethod
-    def resolve(cls, q, k, mesh, seq_axis, batch_axis, head_axis) -> "_Layout":
+    def resolve(cls, q, mesh, seq_axis, batch_axis, head_axis) -> "_Layout":
         context = jax.sharding.get_abstract_mesh()
         mesh = context if mesh is None else mesh
         batch_axis, head_axis = _axes_of_sharding(q, mesh, seq_axis, batch_axis, head_axis)
-        if seq_axis is None and batch_axis is None and head_axis is None:
+        axes = (seq_axis, batch_axis, head_axis)
+        warn_of_unnamed_axes(mesh, [name for axis in axes for name in names_of(axis)])
+        if not any(map(names_of, axes)):
             return cls(None, None, None, None)
         named = {"seq_axis": seq_axis, "batch_axis": batch_axis, "head_axis": head_axis}
         used: dict[Hashable, str] = {}
         for argument, axis in named.items():
-            for name in _names(axis):
+            for name in names_of(axis):
                 if name not in mesh.axis_names:
                     raise ValueError(
                         f"{argument}={axis!r} is not an axis of the mesh, which has "
@@ -144,15 +149,21 @@ class _Layout:
                     )
                 used[name] = argument
         layout = cls(mesh, seq_axis, batch_axis, head_axis)
-        layout._check_sizes(q, k)
+        layout._check_sizes(q)
         return layout
+
+    def explicit_axes(self) -> set[Hashable]:
+        if self.mesh is None:
+            return set()
+        kinds = zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)
+        return {name for name, kind in kinds if kind == AxisType.Explicit}
 
     def size(self, axis: AxisName | None) -> int:
         if self.mesh is None:
             return 1
-        return math.prod(self.mesh.shape[name] for name in _names(axis))
+        return math.prod(self.mesh.shape[name] for name in names_of(axis))
 
-    def _check_sizes(self, q, k):
+    def _check_sizes(self, q):
         for argument, axis, dimension, length, mend in (
             (
                 "seq_axis",
@@ -163,14 +174,6 @@ class _Layout:
             ),
             ("batch_axis", self.batch, "batch size", q.shape[0], "use a multiple of it"),
             ("head_axis", self.head, "number of query heads", q.shape[2], "use fewer devices"),
-            (
-                "head_axis",
-                self.head,
-                "number of key/value heads",
-                k.shape[2],
-                "repeat each key/value head with jnp.repeat(k, r, axis=2), the same for v, "
-                "or cut the heads over fewer devices",
-            ),
         ):
             if length % self.size(axis):
                 raise ValueError(
@@ -179,18 +182,12 @@ class _Layout:
                 )
 
 
-def _names(axis: AxisName | None) -> tuple[Hashable, ...]:
-    if axis is None:
-        return ()
-    return axis if isinstance(axis, tuple) else (axis,)
-
-
 def _axes_of_sharding(q, mesh, seq_axis, batch_axis, head_axis):
     """Batch and head axes, read from the sharding of q on Explicit axes where not given."""
     if AxisType.Explicit not in mesh.axis_types:
         return batch_axis, head_axis
     spec = (*jax.typeof(q).sharding.spec, None, None, None, None)
-    if spec[1] is not None and _names(spec[1]) != _names(seq_axis):
+    if spec[1] is not None and names_of(spec[1]) != names_of(seq_axis):
         raise ValueError(
             f"seq_axis={seq_axis!r}, but the sequence of q is cut over {spec[1]!r}; name that "
             "axis, or move q, k and v first with jax.sharding.reshard"
@@ -218,18 +215,14 @@ def _sharded_attention(q, k, v, segment_ids, sink_logits, *, layout: _Layout, **
             bounds = from_segment_ids(axis, segment_ids)
         return attend_chunk(q, k, v, axis=axis, bounds=bounds, sink_logits=sink_logits, **settings)
 
-    arrays = (q, k, v, segment_ids, sink_logits)
     if layout.mesh is None:
-        return attend(*arrays)
+        return attend(q, k, v, segment_ids, sink_logits)
+    k, v = (_repeat_heads(x, layout) for x in (k, v))
+    arrays = (q, k, v, segment_ids, sink_logits)
     heads = P(layout.batch, layout.seq, layout.head)
     specs = (heads, heads, heads, P(layout.batch, layout.seq), P(layout.head))
     in_specs = tuple(None if x is None else s for x, s in zip(arrays, specs, strict=True))
-    explicit = {
-        name
-        for name, kind in zip(layout.mesh.axis_names, layout.mesh.axis_types, strict=True)
-        if kind == AxisType.Explicit
-    }
-    if explicit:
+    if explicit := layout.explicit_axes():
         q, k, v, segment_ids, sink_logits = (
             None if x is None else reshard(x, layout.mesh, only(s, explicit))
             for x, s in zip(arrays, specs, strict=True)
@@ -241,17 +234,30 @@ def _sharded_attention(q, k, v, segment_ids, sink_logits, *, layout: _Layout, **
         in_specs=in_specs,
         out_specs=heads,
         axis_names=set(layout.mesh.axis_names) - manual,
-        check_vma=not pallas_kernels.interprets(settings["implementation"]),
+        check_vma=not (pallas_kernels.interprets(settings["implementation"]) or vmapped_axes()),
     )(q, k, v, segment_ids, sink_logits)
 
 
-def sequence_devices(q, k, mesh, seq_axis, batch_axis, head_axis) -> int:
-    """Over how many devices `ring_attention` would cut the sequence of q and k."""
-    layout = _Layout.resolve(q, k, mesh, seq_axis, batch_axis, head_axis)
+def _repeat_heads(x: Float[Array, "B S K H"], layout: _Layout) -> Float[Array, "B S R H"]:
+    """Keys or values with each head as often as the devices of the head axis need it.
+
+    R is the least common multiple of K and the devices, which divides N as both do.
+    """
+    times = math.lcm(x.shape[2], layout.size(layout.head)) // x.shape[2]
+    if times == 1:
+        return x
+    if explicit := layout.explicit_axes():  # JAX does not repeat along a dimension that is cut
+        x = reshard(x, layout.mesh, only(P(layout.batch, layout.seq), explicit))
+    return jnp.repeat(x, times, axis=2)
+
+
+def sequence_devices(q, mesh, seq_axis, batch_axis, head_axis) -> int:
+    """Over how many devices `ring_attention` would cut the sequence of q."""
+    layout = _Layout.resolve(q, mesh, seq_axis, batch_axis, head_axis)
     return layout.size(layout.seq)
 
 
 def only(spec: P, names: set[Hashable]) -> P:
     """The spec with the other axes dropped."""
-    kept = [tuple(name for name in _names(axis) if name in names) or None for axis in spec]
+    kept = [tuple(name for name in names_of(axis) if name in names) or None for axis in spec]
     return P(*kept)

@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jax import Array, lax
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Bool, Float, Int
 
 from ring_swa_jax._attention_fn import attention_fn as attention_fn
@@ -247,7 +247,7 @@ class RingSlidingWindowAttention(nn.Module):
         return self.param(name, init, shape, self.param_dtype) if present else None
 
 
-def _dot_general(x: Array, sharding_of: Callable[[Array], PartitionSpec | None]):
+def _dot_general(x: Array, sharding_of: Callable[[Array], NamedSharding | None]):
     """On Explicit axes a dot_general whose result lies as told of the kernel; else the default."""
     if not explicit_axes(x):
         return None
