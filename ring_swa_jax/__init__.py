@@ -5,6 +5,7 @@ from ring_swa_jax._cache import Cache as Cache
 from ring_swa_jax._cache import init_cache as init_cache
 from ring_swa_jax._cache import next_positions as next_positions
 from ring_swa_jax._cache import prefill_cache as prefill_cache
+from ring_swa_jax._cache import trim_cache as trim_cache
 from ring_swa_jax._decode import decode_attention as decode_attention
 from ring_swa_jax._models import ModelLayers as ModelLayers
 from ring_swa_jax._models import layer_settings as layer_settings
@@ -47,4 +48,5 @@ __all__ = [
     "ring_streaming_llm_attn",
     "ring_streaming_llm_attn_varlen",
     "segment_positions",
+    "trim_cache",
 ]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax._src import core
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AxisName = Hashable | tuple[Hashable, ...]
 
@@ -82,7 +82,13 @@ def explicit_axes(x: Array) -> set[Hashable]:
     return {name for name, kind in axes if kind == AxisType.Explicit}
 
 
-def reshard(x: Array, mesh, spec: PartitionSpec) -> Array:
+def mesh_of(x: Array) -> Mesh | AbstractMesh:
+    """The mesh that x lies on; an array outside of jit moves only on a mesh of devices."""
+    traced = isinstance(x, jax.core.Tracer)
+    return (jax.typeof(x) if traced else x).sharding.mesh
+
+
+def reshard(x: Array, mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> Array:
     """``jax.sharding.reshard`` on a mesh that need not be the one of ``jax.set_mesh``."""
     return jax.sharding.reshard(x, NamedSharding(mesh, spec))
 

@@ -8,15 +8,16 @@ products that read the buffers where they are; slots first, XLA transposes all o
 
 import dataclasses
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from ring_swa_jax import _checks
-from ring_swa_jax._axis import explicit_axes, reshard, spec_of
-from ring_swa_jax._integers import as_segment_ids
+from ring_swa_jax._axis import explicit_axes, mesh_of, reshard, spec_of
+from ring_swa_jax._integers import as_counts, as_segment_ids
 from ring_swa_jax._segments import segment_starts
 
 _MOST_TOKENS = 2**31 - 1  # that `Cache.length` can count
@@ -28,8 +29,8 @@ _FOLD_AT = 2**30
 class Cache:
     """Keys and values of one layer, as many as its next tokens can see. An immutable pytree.
 
-    There are C = ``window_size + 1`` slots, or ``max_length`` where that is fewer or there is no
-    window. Made by `init_cache` or `prefill_cache`, consumed and returned by `decode_attention`,
+    There are C = ``window_size + max_trim`` slots, or ``max_length`` where no token can leave the
+    window before. Made by `init_cache` or `prefill_cache`, consumed and returned by `decode_attention`,
     which under jit writes in place where the cache is donated or carried by ``lax.scan``.
 
     Attributes:
@@ -41,7 +42,8 @@ class Cache:
         length: tokens seen by each row, which is the position of its next token. It stops at
             2**31 - 1, beyond which results are NaN; with ``relative_positions`` it never gets
             there, but falls back by a multiple of C after 2**30, which changes no result.
-        window_size: W, of **W + 1 keys**; None: all keys.
+        trimmed: of each row's tokens that `trim_cache` took back, how many still occupy a slot.
+        window_size: W, of **W + 1 keys**; None: all keys that fit.
         relative_positions: the keys are not rotated, see `decode_attention`.
     """
 
@@ -50,6 +52,7 @@ class Cache:
     sink_key: Float[Array, "B K P H"]
     sink_value: Float[Array, "B K P Hv"]
     length: Int[Array, "B"]
+    trimmed: Int[Array, "B"]
     window_size: int | None = dataclasses.field(metadata={"static": True})
     relative_positions: bool = dataclasses.field(metadata={"static": True})
 
@@ -61,7 +64,19 @@ class Cache:
     @property
     def max_length(self) -> int | None:
         """The most tokens a row may have; None where there may be any number."""
-        return _most_tokens(self.window_size, self.num_slots)
+        return None if self.window_size is not None else self.num_slots
+
+    @property
+    def max_trim(self) -> int:
+        """How many of a row's last tokens `trim_cache` may take back."""
+        return self.num_slots - (self.window_size or 0)
+
+
+flax.serialization.register_serialization_state(
+    Cache,
+    lambda cache: {name: getattr(cache, name) for name in _arrays(cache)},
+    lambda cache, state: dataclasses.replace(cache, **{x: state[x] for x in _arrays(cache)}),
+)
 
 
 def init_cache(
@@ -72,6 +87,7 @@ def init_cache(
     window_size: int | None,
     num_sink_tokens: int = 0,
     max_length: int | None = None,
+    max_trim: int = 1,
     value_dim: int | None = None,
     dtype=jnp.float32,
     relative_positions: bool = False,
@@ -84,8 +100,10 @@ def init_cache(
         head_dim: H, of the keys.
         window_size: W, for **W + 1 keys**; None: all keys, which asks for ``max_length``. Static.
         num_sink_tokens: how many first tokens of its sequence a query always sees. Static.
-        max_length: the most tokens a row will have. It saves memory where the window is longer;
-            results past it are then NaN. Where the window is shorter nothing depends on it.
+        max_length: the most tokens a row will have. It saves memory where the window or the sinks
+            are longer; results past it are then NaN. Otherwise nothing depends on it.
+        max_trim: how many tokens `trim_cache` may take back at a time, for one more slot each; the
+            first costs nothing. Static.
         value_dim: Hv, by default H.
         dtype: of the keys and values to come.
         relative_positions: keys will come unrotated, see `decode_attention`.
@@ -95,21 +113,21 @@ def init_cache(
         TypeError: sizes that are not static integers, or a dtype that is not floating-point.
     """
     sizes = {
-        "batch_size": batch_size,
         "num_kv_heads": num_kv_heads,
         "head_dim": head_dim,
         "value_dim": head_dim if value_dim is None else value_dim,
     }
-    batch, heads, dim, value_dim = (_checks.static_size(*size) for size in sizes.items())
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"dtype must be floating-point, got {dtype}")
-    window, slots, sinks = _plan(window_size, num_sink_tokens, max_length)
+    heads, dim, value_dim = (_checks.static_size(*size) for size in sizes.items())
+    batch = _checks.static_count("batch_size", batch_size)
+    _checks.check_dtype("keys and values", dtype)
+    window, slots, sinks = _plan(window_size, num_sink_tokens, max_length, max_trim)
     return Cache(
         key=jnp.zeros((batch, heads, slots, dim), dtype),
         value=jnp.zeros((batch, heads, slots, value_dim), dtype),
         sink_key=jnp.zeros((batch, heads, sinks, dim), dtype),
         sink_value=jnp.zeros((batch, heads, sinks, value_dim), dtype),
         length=jnp.zeros(batch, jnp.int32),
+        trimmed=jnp.zeros(batch, jnp.int32),
         window_size=window,
         relative_positions=relative_positions,
     )
@@ -123,6 +141,7 @@ def prefill_cache(
     num_sink_tokens: int = 0,
     segment_ids: Int[Array, "B S"] | None = None,
     max_length: int | None = None,
+    max_trim: int = 1,
     relative_positions: bool = False,
 ) -> Cache:
     """The cache after a prompt, by gathers of as many keys as it holds.
@@ -141,6 +160,7 @@ def prefill_cache(
             id is padding, on either side. Each row's cache is that of its **last sequence**, which
             is the one that decoding goes on with; a row of padding gives an empty cache.
         max_length: as in `init_cache`; the prompt must fit where results depend on it.
+        max_trim: as in `init_cache`.
         relative_positions: the keys are unrotated, see `decode_attention`.
 
     Raises:
@@ -150,9 +170,8 @@ def prefill_cache(
     k, v = _checks.as_array("k", k), _checks.as_array("v", v)
     _checks.check_heads(k, k, v)
     batch, length = k.shape[:2]
-    window, slots, sinks = _plan(window_size, num_sink_tokens, max_length)
-    most = _most_tokens(window, slots)
-    if most is not None and length > most:
+    window, slots, sinks = _plan(window_size, num_sink_tokens, max_length, max_trim)
+    if window is None and length > slots:
         raise ValueError(
             f"the prompt of {length} tokens does not fit into max_length={max_length}; use a "
             "larger max_length or cut the prompt's padding off"
@@ -173,8 +192,8 @@ def prefill_cache(
         return _gather(x, index)
 
     if explicit_axes(k):
-        mesh = jax.typeof(k).sharding.mesh
-        begin, count = (reshard(x, mesh, PartitionSpec(spec_of(k)[0])) for x in (begin, count))
+        spec = PartitionSpec(spec_of(k)[0])
+        begin, count = (reshard(x, mesh_of(k), spec) for x in (begin, count))
     rolling = slot_positions(count, slots)
     first = jnp.broadcast_to(jnp.arange(sinks, dtype=jnp.int32)[None], (batch, sinks))
     return Cache(
@@ -183,6 +202,7 @@ def prefill_cache(
         sink_key=gather(k, first),
         sink_value=gather(v, first),
         length=count,
+        trimmed=jnp.zeros_like(count),
         window_size=window,
         relative_positions=relative_positions,
     )
@@ -209,6 +229,68 @@ def next_positions(
     _checks.check_valid(valid, (cache.length.shape[0], num_tokens))
     rank = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
     return jnp.where(valid, cache.length[:, None] + rank, 0)
+
+
+def trim_cache(cache: Cache, num_tokens: int | Int[Array, "B"]) -> Cache:
+    """The cache before the last tokens of each row, such as drafts that were not accepted.
+
+    Args:
+        cache: after these tokens.
+        num_tokens: how many tokens a row gives back, one number for all rows or one each. Where
+            keys leave the window, the tokens that are given back without new ones decoded in their
+            place must not be more than ``max_trim`` of `init_cache`.
+
+    Returns:
+        The cache. A row that gives back more than it may has **NaN** in all results from then on.
+
+    Raises:
+        ValueError: a negative number, a Python integer larger than the cache allows, or another
+            shape.
+        TypeError: no integers, or no cache.
+    """
+    check_cache(cache)
+    if isinstance(num_tokens, int):
+        most = cache.max_trim
+        if _checks.static_count("num_tokens", num_tokens) > most:
+            raise ValueError(
+                f"num_tokens={num_tokens} are more than this cache gives back, which is {most}; "
+                f"make it with max_trim={num_tokens}"
+            )
+    count = as_counts("num_tokens", num_tokens)
+    if count.shape not in ((), cache.length.shape):
+        raise ValueError(
+            f"num_tokens must be one number or have the shape {cache.length.shape}, "
+            f"got {count.shape}"
+        )
+    allowed = (count >= 0) & (count <= cache.length) & (cache.length < _MOST_TOKENS)
+    trimmed = cache.trimmed
+    if cache.max_length is None:
+        allowed &= count <= cache.max_trim - trimmed
+        trimmed = trimmed + count
+    return dataclasses.replace(
+        cache,
+        length=jnp.where(allowed, cache.length - count, _MOST_TOKENS),
+        trimmed=jnp.where(allowed, trimmed, 0),
+    )
+
+
+def lie_as(x: Array, cache: Cache) -> Cache:
+    """A new cache, cut over mesh axes and varying over manual ones as the keys [B, S, K, H] are."""
+    batch, _, heads, _ = spec_of(x)
+    varying = jax.typeof(x).manual_axis_type.varying
+
+    def lie(part):
+        if explicit_axes(x):
+            spec = (batch, heads)[: 1 if part.ndim == 1 else 2]
+            part = reshard(part, mesh_of(x), PartitionSpec(*spec))
+        return lax.pcast(part, tuple(varying), to="varying") if varying else part
+
+    return jax.tree.map(lie, cache)
+
+
+def _arrays(cache: Cache) -> list[str]:
+    static = {"window_size", "relative_positions"}
+    return [field.name for field in dataclasses.fields(cache) if field.name not in static]
 
 
 def check_cache(cache) -> None:
@@ -263,12 +345,14 @@ def append_window(
     if cache.relative_positions and cache.max_length is None:
         # Past the sinks and one round of the buffer only the slot of the next token matters.
         settled = -(-(sinks + num_slots) // num_slots) * num_slots
-        length = jnp.where(length < _FOLD_AT, length, settled + length % num_slots)
+        count_on = (length < _FOLD_AT) | (length == _MOST_TOKENS)
+        length = jnp.where(count_on, length, settled + length % num_slots)
     return dataclasses.replace(
         cache,
         key=_scatter(cache.key, slots, k),
         value=_scatter(cache.value, slots, v),
         length=length,
+        trimmed=jnp.maximum(cache.trimmed - count, 0),
     )
 
 
@@ -308,15 +392,17 @@ def _scatter(buffer, slots, tokens):
     return jax.vmap(put)(buffer, slots, jnp.swapaxes(tokens, 1, 2))
 
 
-def _most_tokens(window: int | None, num_slots: int) -> int | None:
-    """How many tokens fit into the slots; any number where those that leave the window may go."""
-    return None if window is not None and window < num_slots else num_slots
+def effective_window(window: int | None, num_sinks: int, max_length: int | None) -> int | None:
+    """The window, None where each of ``max_length`` tokens sees all tokens before it."""
+    all_seen = window is None or (max_length is not None and max(window, num_sinks) >= max_length)
+    return None if all_seen else window
 
 
-def _plan(window_size, num_sink_tokens, max_length) -> tuple[int | None, int, int]:
-    """(window, slots of the rolling buffer, slots of the sinks)."""
+def _plan(window_size, num_sink_tokens, max_length, max_trim) -> tuple[int | None, int, int]:
+    """(effective window, slots of the rolling buffer, slots of the sinks)."""
     window = _checks.static_window(window_size)
     sinks = _checks.static_sinks(num_sink_tokens)
+    max_trim = _checks.static_size("max_trim", max_trim)
     if max_length is not None:
         max_length = _checks.static_size("max_length", max_length)
     if window is None:
@@ -325,7 +411,7 @@ def _plan(window_size, num_sink_tokens, max_length) -> tuple[int | None, int, in
                 "window_size=None keeps every key, so the cache needs a size: pass max_length, the "
                 "most tokens that a row will have; got max_length=None"
             )
+    window = effective_window(window, sinks, max_length)
+    if window is None:
         return None, max_length, 0
-    if max_length is not None and max_length <= window:
-        return window, max_length, 0
-    return window, window + 1, sinks
+    return window, window + max_trim, sinks

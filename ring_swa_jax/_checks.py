@@ -104,7 +104,7 @@ def _static_bound(bound) -> int | None:
     if bound is None:
         return None
     mend = "; for no bound, which FlashAttention writes as -1, write None"
-    return _static_count("window_size", bound, mend)
+    return static_count("window_size", bound, mend)
 
 
 def static_sinks(num_sink_tokens) -> int:
@@ -114,7 +114,7 @@ def static_sinks(num_sink_tokens) -> int:
         TypeError: not a static integer.
         ValueError: negative.
     """
-    return _static_count("num_sink_tokens", num_sink_tokens)
+    return static_count("num_sink_tokens", num_sink_tokens)
 
 
 def static_size(name: str, value) -> int:
@@ -124,13 +124,19 @@ def static_size(name: str, value) -> int:
         TypeError: not a static integer.
         ValueError: less than 1.
     """
-    size = _static_count(name, value)
+    size = static_count(name, value)
     if size < 1:
         raise ValueError(f"{name} must be at least 1, got {size}")
     return size
 
 
-def _static_count(name: str, value, mend_of_negative: str = "") -> int:
+def static_count(name: str, value, mend_of_negative: str = "") -> int:
+    """A non-negative Python int.
+
+    Raises:
+        TypeError: not a static integer.
+        ValueError: negative.
+    """
     try:
         count = operator.index(value)
     except TypeError:  # JAX's errors for traced values are TypeErrors too

@@ -14,6 +14,7 @@ from ring_swa_jax._cache import (
     append_sinks,
     append_window,
     check_cache,
+    effective_window,
     next_positions,
     slot_positions,
     within_reach,
@@ -96,6 +97,8 @@ def decode_attention(
     if sink_logits is not None:
         sink_logits = _checks.as_array("sink_logits", sink_logits)
         _checks.check_sink_logits(sink_logits, q.shape[2])
+    check_cache(cache)
+    window = effective_window(window, num_sinks, cache.max_length)
     _check_fits(cache, k, v, window, num_sinks, relative=rotate is not None)
     batch, num_tokens = q.shape[:2]
     if valid is None:
@@ -109,7 +112,7 @@ def decode_attention(
     positions = next_positions(cache, num_tokens, valid)
     lost = valid & ~within_reach(cache, num_tokens, valid)
     # Where cache-relative positions end, and by how much those of the window lag behind.
-    last_index = num_sinks + (window or 0)
+    last_index = num_sinks + (window or 0)  # fits into int32, as the cache has so many slots
     gap = 0 if window is None else jnp.maximum(cache.length - last_index, 0)[:, None]
 
     def in_window(key, value, key_positions):
@@ -198,7 +201,6 @@ def _attend(runs, sink_logits, scale, cap) -> Float[Array, "B T N Hv"]:
 
 def _check_fits(cache, k, v, window, num_sinks, *, relative) -> None:
     """Checks that the cache is one of this layer and of keys like these."""
-    check_cache(cache)
     for name, new, old in (("k", k, cache.key), ("v", v, cache.value)):
         if (new.shape[0], *new.shape[2:]) != (*old.shape[:2], old.shape[3]):
             raise ValueError(

@@ -40,12 +40,19 @@ def as_cu_seqlens(cu_seqlens) -> Int[Array, "n"]:
     """
     cu_seqlens = _as_array("cu_seqlens", cu_seqlens)
     _checks.check_cu_seqlens(cu_seqlens)
-    if jnp.iinfo(cu_seqlens.dtype).bits >= 32 and cu_seqlens.dtype != np.int32:
-        clip = np.clip if isinstance(cu_seqlens, np.ndarray) else jnp.clip
-        # Unsigned numbers have no negative ones to compare with.
-        least = max(_INT32.min, int(jnp.iinfo(cu_seqlens.dtype).min))
-        cu_seqlens = clip(cu_seqlens, least, _INT32.max)
-    return jnp.asarray(cu_seqlens.astype(np.int32))
+    return _clipped(cu_seqlens)
+
+
+def as_counts(name: str, counts) -> Int[Array, "..."]:
+    """Numbers of tokens as int32; larger ones become 2**31 - 1, which is more than there are.
+
+    Raises:
+        TypeError: not integers.
+    """
+    counts = _as_array(name, counts)
+    if not jnp.issubdtype(counts.dtype, jnp.integer):
+        raise TypeError(f"{name} must be integers, got {counts.dtype}")
+    return _clipped(counts)
 
 
 def as_positions(positions) -> Int[Array, "..."]:
@@ -81,6 +88,14 @@ def _as_array(name: str, x) -> Array | np.ndarray:
 
 def _fits_int32(x: np.ndarray) -> bool:
     return x.size == 0 or (_INT32.min <= int(x.min()) and int(x.max()) <= _INT32.max)
+
+
+def _clipped(x: Array | np.ndarray) -> Array:
+    if jnp.iinfo(x.dtype).bits >= 32 and x.dtype != np.int32:
+        clip = np.clip if isinstance(x, np.ndarray) else jnp.clip
+        # Unsigned numbers have no negative ones to compare with.
+        x = clip(x, max(_INT32.min, int(jnp.iinfo(x.dtype).min)), _INT32.max)
+    return jnp.asarray(x.astype(np.int32))
 
 
 def _narrow(x: Array | np.ndarray) -> Array:

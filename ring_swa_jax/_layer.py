@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 
 from pallas_kernels import accumulator_dtype
 from ring_swa_jax import _checks
-from ring_swa_jax._axis import AxisName, explicit_axes, names_of, spec_of
+from ring_swa_jax._axis import AxisName, explicit_axes, mesh_of, names_of, spec_of
 from ring_swa_jax._integers import as_positions, as_segment_ids
 from ring_swa_jax._rope import Rope, apply_rope
 from ring_swa_jax._segments import segment_positions
@@ -198,7 +198,7 @@ class AttentionLayer:
         if not explicit:
             return None
         batch, seq, _ = spec_of(x)
-        mesh = jax.typeof(x).sharding.mesh
+        mesh = mesh_of(x)
         spec = only(PartitionSpec(batch, seq, self.head_axis or spec_of(kernel)[1]), explicit)
         devices = math.prod(mesh.shape[name] for name in names_of(spec[2]))
         spec = spec if kernel.shape[1] % devices == 0 else spec[:2]
@@ -209,9 +209,7 @@ class AttentionLayer:
         explicit = explicit_axes(x)
         if not explicit:
             return None
-        return NamedSharding(
-            jax.typeof(x).sharding.mesh, only(PartitionSpec(*spec_of(x)), explicit)
-        )
+        return NamedSharding(mesh_of(x), only(PartitionSpec(*spec_of(x)), explicit))
 
     def attend(
         self,

@@ -1,8 +1,10 @@
 """Decoding of a layer, from its projections to the attended values, for both Flax modules."""
 
 import dataclasses
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
@@ -23,6 +25,7 @@ def init_cache(
     batch_size: int,
     *,
     max_length: int | None,
+    max_trim: int,
     dtype,
     relative_positions: bool,
 ) -> Cache:
@@ -34,6 +37,7 @@ def init_cache(
         window_size=layer.window_size,
         num_sink_tokens=layer.num_sink_tokens,
         max_length=max_length,
+        max_trim=max_trim,
         value_dim=layer.value_dim,
         dtype=dtype,
         relative_positions=relative_positions,
@@ -50,6 +54,7 @@ def prefill(
     segment_ids: Int[Array, "B S"] | None,
     positions: Int[Array, "B S"] | None,
     max_length: int | None,
+    max_trim: int,
     relative_positions: bool,
 ) -> tuple[Float[Array, "B S N Hv"], Cache]:
     """The attended values of whole rows, and the cache that goes on with their last sequences."""
@@ -66,6 +71,7 @@ def prefill(
         num_sink_tokens=layer.num_sink_tokens,
         segment_ids=segment_ids,
         max_length=max_length,
+        max_trim=max_trim,
         relative_positions=relative_positions,
     )
     if relative_positions and q.shape[1] > _same_positions(layer):
@@ -116,10 +122,15 @@ def _attend_step(layer, q, k, v, cache, valid, sink_logits):
     )
 
 
+# The jit is for calls outside of any other, which would compile the loop anew each time.
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 def _attend_chunks(layer, q, k, v, segment_ids, sink_logits) -> Float[Array, "B S N Hv"]:
     """Attention of whole rows with cache-relative positions."""
     batch, length = q.shape[:2]
-    cache = init_cache(layer, batch, max_length=None, dtype=k.dtype, relative_positions=True)
+    cache = init_cache(
+        layer, batch, max_length=None, max_trim=1, dtype=k.dtype, relative_positions=True
+    )
+    cache = _cache.lie_as(k, cache)
     if segment_ids is None:
         chunk = _CHUNK
         valid = jnp.ones((batch, length), bool)

@@ -8,7 +8,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Int
 
-from ring_swa_jax._axis import SequenceAxis, explicit_axes, reshard
+from ring_swa_jax._axis import SequenceAxis, explicit_axes, mesh_of, reshard, spec_of
 from ring_swa_jax._integers import as_segment_ids
 
 
@@ -86,13 +86,13 @@ def segment_positions(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
         TypeError: ids that are not integers.
     """
     segment_ids = as_segment_ids(segment_ids)
-    sharding = jax.typeof(segment_ids).sharding
-    explicit = explicit_axes(segment_ids)
-    if explicit:  # JAX does not scan along a dimension that is cut
-        segment_ids = reshard(segment_ids, sharding.mesh, P(*sharding.spec[:1]))
+    batch, seq = spec_of(segment_ids)
+    mesh = mesh_of(segment_ids) if explicit_axes(segment_ids) else None
+    if mesh is not None:  # JAX does not scan along a dimension that is cut
+        segment_ids = reshard(segment_ids, mesh, P(batch))
     positions = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
     positions = jnp.maximum(positions - segment_starts(segment_ids), 0)
-    return reshard(positions, sharding.mesh, sharding.spec) if explicit else positions
+    return positions if mesh is None else reshard(positions, mesh, P(batch, seq))
 
 
 def from_segment_ids(axis: SequenceAxis, segment_ids: Int[Array, "B T"]) -> Bounds:

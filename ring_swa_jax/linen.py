@@ -122,6 +122,7 @@ class RingSlidingWindowAttention(nn.Module):
         batch_size: int,
         *,
         max_length: int | None = None,
+        max_trim: int = 1,
         dtype: Dtype | None = None,
         relative_positions: bool = False,
     ) -> Cache:
@@ -140,6 +141,7 @@ class RingSlidingWindowAttention(nn.Module):
             self._layer(in_features),
             batch_size,
             max_length=max_length,
+            max_trim=max_trim,
             dtype=dtype or self.dtype or self.param_dtype,
             relative_positions=relative_positions,
         )
@@ -151,6 +153,7 @@ class RingSlidingWindowAttention(nn.Module):
         segment_ids: Int[Array, "B S"] | None = None,
         positions: Int[Array, "B S"] | None = None,
         max_length: int | None = None,
+        max_trim: int = 1,
         relative_positions: bool = False,
     ) -> tuple[Float[Array, "B S out_features"], Cache]:
         """The output of a call and the cache that `decode` goes on with, as the NNX module's.
@@ -165,6 +168,7 @@ class RingSlidingWindowAttention(nn.Module):
             segment_ids=segment_ids,
             positions=positions,
             max_length=max_length,
+            max_trim=max_trim,
             relative_positions=relative_positions,
         )
         return parts.out(context), cache

@@ -230,6 +230,7 @@ class RingSlidingWindowAttention(nnx.Module):
         batch_size: int,
         *,
         max_length: int | None = None,
+        max_trim: int = 1,
         dtype: Dtype | None = None,
         relative_positions: bool = False,
     ) -> Cache:
@@ -238,6 +239,7 @@ class RingSlidingWindowAttention(nnx.Module):
         Args:
             batch_size: number of rows, B.
             max_length: the most tokens that a row will have; needed where ``window_size=None``.
+            max_trim: how many tokens `ring_swa_jax.trim_cache` may take back at a time.
             dtype: of keys and values, which is that of the projections of x; by default the
                 module's dtype, or its parameters' where it has none.
             relative_positions: whether to decode with cache-relative positions (see `decode`).
@@ -250,6 +252,7 @@ class RingSlidingWindowAttention(nnx.Module):
             self.layer,
             batch_size,
             max_length=max_length,
+            max_trim=max_trim,
             dtype=dtype or self.key.dtype or self.key.param_dtype,
             relative_positions=relative_positions,
         )
@@ -261,6 +264,7 @@ class RingSlidingWindowAttention(nnx.Module):
         segment_ids: Int[Array, "B S"] | None = None,
         positions: Int[Array, "B S"] | None = None,
         max_length: int | None = None,
+        max_trim: int = 1,
         relative_positions: bool = False,
     ) -> tuple[Float[Array, "B S out_features"], Cache]:
         """Attends within whole rows, as a call does, and keeps what `decode` goes on with.
@@ -271,6 +275,7 @@ class RingSlidingWindowAttention(nnx.Module):
                 either side. `decode` goes on with each row's last sequence.
             positions: as in a call; if given here, then give them to `decode` too.
             max_length: the most tokens that a row will have; needed where ``window_size=None``.
+            max_trim: how many tokens `ring_swa_jax.trim_cache` may take back at a time.
             relative_positions: cache-relative positions, see `decode`. The results equal those of
                 `decode`, token by token. With ``num_sink_tokens``, a prompt longer than
                 ``num_sink_tokens + window_size + 1`` is attended chunk after chunk on a sequence
@@ -293,6 +298,7 @@ class RingSlidingWindowAttention(nnx.Module):
             segment_ids=segment_ids,
             positions=positions,
             max_length=max_length,
+            max_trim=max_trim,
             relative_positions=relative_positions,
         )
         return self._project_out(context, x), cache
