@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ring_swa_jax import Rope
 from ring_swa_jax.nnx import RingSlidingWindowAttention
 
 POLICIES = {
@@ -42,6 +43,7 @@ def _temporary(policy, window, chunk, devices, layers) -> float:
             num_kv_heads=KV_HEADS,
             head_dim=HEAD_DIM,
             window_size=window,
+            rope=Rope(),
             rngs=rngs,
         )
 

@@ -41,11 +41,12 @@ class Block(nnx.Module):
     """
 
     def __init__(self, settings: Settings, *, rngs: nnx.Rngs):
-        sizes: Settings = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 32, "use_bias": False}
+        sizes = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 32}
+        common: Settings = {**sizes, "use_bias": False, "rope": Rope()}
         hidden = 2 * FEATURES
         self.attention_norm = nnx.RMSNorm(FEATURES, rngs=rngs)
         self.attention = RingSlidingWindowAttention(
-            in_features=FEATURES, **(sizes | settings), rngs=rngs
+            in_features=FEATURES, **(common | settings), rngs=rngs
         )
         self.feed_forward_norm = nnx.RMSNorm(FEATURES, rngs=rngs)
         self.gate = nnx.Linear(FEATURES, hidden, use_bias=False, rngs=rngs)

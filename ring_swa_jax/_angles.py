@@ -52,7 +52,7 @@ def angles(
 
 @functools.lru_cache(maxsize=512)
 def _fractions(frequencies: tuple[float, ...], shift: int, bits: int) -> tuple[int, ...]:
-    """What ``2**shift`` steps turn by, rounded to ``bits`` bits of one turn, without whole turns."""
+    """What ``2**shift`` steps turn by, in turns rounded to ``bits`` bits, without whole turns."""
     found = []
     for frequency in frequencies:
         numerator, denominator = frequency.as_integer_ratio()

@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from ring_swa_jax import _checks
 from ring_swa_jax._axis import AxisName
+from ring_swa_jax._linen_init import axes_that_divide, initialising, repeated_work_is_meant
 from ring_swa_jax._sharded import ring_attention
 
 
@@ -33,8 +34,9 @@ def attention_fn(
     The attention is **causal whatever the module says**: both modules say ``is_causal=False``, or
     nothing, by default. Functions of the same settings are equal, so that jit knows them again.
 
-    Flax's modules know neither packed sequences, rotations nor learned sinks:
-    `RingSlidingWindowAttention` does.
+    Flax's modules know neither rotations nor learned sinks: `RingSlidingWindowAttention` does.
+    Packed rows and padding go through their ``mask``, which may be integer ids [..., S]:
+    ``segment_ids`` of `ring_attention`, so that a negative id is padding.
 
     Args:
         window_size: W; a token sees **W + 1 keys**: the W before it and itself, as
@@ -52,9 +54,9 @@ def attention_fn(
 
     Returns:
         A function of query [..., S, N, H], key [..., S, K, H] and value [..., S, K, Hv] that
-        returns [..., S, N, Hv]. It raises ValueError if asked for what it does not do: a mask
-        (Flax's cache, ``decode=True``, uses one), dropout, weights to sow, positions, or einsums
-        of one's own.
+        returns [..., S, N, Hv]. It raises ValueError if asked for what it does not do: a mask that
+        is no ids (Flax's cache, ``decode=True``, uses one), dropout, weights to sow, positions, or
+        einsums of one's own.
 
     Raises:
         ValueError: settings that do not fit.
@@ -115,7 +117,9 @@ class AttentionFn:
         del is_causal, force_fp32_for_softmax, broadcast_dropout, dropout_rng
         refused = {
             "a bias": bias is not None,
-            "a mask (the attention is causal and windowed by itself)": mask is not None,
+            "a mask (the attention is causal and windowed by itself; for packed rows and padding "
+            "the mask may be integer segment ids [B, S])": mask is not None
+            and not _are_ids(mask, query),
             f"dropout_rate={dropout_rate}": dropout_rate > 0 and not deterministic,
             "sow_weights=True (the weights are never in memory)": module is not None,
             "input_positions": input_positions is not None,
@@ -129,9 +133,21 @@ class AttentionFn:
         query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
         batch = query.shape[:-3]
         rows = [x.reshape(-1, *x.shape[-3:]) for x in (query, key, value)]
+        ids = None if mask is None else mask.reshape(-1, mask.shape[-1])
         with _matmul_precision(precision):
-            context = ring_attention(*rows, **vars(self))
+            context = self._attend(rows, ids)
         return context.reshape(*batch, *context.shape[-3:])
+
+    def _attend(self, rows, segment_ids):
+        if not initialising():
+            return ring_attention(*rows, segment_ids=segment_ids, **vars(self))
+        axes = axes_that_divide(rows[0].shape, self.mesh, self.seq_axis, self.batch_axis)
+        with repeated_work_is_meant():
+            return ring_attention(*rows, segment_ids=segment_ids, **(vars(self) | axes))
+
+
+def _are_ids(mask: Array, query: Array) -> bool:
+    return jnp.issubdtype(mask.dtype, jnp.integer) and mask.shape == query.shape[:-2]
 
 
 def _matmul_precision(precision: PrecisionLike):

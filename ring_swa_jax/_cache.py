@@ -30,8 +30,9 @@ class Cache:
     """Keys and values of one layer, as many as its next tokens can see. An immutable pytree.
 
     There are C = ``window_size + max_trim`` slots, or ``max_length`` where no token can leave the
-    window before. Made by `init_cache` or `prefill_cache`, consumed and returned by `decode_attention`,
-    which under jit writes in place where the cache is donated or carried by ``lax.scan``.
+    window before. Made by `init_cache` or `prefill_cache`, consumed and returned by
+    `decode_attention`, which under jit writes in place where the cache is donated or carried by
+    ``lax.scan``.
 
     Attributes:
         key: of the last C tokens, position p in slot ``p mod C``; slots without a token are unread.
@@ -405,12 +406,11 @@ def _plan(window_size, num_sink_tokens, max_length, max_trim) -> tuple[int | Non
     max_trim = _checks.static_size("max_trim", max_trim)
     if max_length is not None:
         max_length = _checks.static_size("max_length", max_length)
-    if window is None:
-        if max_length is None:
-            raise ValueError(
-                "window_size=None keeps every key, so the cache needs a size: pass max_length, the "
-                "most tokens that a row will have; got max_length=None"
-            )
+    if window is None and max_length is None:
+        raise ValueError(
+            "window_size=None keeps every key, so the cache needs a size: pass max_length, the "
+            "most tokens that a row will have; got max_length=None"
+        )
     window = effective_window(window, sinks, max_length)
     if window is None:
         return None, max_length, 0

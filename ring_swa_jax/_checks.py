@@ -49,9 +49,7 @@ def check_heads(query: Array, key: Array, value: Array, *, batched: bool = True)
         raise ValueError(f"query and key must have the same head dim, got {shapes}")
     sizes = (*query.shape[-3:], *value.shape[-3:])  # the batch may be empty
     if 0 in sizes:
-        raise ValueError(
-            f"query, key and value must have tokens, heads and features, got {shapes}"
-        )
+        raise ValueError(f"query, key and value must have tokens, heads and features, got {shapes}")
     if query.shape[-2] % key.shape[-2]:
         raise ValueError(
             f"the {query.shape[-2]} query heads must be a multiple of the {key.shape[-2]} "

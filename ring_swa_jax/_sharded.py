@@ -244,7 +244,7 @@ def _repeat_heads(x: Float[Array, "B S K H"], layout: _Layout) -> Float[Array, "
     R is the least common multiple of K and the devices, which divides N as both do.
     """
     times = math.lcm(x.shape[2], layout.size(layout.head)) // x.shape[2]
-    if times == 1:
+    if layout.mesh is None or times == 1:
         return x
     if explicit := layout.explicit_axes():  # JAX does not repeat along a dimension that is cut
         x = reshard(x, layout.mesh, only(P(layout.batch, layout.seq), explicit))

@@ -1,5 +1,6 @@
 """Flax Linen modules: an attention layer, and an adapter for Flax's own attention."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -18,9 +19,15 @@ from ring_swa_jax._axis import AxisName, explicit_axes
 from ring_swa_jax._cache import Cache
 from ring_swa_jax._layer import AttentionLayer, Learned
 from ring_swa_jax._layer_decode import decode, init_cache, prefill
+from ring_swa_jax._linen_init import axes_that_divide, repeated_work_is_meant
 from ring_swa_jax._rope import Rope
 
 __all__ = ["RingSlidingWindowAttention", "attention_fn"]
+
+
+def _lecun_normal(key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Array:
+    """Flax's default, which as Flax makes it, inside of a function, could not be pickled."""
+    return nn.initializers.lecun_normal()(key, shape, dtype)
 
 
 class _Parts(NamedTuple):
@@ -68,7 +75,7 @@ class RingSlidingWindowAttention(nn.Module):
     scale: float | None = None
     qk_norm: bool | Literal["all_heads"] = False
     qk_norm_epsilon: float = 1e-6
-    rope: Rope | None = Rope()
+    rope: Rope | None
     mesh: Mesh | AbstractMesh | None = None
     seq_axis: AxisName | None = "seq"
     batch_axis: AxisName | None = None
@@ -79,7 +86,7 @@ class RingSlidingWindowAttention(nn.Module):
     precision: PrecisionLike = None
     use_bias: bool = True
     use_out_bias: bool | None = None
-    kernel_init: Initializer = nn.initializers.lecun_normal()
+    kernel_init: Initializer = _lecun_normal
     out_kernel_init: Initializer | None = None
     bias_init: Initializer = nn.initializers.zeros_init()
     out_bias_init: Initializer | None = None
@@ -98,7 +105,8 @@ class RingSlidingWindowAttention(nn.Module):
         """Attends within whole rows.
 
         Args:
-            x: features of whole rows, in or out of jit.
+            x: features of whole rows, in or out of jit. While the module initialises, the mesh
+                need not divide its rows and tokens.
             segment_ids: a new sequence starts where the id changes; a negative id is padding.
             positions: of the tokens, for the rotation alone; by default they start anew in every
                 sequence, or count from 0 where there are no ``segment_ids``.
@@ -111,9 +119,15 @@ class RingSlidingWindowAttention(nn.Module):
             TypeError: ids or positions that are not integers.
         """
         layer, parts = self._layer_and_parts(x)
-        context = layer.forward(
-            *parts.project(x), parts.learned, segment_ids=segment_ids, positions=positions
-        )
+        projected = parts.project(x)
+        meant: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if self.is_initializing():
+            axes = axes_that_divide(x.shape, layer.mesh, layer.seq_axis, layer.batch_axis)
+            layer, meant = dataclasses.replace(layer, **axes), repeated_work_is_meant()
+        with meant:
+            context = layer.forward(
+                *projected, parts.learned, segment_ids=segment_ids, positions=positions
+            )
         return parts.out(context)
 
     @nn.nowrap

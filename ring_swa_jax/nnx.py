@@ -55,7 +55,8 @@ class RingSlidingWindowAttention(nnx.Module):
             "all_heads": one of all heads of a token together, with factors [N, H] and [K, H], as
             in OLMo 2 and 3. The factors multiply as they are: Gemma's weights are ``factor - 1``.
         qk_norm_epsilon: added to the mean square.
-        rope: rotary settings; None: no rotation.
+        rope: rotary settings, `ring_swa_jax.Rope`; None: no rotation, as in Flax's own attention.
+            No default, as either would be wrong in silence for the other half of all models.
         mesh: by default that of ``jax.set_mesh``.
         seq_axis: mesh axis or axes (a tuple, major first) that cut the sequence; None: it is not
             cut.
@@ -108,7 +109,7 @@ class RingSlidingWindowAttention(nnx.Module):
         scale: float | None = None,
         qk_norm: bool | Literal["all_heads"] = False,
         qk_norm_epsilon: float = 1e-6,
-        rope: Rope | None = Rope(),  # noqa: B008  frozen
+        rope: Rope | None,
         mesh: Mesh | AbstractMesh | None = None,
         seq_axis: AxisName | None = "seq",
         batch_axis: AxisName | None = None,

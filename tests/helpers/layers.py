@@ -49,13 +49,16 @@ quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_l
 
 def make_nnx(num_heads=4, in_features=E, **settings):
     return rsj.nnx.RingSlidingWindowAttention(
-        num_heads, in_features, **{"window_size": 3, "seq_axis": None, **settings}, rngs=nnx.Rngs(0)
+        num_heads,
+        in_features,
+        **{"window_size": 3, "seq_axis": None, "rope": rsj.Rope(), **settings},
+        rngs=nnx.Rngs(0),
     )
 
 
 def make_linen(num_heads=4, **settings):
     return rsj.linen.RingSlidingWindowAttention(
-        num_heads, **{"window_size": 3, "seq_axis": None, **settings}
+        num_heads, **{"window_size": 3, "seq_axis": None, "rope": rsj.Rope(), **settings}
     )
 
 

@@ -108,7 +108,7 @@ def test_negative_window(attend):
 
 
 @EVERY
-@pytest.mark.parametrize("window", [2.5, "8", True, (3, 0)], ids=str)
+@pytest.mark.parametrize("window", [2.5, "8", True, (3, 0, 0)], ids=str)
 def test_window_of_another_type(attend, window):
     with complains((TypeError, ValueError), "window_size", window):
         attend(*arrays(), window_size=window)

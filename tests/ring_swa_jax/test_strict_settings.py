@@ -1,4 +1,4 @@
-"""Under JAX's strict settings for the promotion of ranks and of dtypes the programs are the same."""
+"""Under JAX's strict settings of promotion, of ranks and of dtypes, the programs are the same."""
 
 import contextlib
 
