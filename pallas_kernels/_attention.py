@@ -16,6 +16,7 @@ hops are fetched again, which bounds memory to two of them, and their gradients 
 the accumulator's precision.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
@@ -26,6 +27,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from pallas_kernels import _implementations
+from pallas_kernels._derivatives import first_order
 from pallas_kernels._kernels import BackwardInputs, ForwardInputs, Gradients, Kernels
 from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State, accumulator_dtype
 from pallas_kernels._varying import vary_as
@@ -224,7 +226,7 @@ def _launch_forward(
     def launch(inputs, state):
         return kernels.forward(spec, inputs, state, rows=rows, resume=resume, out_dtype=out_dtype)
 
-    return folds_vmap(launch)(inputs, state)
+    return _differentiable(launch, kernels)(inputs, state)
 
 
 def _launch_backward(
@@ -242,4 +244,9 @@ def _launch_backward(
             spec, inputs, dquery, rows=rows, dquery_dtype=dquery_dtype, dkey_dtype=dkey_dtype
         )
 
-    return folds_vmap(launch)(inputs, dquery)
+    return _differentiable(launch, kernels)(inputs, dquery)
+
+
+def _differentiable(launch: Callable, kernels: Kernels) -> Callable:
+    has_forward_mode = kernels is _implementations.kernels_of("xla")
+    return first_order(folds_vmap(launch), has_forward_mode=has_forward_mode)

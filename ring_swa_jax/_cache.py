@@ -8,7 +8,6 @@ products that read the buffers where they are; slots first, XLA transposes all o
 
 import dataclasses
 
-import flax.serialization
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -28,6 +27,8 @@ _FOLD_AT = 2**30
 @dataclasses.dataclass(frozen=True)
 class Cache:
     """Keys and values of one layer, as many as its next tokens can see. An immutable pytree.
+
+    `flax.serialization` takes it too, once `ring_swa_jax.nnx` or `ring_swa_jax.linen` is imported.
 
     There are C = ``window_size + max_trim`` slots, or ``max_length`` where no token can leave the
     window before. Made by `init_cache` or `prefill_cache`, consumed and returned by
@@ -71,13 +72,6 @@ class Cache:
     def max_trim(self) -> int:
         """How many of a row's last tokens `trim_cache` may take back."""
         return self.num_slots - (self.window_size or 0)
-
-
-flax.serialization.register_serialization_state(
-    Cache,
-    lambda cache: {name: getattr(cache, name) for name in _arrays(cache)},
-    lambda cache, state: dataclasses.replace(cache, **{x: state[x] for x in _arrays(cache)}),
-)
 
 
 def init_cache(
@@ -287,11 +281,6 @@ def lie_as(x: Array, cache: Cache) -> Cache:
         return lax.pcast(part, tuple(varying), to="varying") if varying else part
 
     return jax.tree.map(lie, cache)
-
-
-def _arrays(cache: Cache) -> list[str]:
-    static = {"window_size", "relative_positions"}
-    return [field.name for field in dataclasses.fields(cache) if field.name not in static]
 
 
 def check_cache(cache) -> None:

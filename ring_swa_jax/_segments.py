@@ -68,7 +68,8 @@ def segment_starts(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
 
 def _changes(segment_ids: Int[Array, "B S"]) -> Bool[Array, "B S"]:
     """Where the id is another than the token's before; False for the first token."""
-    return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    before = jnp.concatenate([segment_ids[:, :1], segment_ids[:, :-1]], axis=1)
+    return segment_ids != before
 
 
 def segment_positions(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:

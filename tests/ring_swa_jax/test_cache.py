@@ -201,7 +201,7 @@ def test_prompt_fills_the_slots(lengths, window, sinks, side):
     cache = prefilled(case, lengths, side)
     assert cache.length.tolist() == list(lengths)
     k, v = map(np.asarray, case.arrays()[0][1:3])
-    key, value, sink_key, sink_value, _ = map(np.asarray, jax.tree.leaves(cache))
+    key, value, sink_key, sink_value, *_ = map(np.asarray, jax.tree.leaves(cache))
     slots = min(window + 1, LENGTH)
     for row, n in enumerate(lengths):
         for p in range(max(0, n - slots), n):

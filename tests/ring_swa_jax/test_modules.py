@@ -245,21 +245,6 @@ def test_a_forgotten_mesh_raises(through):
         jax.eval_shape(through({**ALL, "seq_axis": "seq"}), parameters(), X)
 
 
-@KINDS
-@pytest.mark.parametrize(
-    "build",
-    [
-        lambda **settings: make_nnx(**settings)(jnp.asarray(X)),
-        lambda **settings: make_linen(**settings).init(jax.random.key(0), X),
-    ],
-    ids=["nnx", "linen"],
-)
-def test_key_value_heads_that_the_mesh_does_not_divide(build, kind):
-    build = functools.partial(build, num_kv_heads=1, head_axis="model")
-    with jax.set_mesh(make_mesh(kind, model=2)), pytest.raises(ValueError, match=r"jnp\.repeat"):
-        jax.eval_shape(build)
-
-
 def test_the_package_does_not_import_the_modules():
     code = """
 import sys

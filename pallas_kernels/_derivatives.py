@@ -1,0 +1,51 @@
+"""What the launches of the kernels say when they are differentiated.
+
+`attend` has a reverse-mode rule of its own, made of launches. Its first derivatives never
+differentiate a launch; second derivatives do.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import linear_call
+
+_MESSAGE = (
+    "ring_swa_jax's attention has first derivatives in reverse mode, and with implementation='xla' "
+    "those of jax.grad in forward mode, jax.jvp(jax.grad(f), ...); it has no other second "
+    "derivatives: take reference_attention for those, on one device"
+)
+
+
+def first_order(launch: Callable, implementation: str) -> Callable:
+    """``launch`` with derivatives in forward mode where JAX finds them, and none in reverse mode.
+
+    Raises:
+        NotImplementedError: as it is differentiated, otherwise than "xla" in forward mode.
+    """
+    guarded = jax.custom_jvp(launch)
+
+    @guarded.defjvp
+    def jvp(primals, tangents):
+        if implementation != "xla":
+            raise NotImplementedError(_MESSAGE)
+        flat, structure = jax.tree.flatten(primals)
+        tangents = structure.flatten_up_to(tangents)
+        places = [i for i, x in enumerate(flat) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+        def push(flat, moved):
+            def along(*floats):
+                arguments = list(flat)
+                for i, x in zip(places, floats, strict=True):
+                    arguments[i] = x
+                return launch(*jax.tree.unflatten(structure, arguments))
+
+            return jax.jvp(along, tuple(flat[i] for i in places), tuple(moved))[1]
+
+        def refuse(*_):
+            raise NotImplementedError(_MESSAGE)
+
+        moved = [tangents[i] for i in places]
+        return guarded(*primals), linear_call(push, refuse, flat, moved)
+
+    return guarded
