@@ -10,12 +10,6 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import linear_call
 
-_MESSAGE = (
-    "ring_swa_jax's attention has first derivatives in reverse mode, and with implementation='xla' "
-    "those of jax.grad in forward mode, jax.jvp(jax.grad(f), ...); it has no other second "
-    "derivatives: take reference_attention for those, on one device"
-)
-
 
 def first_order(launch: Callable, implementation: str) -> Callable:
     """``launch`` with derivatives in forward mode where JAX finds them, and none in reverse mode.
@@ -28,7 +22,7 @@ def first_order(launch: Callable, implementation: str) -> Callable:
     @guarded.defjvp
     def jvp(primals, tangents):
         if implementation != "xla":
-            raise NotImplementedError(_MESSAGE)
+            _refuse()
         flat, structure = jax.tree.flatten(primals)
         tangents = structure.flatten_up_to(tangents)
         places = [i for i, x in enumerate(flat) if jnp.issubdtype(x.dtype, jnp.floating)]
@@ -42,10 +36,15 @@ def first_order(launch: Callable, implementation: str) -> Callable:
 
             return jax.jvp(along, tuple(flat[i] for i in places), tuple(moved))[1]
 
-        def refuse(*_):
-            raise NotImplementedError(_MESSAGE)
-
         moved = [tangents[i] for i in places]
-        return guarded(*primals), linear_call(push, refuse, flat, moved)
+        return guarded(*primals), linear_call(push, _refuse, flat, moved)
 
     return guarded
+
+
+def _refuse(*_):
+    raise NotImplementedError(
+        "the attention has first derivatives in reverse mode, and with implementation='xla' those of "
+        "jax.grad in forward mode, jax.jvp(jax.grad(f), ...); for other second derivatives take "
+        "reference_attention, on one device"
+    )

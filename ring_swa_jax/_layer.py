@@ -125,16 +125,19 @@ class AttentionLayer:
             return (self.num_heads, self.head_dim), (self.num_kv_heads, self.head_dim)
         return (self.head_dim,), (self.head_dim,)
 
-    def check_input(self, x: Array) -> None:
-        """Checks that x is [B, S, features].
+    def check_input(self, x) -> Array:
+        """``x`` as an array [B, S, features].
 
         Raises:
-            ValueError: it is not.
+            ValueError: another shape.
+            TypeError: no array.
         """
+        x = _checks.as_array("x", x)
         if x.ndim != 3 or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"x must have the shape [B, S, {self.in_features}] of in_features, got {x.shape}"
             )
+        return x
 
     def forward(
         self,

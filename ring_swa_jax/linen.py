@@ -14,6 +14,7 @@ from jax import Array, lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Bool, Float, Int
 
+from ring_swa_jax import _checks
 from ring_swa_jax import _serialization as _serialization
 from ring_swa_jax._attention_fn import attention_fn as attention_fn
 from ring_swa_jax._axis import AxisName, explicit_axes
@@ -119,6 +120,7 @@ class RingSlidingWindowAttention(nn.Module):
             ValueError: shapes or mesh axes that do not fit.
             TypeError: ids or positions that are not integers.
         """
+        x = _checks.as_array("x", x)
         layer, parts = self._layer_and_parts(x)
         projected = parts.project(x)
         meant: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -175,6 +177,7 @@ class RingSlidingWindowAttention(nn.Module):
 
         ``y, cache = module.apply(variables, x, method="prefill")``
         """
+        x = _checks.as_array("x", x)
         layer, parts = self._layer_and_parts(x)
         context, cache = prefill(
             layer,
@@ -200,6 +203,7 @@ class RingSlidingWindowAttention(nn.Module):
 
         ``y, cache = module.apply(variables, x, cache, method="decode")``
         """
+        x = _checks.as_array("x", x)
         layer, parts = self._layer_and_parts(x)
         context, cache = decode(
             layer, *parts.project(x), parts.learned, cache, valid=valid, positions=positions

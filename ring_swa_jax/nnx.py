@@ -221,7 +221,7 @@ class RingSlidingWindowAttention(nnx.Module):
             ValueError: shapes or mesh axes that do not fit.
             TypeError: ids or positions that are not integers.
         """
-        self.layer.check_input(x)
+        x = self.layer.check_input(x)
         context = self.layer.forward(
             *self._project(x), self._learned(), segment_ids=segment_ids, positions=positions
         )
@@ -292,7 +292,7 @@ class RingSlidingWindowAttention(nnx.Module):
                 devices.
             TypeError: ids or positions that are not integers.
         """
-        self.layer.check_input(x)
+        x = self.layer.check_input(x)
         context, cache = prefill(
             self.layer,
             *self._project(x),
@@ -336,7 +336,7 @@ class RingSlidingWindowAttention(nnx.Module):
                 cache of relative ones.
             TypeError: a dtype that is not the cache's, or no cache.
         """
-        self.layer.check_input(x)
+        x = self.layer.check_input(x)
         context, cache = decode(
             self.layer, *self._project(x), self._learned(), cache, valid=valid, positions=positions
         )

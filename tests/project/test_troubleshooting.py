@@ -17,7 +17,7 @@ from tests.helpers.routes import make_mesh
 ROOT = Path(__file__).parents[2]
 QUOTE = re.compile(
     r"(?P<elsewhere><!-- not raised here: [^\n]+ -->\n)?"
-    r"```text\n(?P<text>\w*(?:Error|EXHAUSTED): .*?)```",
+    r"```text\n(?P<text>\w*(?:Error|Warning|EXHAUSTED): .*?)```",
     flags=re.DOTALL,
 )
 
@@ -43,12 +43,17 @@ def template(node):
 
 
 def templates():
-    """`Error: message` of every raise in the library."""
+    """`Error: message` of every raise, and of every warning, in the library."""
     for package in ("ring_swa_jax", "pallas_kernels"):
         for path in sorted((ROOT / package).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 match node:
-                    case ast.Raise(exc=ast.Call(func=ast.Name(id=error), args=[message])):
+                    case (
+                        ast.Raise(exc=ast.Call(func=ast.Name(id=error), args=[message]))
+                        | ast.Call(
+                            func=ast.Attribute(attr="warn"), args=[message, ast.Name(id=error)]
+                        )
+                    ):
                         pattern = template(message)
                         if pattern is not None:
                             yield re.compile(f"{error}: {pattern}")
@@ -97,6 +102,12 @@ def forward_mode():
     jax.jvp(lambda q: attend(q, k, v), (q,), (q,))
 
 
+def second_derivatives():
+    q, k, v = arrays()
+    attend = functools.partial(rsj.ring_attention, window_size=3, seq_axis=None)
+    jax.eval_shape(jax.hessian(lambda q: attend(q, k, v).sum()), q)
+
+
 # Beginning of the message: what raises it.
 RAISED = {
     "RuntimeError: jax.distributed.initialize()": lambda: (
@@ -117,6 +128,7 @@ RAISED = {
     "ValueError: shard_map applied": lambda: in_shard_map(P()),
     "ValueError: Primitive pad": lambda: in_shard_map(P(None, "seq"), implementation="triton"),
     "TypeError: can't apply forward-mode": forward_mode,
+    "NotImplementedError: Batching rule for 'linear_call'": second_derivatives,
 }
 
 

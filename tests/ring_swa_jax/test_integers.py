@@ -126,11 +126,16 @@ def test_decoding_with_settings_of_any_size(settings, rotate):
     window, sinks = settings
     options = dict(window_size=window, num_sink_tokens=sinks)
     cache = rsj.init_cache(2, 2, 8, max_length=S, relative_positions=rotate is not None, **options)
-    out = []
-    for begin, end in ((0, 9), (9, 10), (10, S)):
-        new = (x[:, begin:end] for x in (Q, K, V))
-        y, cache = rsj.decode_attention(*new, cache, rotate=rotate, **options)
-        out.append(y)
+
+    @jax.jit
+    def decode(cache):
+        out = []
+        for begin, end in ((0, 9), (9, 10), (10, S)):
+            new = (x[:, begin:end] for x in (Q, K, V))
+            y, cache = rsj.decode_attention(*new, cache, rotate=rotate, **options)
+            out.append(y)
+        return jnp.concatenate(out, axis=1)
+
     turned = (x if rotate is None else rotate(x, jnp.arange(S)) for x in (Q, K))
     right = rsj.reference_attention(*turned, V)
-    np.testing.assert_allclose(jnp.concatenate(out, axis=1), right, atol=1e-5)
+    np.testing.assert_allclose(decode(cache), right, atol=1e-5)

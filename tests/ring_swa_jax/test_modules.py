@@ -1,6 +1,5 @@
 """The Flax modules: one layer in two frameworks, on one device and on eight."""
 
-import functools
 import subprocess
 import sys
 
@@ -21,7 +20,6 @@ from tests.helpers.layers import (
     CUBE,
     FRAMEWORKS,
     IDS,
-    KINDS,
     B,
     E,
     S,
