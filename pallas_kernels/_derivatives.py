@@ -44,7 +44,7 @@ def first_order(launch: Callable, implementation: str) -> Callable:
 
 def _refuse(*_):
     raise NotImplementedError(
-        "the attention has first derivatives in reverse mode, and with implementation='xla' those of "
-        "jax.grad in forward mode, jax.jvp(jax.grad(f), ...); for other second derivatives take "
+        "the attention has first derivatives in reverse mode, and with implementation='xla' those "
+        "of jax.grad in forward mode, jax.jvp(jax.grad(f), ...); for other second derivatives take "
         "reference_attention, on one device"
     )

@@ -35,15 +35,14 @@ class SequenceAxis:
         """
         if name is None:
             return cls(None, 1)
-        try:
-            return cls(name, lax.axis_size(name))
-        except NameError:
-            manual = tuple(jax.sharding.get_abstract_mesh().manual_axes)
+        manual = jax.sharding.get_abstract_mesh().manual_axes  # a vmap's axis is none of them
+        if not set(names_of(name)) <= set(manual):
             raise ValueError(
                 f"axis_name={name!r} is not an axis of a surrounding jax.shard_map "
                 f"(its axes are {manual}); call this function inside jax.shard_map over a mesh "
                 f"with that axis, or pass axis_name=None for a sequence that is here as a whole"
-            ) from None
+            )
+        return cls(name, lax.axis_size(name))
 
     def index(self) -> Array:
         """Which chunk this device holds."""

@@ -169,7 +169,7 @@ def _turn(rotate, key, positions):
 
 def _attend(runs, sink_logits, scale, cap) -> Float[Array, "B T N Hv"]:
     """One softmax over all runs; zeros for a query that sees no key."""
-    batch, length, heads, _ = runs[0].query.shape
+    batch, length, heads, dim = runs[0].query.shape
     _, num_kv, _, value_dim = runs[0].value.shape
     dtype = accumulator_dtype(runs[0].query.dtype)
     precision = matmul_precision()
@@ -178,7 +178,7 @@ def _attend(runs, sink_logits, scale, cap) -> Float[Array, "B T N Hv"]:
         return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=dtype)
 
     def logits(run):
-        grouped = run.query.reshape(batch, length, num_kv, heads // num_kv, -1)
+        grouped = run.query.reshape(batch, length, num_kv, heads // num_kv, dim)
         x = dot("btkgh,bksh->bkgts", grouped, run.key) * scale
         x = x if cap is None else cap * jnp.tanh(x / cap)
         return jnp.where(run.seen[:, None, None], x, -jnp.inf)

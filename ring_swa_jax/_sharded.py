@@ -121,7 +121,8 @@ class _Layout:
     @classmethod
     def resolve(cls, q, mesh, seq_axis, batch_axis, head_axis) -> "_Layout":
         context = jax.sharding.get_abstract_mesh()
-        mesh = context if mesh is None else mesh
+        if mesh is None or context.manual_axes:  # inside a shard_map there is no other mesh
+            mesh = context
         batch_axis, head_axis = _axes_of_sharding(q, mesh, seq_axis, batch_axis, head_axis)
         axes = (seq_axis, batch_axis, head_axis)
         warn_of_unnamed_axes(mesh, [name for axis in axes for name in names_of(axis)])
