@@ -11,17 +11,16 @@ import jax.numpy as jnp
 from jax.custom_derivatives import linear_call
 
 
-def first_order(launch: Callable, implementation: str) -> Callable:
+def first_order(launch: Callable, *, has_forward_mode: bool) -> Callable:
     """``launch`` with derivatives in forward mode where JAX finds them, and none in reverse mode.
 
-    Raises:
-        NotImplementedError: as it is differentiated, otherwise than "xla" in forward mode.
+    Differentiating it otherwise raises NotImplementedError.
     """
     guarded = jax.custom_jvp(launch)
 
     @guarded.defjvp
     def jvp(primals, tangents):
-        if implementation != "xla":
+        if not has_forward_mode:
             _refuse()
         flat, structure = jax.tree.flatten(primals)
         tangents = structure.flatten_up_to(tangents)
