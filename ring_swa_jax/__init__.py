@@ -5,7 +5,6 @@ from ring_swa_jax._cache import Cache as Cache
 from ring_swa_jax._cache import init_cache as init_cache
 from ring_swa_jax._cache import next_positions as next_positions
 from ring_swa_jax._cache import prefill_cache as prefill_cache
-from ring_swa_jax._cache import trim_cache as trim_cache
 from ring_swa_jax._decode import decode_attention as decode_attention
 from ring_swa_jax._models import ModelLayers as ModelLayers
 from ring_swa_jax._models import layer_settings as layer_settings
@@ -24,6 +23,7 @@ from ring_swa_jax._rope_scaling import Llama3Scaling as Llama3Scaling
 from ring_swa_jax._rope_scaling import YarnScaling as YarnScaling
 from ring_swa_jax._segments import segment_positions as segment_positions
 from ring_swa_jax._sharded import ring_attention as ring_attention
+from ring_swa_jax._trim import trim_cache as trim_cache
 
 __all__ = [
     "Cache",
