@@ -1,10 +1,10 @@
 """Ring sliding-window and streaming-LLM attention for sequences cut over many devices."""
 
+from ring_swa_jax import _plugins as _plugins  # warns of a GPU plug-in that does not fit
 from ring_swa_jax._cache import Cache as Cache
 from ring_swa_jax._cache import init_cache as init_cache
 from ring_swa_jax._cache import next_positions as next_positions
 from ring_swa_jax._cache import prefill_cache as prefill_cache
-from ring_swa_jax._cache import trim_cache as trim_cache
 from ring_swa_jax._chunks import chunk_segment_ids as chunk_segment_ids
 from ring_swa_jax._decode import decode_attention as decode_attention
 from ring_swa_jax._hugging_face import settings_from_hugging_face as settings_from_hugging_face
@@ -30,6 +30,7 @@ from ring_swa_jax._rope_scaling import ProportionalScaling as ProportionalScalin
 from ring_swa_jax._rope_scaling import YarnScaling as YarnScaling
 from ring_swa_jax._segments import segment_positions as segment_positions
 from ring_swa_jax._sharded import ring_attention as ring_attention
+from ring_swa_jax._trim import trim_cache as trim_cache
 
 __all__ = [
     "Cache",

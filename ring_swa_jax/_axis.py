@@ -83,8 +83,9 @@ def explicit_axes(x: Array) -> set[Hashable]:
 
 def mesh_of(x: Array) -> Mesh | AbstractMesh:
     """The mesh that x lies on; an array outside of jit moves only on a mesh of devices."""
-    traced = isinstance(x, jax.core.Tracer)
-    return (jax.typeof(x) if traced else x).sharding.mesh
+    sharding = jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else x.sharding
+    assert isinstance(sharding, NamedSharding)
+    return sharding.mesh
 
 
 def reshard(x: Array, mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> Array:

@@ -16,10 +16,10 @@ from jaxtyping import Bool, Float, Int
 
 from ring_swa_jax import _checks
 from ring_swa_jax._axis import explicit_axes, mesh_of, reshard, spec_of
-from ring_swa_jax._integers import as_counts, as_segment_ids
+from ring_swa_jax._integers import as_segment_ids
 from ring_swa_jax._segments import segment_starts
 
-_MOST_TOKENS = 2**31 - 1  # that `Cache.length` can count
+MOST_TOKENS = 2**31 - 1  # that `Cache.length` can count
 _FOLD_AT = 2**30
 
 
@@ -226,49 +226,6 @@ def next_positions(
     return jnp.where(valid, cache.length[:, None] + rank, 0)
 
 
-def trim_cache(cache: Cache, num_tokens: int | Int[Array, "B"]) -> Cache:
-    """The cache before the last tokens of each row, such as drafts that were not accepted.
-
-    Args:
-        cache: after these tokens.
-        num_tokens: how many tokens a row gives back, one number for all rows or one each. Where
-            keys leave the window, the tokens that are given back without new ones decoded in their
-            place must not be more than ``max_trim`` of `init_cache`.
-
-    Returns:
-        The cache. A row that gives back more than it may has **NaN** in all results from then on.
-
-    Raises:
-        ValueError: a negative number, a Python integer larger than the cache allows, or another
-            shape.
-        TypeError: no integers, or no cache.
-    """
-    check_cache(cache)
-    if isinstance(num_tokens, int):
-        most = cache.max_trim
-        if _checks.static_count("num_tokens", num_tokens) > most:
-            raise ValueError(
-                f"num_tokens={num_tokens} are more than this cache gives back, which is {most}; "
-                f"make it with max_trim={num_tokens}"
-            )
-    count = as_counts("num_tokens", num_tokens)
-    if count.shape not in ((), cache.length.shape):
-        raise ValueError(
-            f"num_tokens must be one number or have the shape {cache.length.shape}, "
-            f"got {count.shape}"
-        )
-    allowed = (count >= 0) & (count <= cache.length) & (cache.length < _MOST_TOKENS)
-    trimmed = cache.trimmed
-    if cache.max_length is None:
-        allowed &= count <= cache.max_trim - trimmed
-        trimmed = trimmed + count
-    return dataclasses.replace(
-        cache,
-        length=jnp.where(allowed, cache.length - count, _MOST_TOKENS),
-        trimmed=jnp.where(allowed, trimmed, 0),
-    )
-
-
 def lie_as(x: Array, cache: Cache) -> Cache:
     """A new cache, cut over mesh axes and varying over manual ones as the keys [B, S, K, H] are."""
     batch, _, heads, _ = spec_of(x)
@@ -331,11 +288,11 @@ def append_window(
     else:
         kept = valid & (positions < num_slots)
     slots = _slots_or_none(kept, positions % num_slots, num_slots)
-    length = cache.length + jnp.minimum(count, _MOST_TOKENS - cache.length)
+    length = cache.length + jnp.minimum(count, MOST_TOKENS - cache.length)
     if cache.relative_positions and cache.max_length is None:
         # Past the sinks and one round of the buffer only the slot of the next token matters.
         settled = -(-(sinks + num_slots) // num_slots) * num_slots
-        count_on = (length < _FOLD_AT) | (length == _MOST_TOKENS)
+        count_on = (length < _FOLD_AT) | (length == MOST_TOKENS)
         length = jnp.where(count_on, length, settled + length % num_slots)
     return dataclasses.replace(
         cache,
@@ -348,7 +305,7 @@ def append_window(
 
 def within_reach(cache: Cache, num_tokens: int, valid: Bool[Array, "B T"]) -> Bool[Array, "B T"]:
     """Which of the next tokens neither ``max_length`` nor the count's int32 has run out for."""
-    limit = _MOST_TOKENS if cache.max_length is None else cache.max_length
+    limit = MOST_TOKENS if cache.max_length is None else cache.max_length
     rank = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
     return rank < (limit - cache.length)[:, None]
 

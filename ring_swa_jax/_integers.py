@@ -66,7 +66,7 @@ def as_positions(positions) -> Int[Array, "..."]:
     if not jnp.issubdtype(positions.dtype, jnp.integer):
         raise TypeError(f"positions must be integers, got {positions.dtype}")
     if isinstance(positions, np.ndarray) and not _fits_int32(positions):
-        if not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        if not jax.config.read("jax_enable_x64"):
             raise ValueError(
                 f"positions from {positions.min()} to {positions.max()} do not fit into int32; "
                 "set jax_enable_x64, or count from a nearer token: only distances matter"

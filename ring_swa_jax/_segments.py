@@ -102,8 +102,9 @@ def from_segment_ids(axis: SequenceAxis, segment_ids: Int[Array, "B T"]) -> Boun
     positions = jnp.arange(chunk, dtype=jnp.int32)[None]
     changes = _changes(segment_ids)
     last_change = jnp.max(jnp.where(changes, positions, 0), axis=1)
-    wide = segment_ids.dtype  # 32 bits of an unsigned id do as well: they are only compared
-    wide = jnp.int32 if jnp.iinfo(wide).bits <= 32 else wide
+    # 32 bits of an unsigned id do as well: they are only compared.
+    narrow = jnp.iinfo(segment_ids.dtype).bits <= 32
+    wide = jnp.dtype(jnp.int32) if narrow else segment_ids.dtype
     ends = (segment_ids[:, 0], segment_ids[:, -1], last_change)
     summary = jnp.stack([x.astype(wide) for x in ends])
     if axis.name is None:

@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 import ring_swa_jax as rsj
 from ring_swa_jax import linen
 from ring_swa_jax.nnx import RingSlidingWindowAttention, attention_fn
-from tests.helpers.layers import make_linen
+from tests.helpers.layers import make_linen, quick
 from tests.helpers.routes import make_mesh
 
 X = jax.random.normal(jax.random.key(0), (2, 16, 32))
@@ -62,7 +62,7 @@ def test_other_masks_raise(mask):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
-@pytest.mark.parametrize("shape", [(1, 16), (2, 1), (1, 1), (3, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 16), (2, 1), (3, 5)], ids=str)
 def test_linen_initialises_with_any_batch_and_length(shape, kind):
     """The mesh divides neither; the result is right all the same, and nobody is warned."""
     x = jnp.ones((*shape, 32))
@@ -70,10 +70,10 @@ def test_linen_initialises_with_any_batch_and_length(shape, kind):
     ours = make_linen(4, **axes)
     attend = linen.attention_fn(window_size=3, **axes)
     flax = nn.MultiHeadDotProductAttention(4, attention_fn=attend)
-    right = make_linen(4).init_with_output(jax.random.key(0), x)[0]
+    right = quick(make_linen(4).init_with_output)(jax.random.key(0), x)[0]
     with jax.set_mesh(make_mesh(kind, data=2, seq=4)), warnings.catch_warnings():
         warnings.simplefilter("error", rsj.RepeatedWorkWarning)
-        y, variables = ours.init_with_output(jax.random.key(0), x)
+        y, variables = quick(ours.init_with_output)(jax.random.key(0), x)
         jax.eval_shape(flax.init, jax.random.key(0), x)
         with pytest.raises(ValueError, match="is not divided"):
             jax.eval_shape(ours.apply, variables, x)

@@ -22,7 +22,7 @@ POLICIES = {
     "nothing": jax.checkpoint_policies.nothing_saveable,
 }
 KINDS = {
-    "local": dict(window_size=3, learned_sinks=True),
+    "local": dict(window_size=3, learned_sinks=True, rope=ring_swa_jax.Rope()),
     "global": dict(window_size=None, rope=None),
 }
 FIVE_TO_ONE = ("local",) * 5 + ("global",)

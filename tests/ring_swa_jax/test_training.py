@@ -23,8 +23,10 @@ from tests.helpers.routes import make_mesh
 VOCABULARY, E, B, S = 13, 16, 2, 32
 SIZES = dict(num_heads=4, in_features=E, num_kv_heads=2, head_dim=8, use_bias=False)
 KINDS = {
-    "local": dict(SIZES, window_size=5, num_sink_tokens=2, learned_sinks=True),
-    "full": dict(SIZES, window_size=None),
+    "local": dict(
+        SIZES, window_size=5, num_sink_tokens=2, learned_sinks=True, rope=ring_swa_jax.Rope()
+    ),
+    "full": dict(SIZES, window_size=None, rope=ring_swa_jax.Rope()),
 }
 MESHES = {
     "one device": {},
