@@ -39,8 +39,8 @@ def draw_mask(figure: Figure, axes: Axes) -> None:
     """Which keys every query sees, and who holds them."""
     length = DEVICES * CHUNK
     documents = jnp.repeat(jnp.arange(len(DOCUMENTS)), jnp.array(DOCUMENTS))
-    start = np.asarray(segment_starts(documents[None])[0])[:, None]
-    i, j = np.arange(length)[:, None], np.arange(length)
+    start = segment_starts(documents[None])[0][:, None]
+    i, j = jnp.arange(length)[:, None], jnp.arange(length)
     seen = np.asarray(sees(i, j, start, WINDOW, SINKS, packed=True))
     near = np.asarray(in_window(i, j, start, WINDOW))
     for query, key in zip(*seen.nonzero(), strict=True):
@@ -97,7 +97,7 @@ def draw_tiles(axes: Axes, *, by_query: bool) -> None:
             size = {"width": float(TILE), "height": float(TILE)}
             cell(axes, x * TILE, y * TILE, color, hatch=None if clear else "////", **size)
     frame(axes, length, TILE)
-    i, j = np.arange(length)[:, None], np.arange(length)
+    i, j = jnp.arange(length)[:, None], jnp.arange(length)
     seen = np.asarray(in_window(i, j, None, TILED_WINDOW))
     edges = np.stack((seen.argmax(axis=1), np.arange(length) + 1), axis=1)
     rows = np.repeat(np.arange(length + 1), 2)[1:-1]

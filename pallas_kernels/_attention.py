@@ -44,14 +44,25 @@ class Halo(Protocol):
     lengths: tuple[int, ...]
 
     def fetch(
-        self, hop: int, key: Array, value: Array, *, after: Array | None
-    ) -> tuple[Array, Array]:
+        self,
+        hop: int,
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K Hv"],
+        *,
+        after: Float[Array, ""] | None,
+    ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
         """The keys and values of a hop, from everybody's own, once the number ``after`` exists."""
         ...
 
-    def give_back(self, hop: int, dkey: Array, dvalue: Array) -> tuple[Array, Array]:
+    def give_back(
+        self, hop: int, dkey: Float[Array, "B S K H"], dvalue: Float[Array, "B S K Hv"]
+    ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
         """The transpose: gradients of a hop, to the shard that holds its keys (its last ones)."""
         ...
+
+
+# Keys and values, or their gradients, of one run: each run has a length of its own.
+_KeyValue = tuple[Float[Array, "B _ K H"], Float[Array, "B _ K Hv"]]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -83,7 +94,17 @@ def attend(
     return _forward(spec, halo, implementation, *arrays)[0].out
 
 
-def _attend_fwd(spec, halo, implementation, query, key, value, sinks, sink_logits, start):
+def _attend_fwd(
+    spec: Spec,
+    halo: Halo,
+    implementation: str,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K Hv"],
+    sinks: SinkRun | None,
+    sink_logits: Float[Array, "N"] | None,
+    start: Starts,
+) -> tuple[Float[Array, "B T N Hv"], tuple]:
     arrays = (query, key, value, sinks, sink_logits, start)
     state, kept = _forward(spec, halo, implementation, *arrays)
     out = checkpoint_name(state.out, "context")
@@ -91,7 +112,13 @@ def _attend_fwd(spec, halo, implementation, query, key, value, sinks, sink_logit
     return out, (*arrays, kept, out, lse)
 
 
-def _attend_bwd(spec, halo, implementation, residuals, dout):
+def _attend_bwd(
+    spec: Spec,
+    halo: Halo,
+    implementation: str,
+    residuals: tuple,
+    dout: Float[Array, "B T N Hv"],
+) -> tuple:
     query, key, value, sinks, sink_logits, start, kept, out, lse = residuals
     kernels = _implementations.kernels_of(implementation)
     dtype, rows = lse.dtype, query.shape[1]
@@ -147,7 +174,17 @@ def _sink_logits_gradient(
     return -(weights * delta).sum((0, 2)).astype(sink_logits.dtype)
 
 
-def _forward(spec, halo, implementation, query, key, value, sinks, sink_logits, start):
+def _forward(
+    spec: Spec,
+    halo: Halo,
+    implementation: str,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K Hv"],
+    sinks: SinkRun | None,
+    sink_logits: Float[Array, "N"] | None,
+    start: Starts,
+) -> tuple[State, _KeyValue | None]:
     """The state of all rows, and the halo that the backward pass is to find, if kept."""
     kernels = _implementations.kernels_of(implementation)
     arrays = (query, key, value, sinks, sink_logits, start)
@@ -157,8 +194,16 @@ def _forward(spec, halo, implementation, query, key, value, sinks, sink_logits, 
 
 
 def _launch_all_forward(
-    spec: Spec, halo: Halo, kernels: Kernels, query, key, value, sinks, sink_logits, start
-) -> tuple[State, tuple[Array, Array] | None]:
+    spec: Spec,
+    halo: Halo,
+    kernels: Kernels,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K Hv"],
+    sinks: SinkRun | None,
+    sink_logits: Float[Array, "N"] | None,
+    start: Starts,
+) -> tuple[State, _KeyValue | None]:
     batch, rows, heads, _ = query.shape
     dtype = accumulator_dtype(query.dtype)
     lengths = halo.lengths
@@ -169,6 +214,11 @@ def _launch_all_forward(
     inputs = ForwardInputs(query, (local,), sinks, sink_logits, start)
     if not lengths:
         return launch(inputs, None, rows=(0, rows), out_dtype=query.dtype), None
+
+    if len(lengths) == 1 and kernels.prefers_fused_halo_forward:
+        fetched = halo.fetch(0, key, value, after=None)
+        joined = inputs._replace(runs=(_hop_run(halo, 0, fetched), local))
+        return launch(joined, None, rows=(0, rows), out_dtype=query.dtype), fetched
 
     tile = kernels.query_tile_rows(spec, query, local)
     near = -(-lengths[0] // tile) * tile
@@ -193,22 +243,29 @@ def _launch_all_forward(
     return State(state.out.astype(query.dtype), state.lse), kept
 
 
-def _add_last(longer: tuple[Array, Array], shorter: tuple[Array, Array] | None):
+def _add_last(longer: _KeyValue, shorter: _KeyValue | None) -> _KeyValue:
     """Adds keys' gradients to those of the last keys of a longer run."""
     if shorter is None:
         return longer
-    begin = longer[0].shape[1] - shorter[0].shape[1]
+    (key, value), (last_key, last_value) = longer, shorter
+    begin = key.shape[1] - last_key.shape[1]
     if begin == 0:  # as .at[0:] it would crash the compiler of jax 0.11.2, inside shard_map
-        return tuple(x + y for x, y in zip(longer, shorter, strict=True))
-    return tuple(x.at[:, begin:].add(y) for x, y in zip(longer, shorter, strict=True))
+        return key + last_key, value + last_value
+    return key.at[:, begin:].add(last_key), value.at[:, begin:].add(last_value)
 
 
-def _hop_run(halo: Halo, hop: int, fetched: tuple[Array, Array]) -> KeyRun:
+def _hop_run(halo: Halo, hop: int, fetched: _KeyValue) -> KeyRun:
     key, value = fetched
     return KeyRun(key, value, -sum(halo.lengths[: hop + 1]))
 
 
-def _fetch(halo: Halo, hop: int, done: list[Array], key: Array, value: Array):
+def _fetch(
+    halo: Halo,
+    hop: int,
+    done: list[Array],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K Hv"],
+) -> _KeyValue:
     """Fetches a hop when the hop before the last is done, so that two are in flight."""
     return halo.fetch(hop, key, value, after=done[-2] if len(done) > 1 else None)
 
@@ -233,7 +290,7 @@ def _launch_backward(
     spec: Spec,
     kernels: Kernels,
     inputs: BackwardInputs,
-    dquery: Array | None,
+    dquery: Float[Array, "B R0 N H"] | None,
     *,
     rows: int,
     dquery_dtype: jnp.dtype,

@@ -5,6 +5,7 @@ differentiate a launch; second derivatives do.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ def first_order(launch: Callable, *, has_forward_mode: bool) -> Callable:
     def jvp(primals, tangents):
         if not has_forward_mode:
             _refuse()
+        structure: Any
         flat, structure = jax.tree.flatten(primals)
         tangents = structure.flatten_up_to(tangents)
         places = [i for i, x in enumerate(flat) if jnp.issubdtype(x.dtype, jnp.floating)]

@@ -76,13 +76,13 @@ class Gradients(NamedTuple):
 
     Attributes:
         dquery: of the first ``rows`` queries.
-        dkeys: (dkey, dvalue) of each run.
+        dkeys: (dkey, dvalue) of each run, as long as the run.
         dsinks: of the fetched sinks, in the accumulator's dtype; None without any.
         delta: ``rowsum(out * dout)`` of the first ``rows`` queries, in the accumulator's dtype.
     """
 
     dquery: Float[Array, "B R N H"]
-    dkeys: tuple[tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]], ...]
+    dkeys: tuple[tuple[Float[Array, "B _ K H"], Float[Array, "B _ K Hv"]], ...]
     dsinks: SinkRun | None
     delta: Float[Array, "B N R"]
 
@@ -139,6 +139,11 @@ class Kernels(Protocol):
         """
         ...
 
+    @property
+    def prefers_fused_halo_forward(self) -> bool:
+        """Whether one `forward` of all rows and all keys is better than one while a hop travels."""
+        ...
+
     def prefers_fused_halo_backward(self, spec: Spec, inputs: BackwardInputs) -> bool:
         """Whether one `backward` of all ``inputs.runs`` is faster than one for each run.
 
@@ -151,7 +156,7 @@ class Kernels(Protocol):
         self,
         spec: Spec,
         inputs: BackwardInputs,
-        dquery: Float[Array, "B R N H"] | None,
+        dquery: Float[Array, "B R0 N H"] | None,
         *,
         rows: int,
         dquery_dtype: jnp.dtype,
@@ -162,7 +167,7 @@ class Kernels(Protocol):
         Args:
             spec: static settings.
             inputs: the arrays.
-            dquery: gradient of the first R <= ``rows`` queries through other keys, in the
+            dquery: gradient of the first R0 <= ``rows`` queries through other keys, in the
                 accumulator's dtype, or None. The launch adds it to its own.
             rows: the launch takes the first ``rows`` queries.
             dquery_dtype: of the returned gradient of queries.

@@ -2,11 +2,14 @@
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from pallas_kernels._spec import Spec
 
 
-def delta_of(out: Array, dout: Array, dtype) -> Array:
+def delta_of(
+    out: Float[Array, "B R N Hv"], dout: Float[Array, "B R N Hv"], dtype
+) -> Float[Array, "B N R"]:
     """``sum(out * dout)`` over the values' columns, [B, N, T]."""
     return jnp.moveaxis((out.astype(dtype) * dout.astype(dtype)).sum(-1), 1, 2)
 
@@ -18,7 +21,9 @@ LOWEST = -1e30
 """Stands for -inf where a difference of two must be a number."""
 
 
-def cap_logits(spec: Spec, products: Array) -> tuple[Array, float, Array | None]:
+def cap_logits(
+    spec: Spec, products: Float[Array, "*pairs"]
+) -> tuple[Float[Array, "*pairs"], float, Float[Array, "*pairs"] | None]:
     """Logits, the positive factor that takes them to base 2, and the derivative of the cap."""
     if spec.soft_cap is not None:
         bounded = jnp.tanh(products * (spec.scale / spec.soft_cap))

@@ -1,73 +1,126 @@
-"""Which keys a query sees: the one place that says it, for all kernels."""
+"""Which keys a query sees: the one place that says it, for all kernels.
+
+Positions count from the first query of the shard, so keys before the shard have negative
+positions. ``start`` is the position of the first token of a query's own sequence; a padding query
+has ``start > i`` and sees nothing.
+"""
 
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Int
+
+Positions = Int[Array, "*#pairs"]
+"""Of queries, of keys or of the starts of queries' sequences; they broadcast against each other."""
+Pairs = Bool[Array, "*#pairs"]
+"""Whether a mask holds for a query and a key."""
 
 
-def in_window(i, j, start, window: int | None):
+def in_window(i: Positions, j: Positions, start: Positions | None, window: int | None) -> Pairs:
     """Key j is query i's own or one of the ``window`` keys before it, in i's sequence.
 
-    ``start=None`` says that all keys at hand are of i's sequence.
+    ``start=None``: all keys that are passed belong to i's sequence.
     """
     # As unsigned numbers, one comparison for 0 <= i - j <= window.
     past = j <= i if window is None else (i - j).astype(jnp.uint32) <= jnp.uint32(window)
     return past if start is None else past & (start <= j)
 
 
-def is_sink(i, j, start, num_sinks: int):
+def is_sink(i: Positions, j: Positions, start: Positions, num_sinks: int) -> Pairs:
     """Key j is one of the first ``num_sinks`` tokens of query i's sequence, and not after i."""
     return (start <= j) & (j <= i) & (j - start < num_sinks)
 
 
-def sees(i, j, start, window: int | None, num_sinks: int, *, packed: bool):
+def is_real(i: Positions, start: Positions) -> Pairs:
+    """Token i, whose sequence starts at ``start``, is no padding."""
+    return start <= i
+
+
+def sees(
+    i: Positions,
+    j: Positions,
+    start: Positions | None,
+    window: int | None,
+    num_sinks: int,
+    *,
+    packed: bool,
+) -> Pairs:
     """Query i attends key j of its shard or halo.
 
     Unless sequences are ``packed``, a run of keys that a plan visits lies in i's sequence whole:
-    a chunk before the sequence's first has no tile in any plan.
+    a chunk before the sequence's first has no tile in any plan. Then only sinks ask for ``start``.
     """
     seen = in_window(i, j, start if packed else None, window)
-    return seen | is_sink(i, j, start, num_sinks) if num_sinks else seen
+    if num_sinks:
+        assert start is not None
+        seen |= is_sink(i, j, start, num_sinks)
+    return seen
 
 
-def sees_behind_halo(i, j, start, window: int | None, num_sinks: int, *, packed: bool):
-    """As `sees`, but a key before the shard is a sink only where it comes as a fetched one."""
+def sees_behind_halo(
+    i: Positions,
+    j: Positions,
+    start: Positions,
+    window: int | None,
+    num_sinks: int,
+    *,
+    packed: bool,
+) -> Pairs:
+    """As `sees`, without sinks before the shard, which only `sees_fetched_sink` counts."""
     seen = in_window(i, j, start if packed else None, window)
     return seen | (is_sink(i, j, start, num_sinks) & (j >= 0)) if num_sinks else seen
 
 
-def sees_fetched_sink(i, j, start, window: int | None, num_sinks: int):
-    """Query i attends key j fetched as a sink: never a key that the shard or the window holds."""
+def sees_fetched_sink(
+    i: Positions, j: Positions, start: Positions, window: int | None, num_sinks: int
+) -> Pairs:
+    """Query i attends key j as a fetched sink: one before the shard and before i's window."""
     return sees_beyond_window(i, j, start, window, num_sinks) & (j < 0)
 
 
-def sees_beyond_window(i, j, start, window: int | None, num_sinks: int):
-    """Query i attends key j as a sink alone, which its window does not reach."""
+def sees_beyond_window(
+    i: Positions, j: Positions, start: Positions, window: int | None, num_sinks: int
+) -> Pairs:
+    """Query i attends key j as a sink that lies before i's window."""
     beyond_window = False if window is None else i - j > window
     return is_sink(i, j, start, num_sinks) & beyond_window
 
 
-def sees_sink_before(i, j, start, num_sinks: int, stop):
-    """Query i attends key j as a sink that stands before all keys its window may reach."""
+def sees_sink_before(
+    i: Positions, j: Positions, start: Positions, num_sinks: int, stop: Int[Array, ""] | int
+) -> Pairs:
+    """Query i attends key j as a sink before key ``stop``, where the window's tiles begin."""
     return is_sink(i, j, start, num_sinks) & (j < stop)
 
 
 def sink_reach(window: int | None, num_sinks: int, chunk: int) -> int:
-    """How far behind a sequence's start queries stand whose sinks another launch computes.
+    """The distance from its sequence's start at which a query's sinks take a launch of their own.
 
-    At least ``chunk``, so that a chunk of queries has such queries of one sequence only, and so
-    far that no window covers both.
+    At least ``chunk``, so that a chunk of queries has such queries of one sequence only; and so
+    large that no such query's window holds a sink.
     """
     assert window is not None
     return max(chunk, window + num_sinks)
 
 
-def sees_near(i, j, start, window: int | None, num_sinks: int, reach: int, *, packed: bool):
-    """As `sees`, but without the sinks of queries that stand ``reach`` or more after them."""
+def sees_near(
+    i: Positions,
+    j: Positions,
+    start: Positions,
+    window: int | None,
+    num_sinks: int,
+    reach: int,
+    *,
+    packed: bool,
+) -> Pairs:
+    """As `sees`, but a query ``reach`` or more after its sequence's start sees its window alone."""
     seen = in_window(i, j, start if packed else None, window)
     if num_sinks:
         seen |= is_sink(i, j, start, num_sinks) & (i - start < reach)
     return seen
 
 
-def sees_far_sink(i, j, start, num_sinks: int, reach: int):
-    """What `sees_near` leaves out; ``reach`` is so large that no window covers these."""
+def sees_far_sink(
+    i: Positions, j: Positions, start: Positions, num_sinks: int, reach: int
+) -> Pairs:
+    """What `sees_near` leaves out: sinks of queries ``reach`` or more after their start."""
     return is_sink(i, j, start, num_sinks) & (i - start >= reach)

@@ -38,21 +38,25 @@ class Spec:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeyRun:
-    """Keys and values at the consecutive positions ``offset, offset + 1, ...`` of a shard."""
+    """Keys and values at the consecutive positions ``offset, offset + 1, ...`` of a shard.
 
-    key: Float[Array, "B S K H"]
-    value: Float[Array, "B S K Hv"]
+    Those of one row of the batch, which some kernels take by itself, have no axis B.
+    """
+
+    key: Float[Array, "*B S K H"]
+    value: Float[Array, "*B S K Hv"]
     offset: int = dataclasses.field(metadata={"static": True})
 
 
 class SinkRun(NamedTuple):
     """The first tokens of the sequence that crosses into the shard, in float32.
 
-    Slot p stands at position ``start[:, 0] + p``; slots at positions >= 0 are not looked at.
+    Slot p stands at position ``start[:, 0] + p``; slots at positions >= 0 are not looked at. Those
+    of one row of the batch, which some kernels take by itself, have no axis B.
     """
 
-    key: Float[Array, "B P K H"]
-    value: Float[Array, "B P K Hv"]
+    key: Float[Array, "*B P K H"]
+    value: Float[Array, "*B P K Hv"]
 
 
 class State(NamedTuple):

@@ -10,10 +10,10 @@ import jax
 from jax import Array
 from jaxtyping import Float
 
-from pallas_kernels._device import compiled_platform, compute_capability
+from pallas_kernels._device import compiled_gpu, compiled_platform
 
 
-def interprets(implementation: str) -> bool:
+def interprets(implementation: str | None) -> bool:
     """Whether an implementation runs in Pallas' interpreter here, which knows no check_vma."""
     return implementation == "triton" and compiled_platform() == "cpu"
 
@@ -40,10 +40,10 @@ def check_triton(implementation: str) -> None:
         raise NotImplementedError(
             f"implementation={implementation!r} runs on GPUs, not on {platform!r}"
         )
-    if platform == "gpu" and compute_capability() < 8:
+    if platform == "gpu" and compiled_gpu().capability < 8:
         raise NotImplementedError(
             f"implementation={implementation!r} needs an NVIDIA GPU from Ampere on (compute "
-            f"capability 8.0), this one has {compute_capability()}"
+            f"capability 8.0), this one has {compiled_gpu().capability}"
         )
 
 
@@ -63,10 +63,10 @@ def check_mosaic_gpu(implementation: str) -> None:
         raise NotImplementedError(
             f"implementation={implementation!r} runs on Hopper GPUs, not on {platform!r}"
         )
-    if compute_capability() != 9.0:
+    if compiled_gpu().capability != 9.0:
         raise NotImplementedError(
             f"implementation={implementation!r} needs a Hopper GPU (compute capability 9.0), "
-            f"this one has {compute_capability()}"
+            f"this one has {compiled_gpu().capability}"
         )
 
 

@@ -1,12 +1,10 @@
-"""The geometry all kernels share: which keys a query sees, and which tiles hold them.
+"""Which tiles of keys a tile of queries sees, and which tiles of queries see a tile of keys.
 
-Positions count from the first query of the shard, so keys before the shard have negative
-positions. ``start`` is the position of the first token of a query's own sequence; a padding
-query has ``start > i``. Both ``start`` and the first key in the window, ``max(start, i - W)``,
-never decrease along the queries. So the keys of a query tile form one contiguous range, plus one
-range of sinks before it; and so do the queries of a key tile, whether sequences are packed or
-not. A plan holds these ranges, in tiles, for every tile of a launch; within its range, a *clear*
-tile is one whose every query sees every key, so that it needs no mask.
+Positions and ``start`` are those of `_masks`. Both ``start`` and the first key in the window,
+``max(start, i - W)``, never decrease along the queries. So the keys of a query tile form one
+contiguous range, plus one range of sinks before it; and so do the queries of a key tile, whether
+sequences are packed or not. A plan holds these ranges, in tiles, for every tile of a launch; within
+its range, a *clear* tile is one whose every query sees every key, so that it needs no mask.
 """
 
 import jax
@@ -15,13 +13,22 @@ from jax import Array
 from jaxtyping import Bool, Int
 
 from pallas_kernels import _device
+from pallas_kernels._masks import is_real
 
 
-def key_span(first, last, first_start, window: int | None, *, offset: int, length: int):
+def key_span(
+    first: Int[Array, "..."],
+    last: Int[Array, "..."],
+    first_start: Int[Array, "..."],
+    window: int | None,
+    *,
+    offset: int,
+    length: int,
+) -> tuple[Int[Array, "..."], Int[Array, "..."]]:
     """First and last of the keys of a run that queries ``first..last`` may see in their windows.
 
-    They count from the run's own first key. ``first_start`` is that of the first query; there is
-    no key if the last one comes before the first.
+    Both count from the run's own first key; a last key before the first one says that there is
+    none. ``first_start`` is the start of query ``first``'s sequence.
     """
     low = jnp.maximum(_windows_begin(first, first_start, window) - offset, 0)
     return low, jnp.maximum(jnp.minimum(last - offset, length - 1), low - 1)
@@ -110,13 +117,34 @@ def query_plan(
     return jnp.stack(jnp.broadcast_arrays(*ranges), axis=-1).astype(jnp.int32)
 
 
+def with_padding(
+    plan: Int[Array, "... tiles n"], start: Int[Array, "B T"], begin, end, tile: int
+) -> Int[Array, "... tiles n+1"]:
+    """A plan with one column more: whether tokens ``begin * tile..end * tile - 1`` have padding."""
+    padding = ~is_real(jnp.arange(start.shape[1], dtype=jnp.int32)[None], start)
+    blocks = -(-start.shape[1] // tile)
+    padding = jnp.pad(padding, ((0, 0), (0, blocks * tile - start.shape[1])))
+    count = jnp.cumsum(padding.reshape(-1, blocks, tile).any(-1), axis=1, dtype=jnp.int32)
+    count = jnp.pad(count, ((0, 0), (1, 0)))
+    before_begin, before_end = (jnp.take_along_axis(count, x, axis=1) for x in (begin, end))
+    found = (before_end > before_begin).astype(jnp.int32)
+    return jnp.concatenate((plan, found[..., None]), axis=-1)
+
+
 def seen_tiles(plan: Int[Array, "... tiles 4"], blocks: int) -> Bool[Array, "... blocks"]:
     """Which of ``blocks`` tiles of queries see any tile of keys, by a `query_plan`."""
     block = jnp.arange(blocks, dtype=jnp.int32)[:, None]
     return ((plan[..., None, :, 0] <= block) & (block < plan[..., None, :, 3])).any(-1)
 
 
-def fetched_sink_count(last, first_start, crossing, window: int, *, length: int):
+def fetched_sink_count(
+    last: Int[Array, "..."],
+    first_start: Int[Array, "..."],
+    crossing: Int[Array, "..."],
+    window: int,
+    *,
+    length: int,
+) -> Int[Array, "..."]:
     """How many fetched sinks a tile of queries sees whose last query is ``last``.
 
     ``first_start`` is the start of its first query, ``crossing`` that of the shard's first.
@@ -143,20 +171,21 @@ def fetched_sink_key_plan(
 
 def sink_query_plan(
     start: Int[Array, "..."], reach: int, *, rows: int, query_tile: int, chunk: int
-) -> Int[Array, "... chunks 2"]:
-    """Query tiles, of each chunk of queries, that may see sinks from afar.
+) -> Int[Array, "... chunks 3"]:
+    """The tiles of each chunk of queries that hold queries far from their sinks.
 
-    They are those of the sequence that the chunk's first query is in, ``reach`` or more after
-    its start.
+    Such a query stands ``reach`` or more after the start of its sequence, which then is that of
+    the chunk's first query (see `sink_reach`).
 
     Returns:
-        Half-open ranges of tiles.
+        (first tile, end of the tiles, end of the queries) of each chunk.
     """
     first, last = _tile_edges((0, rows), chunk)
     crossing = _at(start, first)
     low = jnp.maximum(first, crossing + reach)
     high = jnp.minimum(last, _queries_from(start, crossing, rows) - 1)
-    return jnp.stack(jnp.broadcast_arrays(*_tiles_of(low, high, query_tile)), axis=-1)
+    ranges = (*_tiles_of(low, high, query_tile), high + 1)
+    return jnp.stack(jnp.broadcast_arrays(*ranges), axis=-1).astype(jnp.int32)
 
 
 def sink_chunk_plan(
@@ -182,33 +211,41 @@ def sink_chunk_plan(
     return jnp.stack((begin, jnp.maximum(begin, end)), axis=-1).astype(jnp.int32)
 
 
-def _tile_edges(span: tuple[int, int], tile: int):
+def _tile_edges(
+    span: tuple[int, int], tile: int
+) -> tuple[Int[Array, "tiles"], Int[Array, "tiles"]]:
     """First and last positions of the tiles of a span."""
     first = jnp.arange(*span, tile, dtype=jnp.int32)
     return first, jnp.minimum(first + tile, span[1]) - 1
 
 
-def _at(start, queries):
+def _at(start: Int[Array, "..."], queries: Int[Array, "tiles"]) -> Int[Array, "..."]:
     return start[..., queries] if start.ndim else start
 
 
-def _crossing(start):
+def _crossing(start: Int[Array, "..."]) -> Int[Array, "... 1"]:
     """Start of the sequence that the first query is in, ready to meet a row of tiles."""
     return start[..., :1] if start.ndim else start[None]
 
 
-def _windows_begin(query, start, window):
+def _windows_begin(
+    query: Int[Array, "..."], start: Int[Array, "..."], window: int | None
+) -> Int[Array, "..."]:
     return start if window is None else jnp.maximum(start, query - window)
 
 
-def _queries_from(start, keys, rows):
+def _queries_from(
+    start: Int[Array, "..."], keys: Int[Array, "..."], rows: int
+) -> Int[Array, "..."]:
     """How many of the first ``rows`` queries are in a sequence that starts at or before a key."""
     if not start.ndim:
         return jnp.where(start <= keys, rows, 0)
     return jnp.minimum(_count_up_to(start, keys), rows).astype(jnp.int32)
 
 
-def _count_up_to(sorted_values, values):
+def _count_up_to(
+    sorted_values: Int[Array, "*batch n"], values: Int[Array, "..."]
+) -> Int[Array, "*batch tiles"]:
     """How many of the sorted values, of each row, are at most each value."""
 
     def count(row, x):
@@ -222,7 +259,9 @@ def _count_up_to(sorted_values, values):
     return jax.vmap(count)(sorted_values, values)
 
 
-def _tiles_of(low, high, tile):
+def _tiles_of(
+    low: Int[Array, "..."], high: Int[Array, "..."], tile: int
+) -> tuple[Int[Array, "..."], Int[Array, "..."]]:
     """Half-open range of tiles that hold positions ``low..high``, ``low >= 0``."""
     begin = low // tile
     return begin, jnp.where(high < low, begin, high // tile + 1)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import einops
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -17,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 from pallas_kernels._kernels import BackwardInputs, ForwardInputs, Gradients, Kernels
 from pallas_kernels._logits import delta_of
-from pallas_kernels._masks import sees, sees_fetched_sink
+from pallas_kernels._masks import is_real, sees, sees_behind_halo, sees_fetched_sink
 from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State, accumulator_dtype
 from pallas_kernels._tile_ranges import key_plan
 from pallas_kernels._tiles import Tiles
@@ -42,6 +43,7 @@ def forward(
 ) -> State:
     """As `Kernels.forward`."""
     query, runs, sinks, sink_logits, start = inputs
+    runs = _joined(runs)
     dtype = accumulator_dtype(query.dtype)
     offsets = tuple(run.offset for run in runs)
     if state is None:
@@ -54,6 +56,7 @@ def forward(
 
     def one_row(bounds, query, keys, sinks, sink_logits, out, lse):
         start, plans = bounds
+        keys = _without_padding(keys, offsets, start)
         num_kv = keys[0][0].shape[1]
         q, grouped_out = _group(query, num_kv), _group(out, num_kv)
         grouped_lse = _group_rows(lse, num_kv)
@@ -70,21 +73,21 @@ def forward(
                     jnp.where(lse_before == -jnp.inf, 0, 1).astype(dtype),
                 )
             else:
-                carry = _empty_sum(q_tile, out.shape[-1], sink_logits, dtype)
+                carry = _initial_softmax(q_tile, out.shape[-1], sink_logits, dtype)
 
             def visit(keys, carry):
-                return _absorb(spec, q_tile, keys, carry)
+                return _softmax_step(spec, q_tile, keys, carry)
 
             for (key, value), offset, plan in zip(keys, offsets, plans, strict=True):
                 run = KeyRun(key, value, offset)
                 carry = _over_keys(spec, tile, run, plan[t], visit, carry)
             if sinks is not None:
                 carry = visit(_sink_keys(spec, tile, sinks, start), carry)
-            acc, top, total = carry
-            alive = total > 0
-            total = jnp.where(alive, total, 1)
-            new_out = jnp.moveaxis(jnp.where(alive, 1 / total, 0)[..., None] * acc, 2, 0)
-            new_lse = jnp.where(alive, top + jnp.log(total), -jnp.inf)
+            acc, row_max, row_sum = carry
+            has_keys = row_sum > 0
+            row_sum = jnp.where(has_keys, row_sum, 1)
+            new_out = jnp.moveaxis(jnp.where(has_keys, 1 / row_sum, 0)[..., None] * acc, 2, 0)
+            new_lse = jnp.where(has_keys, row_max + jnp.log(row_sum), -jnp.inf)
             return State(
                 tile.put(state.out, new_out.astype(out.dtype), out_before),
                 tile.put(state.lse, new_lse, lse_before, axis=2),
@@ -103,7 +106,7 @@ def forward(
 def backward(
     spec: Spec,
     inputs: BackwardInputs,
-    dquery: Float[Array, "B R N H"] | None,
+    dquery: Float[Array, "B R0 N H"] | None,
     *,
     rows: int,
     dquery_dtype: jnp.dtype,
@@ -111,10 +114,14 @@ def backward(
 ) -> Gradients:
     """As `Kernels.backward`."""
     query, runs, sinks, start, out, dout, lse = inputs
+    runs = _joined(runs)
     dtype = lse.dtype
     offsets = tuple(run.offset for run in runs)
     batch, _, heads, dim = query.shape
     delta = delta_of(out[:, :rows], dout[:, :rows], dtype)
+    if start.ndim:
+        real = is_real(jnp.arange(rows, dtype=jnp.int32)[None], start[:, :rows])
+        delta = jnp.where(real[:, None], delta, 0)
     if dquery is None:
         total = full_like_varying(query, (batch, rows, heads, dim), 0, dtype)
     else:
@@ -122,6 +129,8 @@ def backward(
 
     def one_row(bounds, query, keys, sinks, dout, lse, delta, dquery):
         start, plans = bounds
+        keys = _without_padding(keys, offsets, start)
+        ((query, dout),) = _without_padding(((query, dout),), (0,), start)
         num_kv = keys[0][0].shape[1]
         q, do, dq = (_group(x, num_kv) for x in (query, dout, dquery))
         lse, delta = (_group_rows(x, num_kv) for x in (lse, delta))
@@ -171,7 +180,7 @@ def backward(
     bounds = (start, _plans(spec, runs, start, (0, rows)))
     keys = tuple((run.key, run.value) for run in runs)
     dquery, dkeys, dsinks = _each_row(one_row, bounds)(query, keys, sinks, dout, lse, delta, total)
-    return Gradients(dquery, dkeys, dsinks, delta)
+    return Gradients(dquery, _by_runs(inputs.runs, dkeys), dsinks, delta)
 
 
 class XlaKernels:
@@ -190,10 +199,15 @@ class XlaKernels:
         del spec, query, run
         return 1
 
+    @property
+    def prefers_fused_halo_forward(self) -> bool:
+        """One launch is half the program to compile."""
+        return True
+
     def prefers_fused_halo_backward(self, spec: Spec, inputs: BackwardInputs) -> bool:
-        """The halo's gradients travel under the launch of the shard's own keys."""
+        """One launch is half the program to compile."""
         del spec, inputs
-        return False
+        return True
 
     forward = staticmethod(forward)
     backward = staticmethod(backward)
@@ -210,10 +224,16 @@ class _QueryTile(NamedTuple):
     start: Int[Array, "Q"] | Int[Array, ""]
     own: Bool[Array, "Q"]
 
-    def rows_of(self, x, axis=0):
+    def rows_of(self, x: Float[Array, "..."], axis: int = 0) -> Float[Array, "..."]:
         return lax.dynamic_slice_in_dim(x, self.begin, self.positions.size, axis)
 
-    def put(self, x, new, before, axis=0):
+    def put(
+        self,
+        x: Float[Array, "*whole"],
+        new: Float[Array, "*tile"],
+        before: Float[Array, "*tile"],
+        axis: int = 0,
+    ) -> Float[Array, "*whole"]:
         own = self.own.reshape(-1, *[1] * (x.ndim - axis - 1))
         return lax.dynamic_update_slice_in_dim(x, jnp.where(own, new, before), self.begin, axis)
 
@@ -227,19 +247,79 @@ class _Keys(NamedTuple):
     begin: Int[Array, ""] | int
 
 
-def _each_row(one_row: Callable, bounds: tuple[Starts, tuple[Array, ...]]) -> Callable:
+def _joined(runs: tuple[KeyRun, ...]) -> tuple[KeyRun, ...]:
+    """Runs that follow one another as one run."""
+    if len(runs) == 1:
+        return runs
+    key = jnp.concatenate([run.key for run in runs], axis=1)
+    value = jnp.concatenate([run.value for run in runs], axis=1)
+    return (KeyRun(key, value, runs[0].offset),)
+
+
+def _by_runs(
+    runs: tuple[KeyRun, ...], dkeys: tuple[tuple[Array, Array], ...]
+) -> tuple[tuple[Array, Array], ...]:
+    """Gradients of `_joined` runs, run by run."""
+    if len(runs) == len(dkeys):
+        return dkeys
+    ((dkey, dvalue),) = dkeys
+    found = []
+    for run in runs:
+        begin = run.offset - runs[0].offset
+        end = begin + run.key.shape[1]
+        found.append((dkey[:, begin:end], dvalue[:, begin:end]))
+    return tuple(found)
+
+
+def _sinks_in(spec: Spec, offset: int, length: int) -> int:
+    """Sinks to look for in a run: only the shard's own keys hold any."""
+    return spec.num_sinks if offset + length > 0 else 0
+
+
+# Weighted values, running maximum and running sum of the online softmax.
+_Sum = tuple[Float[Array, "K G Q Hv"], Float[Array, "K G Q"], Float[Array, "K G Q"]]
+
+
+def _each_row(one_row: Callable, bounds: tuple[Starts, tuple[Int[Array, "..."], ...]]) -> Callable:
     """Maps over the batch: at once where rows share their bounds, else one after the other."""
     if bounds[0].ndim:
         return lambda *args: lax.map(lambda row: one_row(*row), (bounds, *args))
     return lambda *args: jax.vmap(partial(one_row, bounds))(*args)
 
 
-def _plans(spec: Spec, runs: tuple[KeyRun, ...], start: Starts, rows) -> tuple[Array, ...]:
+def _without_padding(
+    runs: tuple[tuple[Array, Array], ...],
+    offsets: tuple[int, ...],
+    start: Int[Array, ""] | Int[Array, "T"],
+) -> tuple[tuple[Array, ...], ...]:
+    """Pairs of [S, heads, dim] at these offsets with zeros for padding."""
+    if not start.ndim:
+        return runs
+    found = []
+    for pair, offset in zip(runs, offsets, strict=True):
+        real = _is_real_key(start, offset, pair[0].shape[0])
+        found.append(tuple(jnp.where(real[:, None, None], x, 0) for x in pair))
+    return tuple(found)
+
+
+def _is_real_key(start: Int[Array, "T"], offset: int, length: int) -> Bool[Array, "S"]:
+    """Whether a key of a run is a token, or before the shard one that a query may see."""
+    positions = offset + jnp.arange(length, dtype=jnp.int32)
+    before = min(-offset, length)
+    # A query sees keys before its shard only if its sequence crosses into the shard.
+    crossing = positions[:before] >= start[0]
+    own = is_real(positions[before:], start[: length - before])
+    return jnp.concatenate([crossing, own])
+
+
+def _plans(
+    spec: Spec, runs: tuple[KeyRun, ...], start: Starts, rows: tuple[int, int]
+) -> tuple[Int[Array, "..."], ...]:
     return tuple(
         key_plan(
             start,
             spec.window,
-            spec.sinks_in(run.offset),
+            _sinks_in(spec, run.offset, run.key.shape[1]),
             rows=rows,
             query_tile=min(xla_tiles(spec.window).query, rows[1] - rows[0]),
             offset=run.offset,
@@ -250,19 +330,24 @@ def _plans(spec: Spec, runs: tuple[KeyRun, ...], start: Starts, rows) -> tuple[A
     )
 
 
-def _group(x, num_kv):
-    return x.reshape(x.shape[0], num_kv, -1, x.shape[-1])
+def _group(x: Float[Array, "T N H"], num_kv: int) -> Float[Array, "T K G H"]:
+    return einops.rearrange(x, "t (k g) h -> t k g h", k=num_kv)
 
 
-def _group_rows(x, num_kv):
-    return x.reshape(num_kv, -1, x.shape[-1])
+def _group_rows(x: Float[Array, "N T"], num_kv: int) -> Float[Array, "K G T"]:
+    return einops.rearrange(x, "(k g) t -> k g t", k=num_kv)
 
 
-def _num_query_tiles(spec, rows):
+def _num_query_tiles(spec: Spec, rows: tuple[int, int]) -> int:
     return -(-(rows[1] - rows[0]) // xla_tiles(spec.window).query)
 
 
-def _query_tile(spec, t, rows, start) -> _QueryTile:
+def _query_tile(
+    spec: Spec,
+    t: Int[Array, ""] | int,
+    rows: tuple[int, int],
+    start: Int[Array, ""] | Int[Array, "T"],
+) -> _QueryTile:
     size = min(xla_tiles(spec.window).query, rows[1] - rows[0])
     first = rows[0] + t * size
     begin = jnp.minimum(first, rows[1] - size)
@@ -272,7 +357,9 @@ def _query_tile(spec, t, rows, start) -> _QueryTile:
     return _QueryTile(begin, positions, start, positions >= first)
 
 
-def _over_keys(spec: Spec, tile: _QueryTile, run: KeyRun, plan, visit: Callable, carry):
+def _over_keys(
+    spec: Spec, tile: _QueryTile, run: KeyRun, plan: Int[Array, "6"], visit: Callable, carry
+):
     """Folds ``visit`` over the key tiles of ``run`` that the query tile sees."""
     length = run.key.shape[0]
     size = min(xla_tiles(spec.window).key, length)
@@ -283,13 +370,15 @@ def _over_keys(spec: Spec, tile: _QueryTile, run: KeyRun, plan, visit: Callable,
         first_key = jnp.where(index < sink_end, index, index + skipped) * size
         slice_begin = jnp.minimum(first_key, length - size)
         local = slice_begin + jnp.arange(size, dtype=jnp.int32)
-        seen = sees(
+        rule = sees_behind_halo if run.offset else sees
+        seen = rule(
             tile.positions[:, None],
             run.offset + local,
             tile.start[..., None],
             spec.window,
-            spec.sinks_in(run.offset),
-            packed=tile.start.ndim > 0,
+            _sinks_in(spec, run.offset, length),
+            # A tile of joined runs may hold keys before the first sequence, which are nobody's.
+            packed=tile.start.ndim > 0 or -length < run.offset < 0,
         )
         key, value = (lax.dynamic_slice_in_dim(x, slice_begin, size) for x in (run.key, run.value))
         seen = seen & tile.own[:, None] & (local >= first_key)
@@ -298,20 +387,29 @@ def _over_keys(spec: Spec, tile: _QueryTile, run: KeyRun, plan, visit: Callable,
     return lax.fori_loop(sink_begin, end - skipped, body, carry)
 
 
-def _sink_keys(spec: Spec, tile: _QueryTile, sinks: SinkRun, start) -> _Keys:
+def _sink_keys(
+    spec: Spec, tile: _QueryTile, sinks: SinkRun, start: Int[Array, ""] | Int[Array, "T"]
+) -> _Keys:
     crossing = start[0] if start.ndim else start
     positions = crossing + jnp.arange(sinks.key.shape[0], dtype=jnp.int32)
     seen = sees_fetched_sink(
         tile.positions[:, None], positions, tile.start[..., None], spec.window, spec.num_sinks
     )
+    if start.ndim:
+        real = (positions < 0)[:, None, None]
+        sinks = SinkRun(*(jnp.where(real, x, 0) for x in sinks))
     return _Keys(sinks.key, sinks.value, seen & tile.own[:, None], 0)
 
 
-def _dot(spec: Spec, equation: str, x, y, dtype):
+def _dot(
+    spec: Spec, equation: str, x: Float[Array, "..."], y: Float[Array, "..."], dtype
+) -> Float[Array, "..."]:
     return jnp.einsum(equation, x, y, precision=spec.precision, preferred_element_type=dtype)
 
 
-def _logits(spec: Spec, query, key, dtype):
+def _logits(
+    spec: Spec, query: Float[Array, "Q K G H"], key: Float[Array, "S K H"], dtype
+) -> tuple[Float[Array, "K G Q S"], Float[Array, "K G Q S"] | None]:
     """Scaled and capped logits, and the derivative of the cap (None without one)."""
     logits = _dot(spec, "qkgh,skh->kgqs", query, key, dtype) * spec.scale
     if spec.soft_cap is None:
@@ -320,31 +418,40 @@ def _logits(spec: Spec, query, key, dtype):
     return spec.soft_cap * bounded, 1 - bounded**2
 
 
-def _empty_sum(query, value_dim, sink_logits, dtype):
-    """(weighted values, running maximum, running sum) before any key."""
+def _initial_softmax(
+    query: Float[Array, "Q K G H"], value_dim: int, sink_logits: Float[Array, "N"] | None, dtype
+) -> _Sum:
+    """The sums before any key."""
     rows, num_kv, groups, _ = query.shape
     acc = full_like_varying(query, (num_kv, groups, rows, value_dim), 0, dtype)
     if sink_logits is None:
-        top = full_like_varying(query, acc.shape[:-1], -jnp.inf, dtype)
-        return acc, top, jnp.zeros_like(top)
-    top = jnp.broadcast_to(sink_logits.reshape(num_kv, groups, 1), acc.shape[:-1]).astype(dtype)
-    return acc, top, jnp.ones_like(top)
+        row_max = full_like_varying(query, acc.shape[:-1], -jnp.inf, dtype)
+        return acc, row_max, jnp.zeros_like(row_max)
+    row_max = jnp.broadcast_to(sink_logits.reshape(num_kv, groups, 1), acc.shape[:-1]).astype(dtype)
+    return acc, row_max, jnp.ones_like(row_max)
 
 
-def _absorb(spec: Spec, query, keys: _Keys, carry):
+def _softmax_step(spec: Spec, query: Float[Array, "Q K G H"], keys: _Keys, carry: _Sum) -> _Sum:
     """One step of the online softmax."""
-    acc, top, total = carry
+    acc, row_max, row_sum = carry
     logits, _ = _logits(spec, query, keys.key, acc.dtype)
     logits = jnp.where(keys.seen, logits, -jnp.inf)
-    new_top = jnp.maximum(top, logits.max(-1))
-    finite_top = jnp.where(new_top == -jnp.inf, 0, new_top)
-    shrink = jnp.exp(top - finite_top)
-    weights = jnp.exp(logits - finite_top[..., None])
+    new_max = jnp.maximum(row_max, logits.max(-1))
+    finite_max = jnp.where(new_max == -jnp.inf, 0, new_max)
+    rescale = jnp.exp(row_max - finite_max)
+    weights = jnp.exp(logits - finite_max[..., None])
     values = _dot(spec, "kgqs,skv->kgqv", weights.astype(keys.value.dtype), keys.value, acc.dtype)
-    return shrink[..., None] * acc + values, new_top, shrink * total + weights.sum(-1)
+    return rescale[..., None] * acc + values, new_max, rescale * row_sum + weights.sum(-1)
 
 
-def _gradients(spec: Spec, query, dout, lse, delta, keys: _Keys):
+def _gradients(
+    spec: Spec,
+    query: Float[Array, "Q K G H"],
+    dout: Float[Array, "Q K G Hv"],
+    lse: Float[Array, "K G Q"],
+    delta: Float[Array, "K G Q"],
+    keys: _Keys,
+) -> tuple[Float[Array, "Q K G H"], Float[Array, "S K H"], Float[Array, "S K Hv"]]:
     """(dquery, dkey, dvalue) of one pair of tiles."""
     dtype = lse.dtype
     logits, dcap = _logits(spec, query, keys.key, dtype)
@@ -361,6 +468,8 @@ def _gradients(spec: Spec, query, dout, lse, delta, keys: _Keys):
     )
 
 
-def _add_rows(total, part, begin):
+def _add_rows(
+    total: Float[Array, "S K H"], part: Float[Array, "s K H"], begin: Int[Array, ""] | int
+) -> Float[Array, "S K H"]:
     rows = lax.dynamic_slice_in_dim(total, begin, part.shape[0]) + part
     return lax.dynamic_update_slice_in_dim(total, rows, begin, 0)

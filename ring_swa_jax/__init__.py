@@ -31,6 +31,7 @@ from ring_swa_jax._rope_scaling import YarnScaling as YarnScaling
 from ring_swa_jax._segments import segment_positions as segment_positions
 from ring_swa_jax._sharded import ring_attention as ring_attention
 from ring_swa_jax._trim import trim_cache as trim_cache
+from ring_swa_jax._version import __version__ as __version__
 
 __all__ = [
     "Cache",
@@ -44,6 +45,7 @@ __all__ = [
     "RepeatedWorkWarning",
     "Rope",
     "YarnScaling",
+    "__version__",
     "apply_rope",
     "check_processes",
     "chunk_segment_ids",

@@ -5,12 +5,14 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.typing import Dtype, PrecisionLike
 from jax import Array
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from ring_swa_jax import _checks
+from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._axis import AxisName
 from ring_swa_jax._linen_init import axes_that_divide, initialising, repeated_work_is_meant
 from ring_swa_jax._sharded import ring_attention
@@ -93,13 +95,13 @@ class AttentionFn:
     # is refused must be named too.
     def __call__(
         self,
-        query: Float[Array, "*batch S N H"],
-        key: Float[Array, "*batch S K H"],
-        value: Float[Array, "*batch S K Hv"],
+        query: Float[AnyArray, "*batch S N H"],
+        key: Float[AnyArray, "*batch S K H"],
+        value: Float[AnyArray, "*batch S K Hv"],
         *,
-        bias: Array | None = None,
-        mask: Array | None = None,
-        dropout_rng: Array | None = None,
+        bias: Shaped[AnyArray, "..."] | None = None,
+        mask: Shaped[AnyArray, "..."] | None = None,
+        dropout_rng: Shaped[Array, "..."] | None = None,
         dropout_rate: float = 0.0,
         broadcast_dropout: bool = True,
         deterministic: bool = True,
@@ -107,7 +109,7 @@ class AttentionFn:
         precision: PrecisionLike = None,
         module: object = None,
         is_causal: bool = True,
-        input_positions: Array | None = None,
+        input_positions: Shaped[AnyArray, "..."] | None = None,
         force_fp32_for_softmax: bool = False,
         qk_attn_weights_einsum: object = None,
         attn_weights_value_einsum: object = None,
@@ -115,11 +117,14 @@ class AttentionFn:
         """Attends; the arguments are those of Flax's `dot_product_attention`."""
         # Fulfilled as they are: the softmax is in float32, the attention causal.
         del is_causal, force_fp32_for_softmax, broadcast_dropout, dropout_rng
+        query = jnp.asarray(query)
+        if mask is not None and not isinstance(mask, Array):
+            mask = np.asarray(mask)  # as it is: JAX would cut off the upper half of 64-bit ids
         refused = {
             "a bias": bias is not None,
             "a mask (the attention is causal and windowed by itself; for packed rows and padding "
             "the mask may be integer segment ids [B, S])": mask is not None
-            and not _are_ids(mask, query),
+            and not (np.issubdtype(mask.dtype, np.integer) and mask.shape == query.shape[:-2]),
             f"dropout_rate={dropout_rate}": dropout_rate > 0 and not deterministic,
             "sow_weights=True (the weights are never in memory)": module is not None,
             "input_positions": input_positions is not None,
@@ -144,10 +149,6 @@ class AttentionFn:
         axes = axes_that_divide(rows[0].shape, self.mesh, self.seq_axis, self.batch_axis)
         with repeated_work_is_meant():
             return ring_attention(*rows, segment_ids=segment_ids, **(vars(self) | axes))
-
-
-def _are_ids(mask: Array, query: Array) -> bool:
-    return jnp.issubdtype(mask.dtype, jnp.integer) and mask.shape == query.shape[:-2]
 
 
 def _matmul_precision(precision: PrecisionLike):

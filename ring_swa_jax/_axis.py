@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax._src import core
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int, Shaped
+
+from ring_swa_jax._arrays import AnyArray
 
 AxisName = Hashable | tuple[Hashable, ...]
 
@@ -44,7 +47,7 @@ class SequenceAxis:
             )
         return cls(name, lax.axis_size(name))
 
-    def index(self) -> Array:
+    def index(self) -> Int[Array, ""]:
         """Which chunk this device holds."""
         return jnp.int32(0) if self.name is None else lax.axis_index(self.name)
 
@@ -74,26 +77,28 @@ def vmapped_axes() -> frozenset[Hashable]:
     return frozenset(core.get_axis_env().spmd_axis_names)
 
 
-def explicit_axes(x: Array) -> set[Hashable]:
+def explicit_axes(x: Shaped[AnyArray, "..."]) -> set[Hashable]:
     """Names of the Explicit axes of the mesh that x lies on."""
     mesh = jax.typeof(x).sharding.mesh
     axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return {name for name, kind in axes if kind == AxisType.Explicit}
 
 
-def mesh_of(x: Array) -> Mesh | AbstractMesh:
+def mesh_of(x: Shaped[Array, "..."]) -> Mesh | AbstractMesh:
     """The mesh that x lies on; an array outside of jit moves only on a mesh of devices."""
     sharding = jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else x.sharding
     assert isinstance(sharding, NamedSharding)
     return sharding.mesh
 
 
-def reshard(x: Array, mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> Array:
+def reshard(
+    x: Shaped[Array, "..."], mesh: Mesh | AbstractMesh, spec: PartitionSpec
+) -> Shaped[Array, "..."]:
     """``jax.sharding.reshard`` on a mesh that need not be the one of ``jax.set_mesh``."""
     return jax.sharding.reshard(x, NamedSharding(mesh, spec))
 
 
-def spec_of(x: Array) -> tuple:
+def spec_of(x: Shaped[AnyArray, "..."]) -> tuple:
     """Mesh axes of every dimension of x, as far as its type says."""
     spec = jax.typeof(x).sharding.spec
-    return (*spec, *[None] * (x.ndim - len(spec)))
+    return (*spec, *[None] * (jnp.ndim(x) - len(spec)))

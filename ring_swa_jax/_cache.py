@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from ring_swa_jax import _checks
+from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._axis import explicit_axes, mesh_of, reshard, spec_of
 from ring_swa_jax._integers import as_segment_ids
 from ring_swa_jax._segments import segment_starts
@@ -129,12 +130,12 @@ def init_cache(
 
 
 def prefill_cache(
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K Hv"],
+    k: Float[AnyArray, "B S K H"],
+    v: Float[AnyArray, "B S K Hv"],
     *,
     window_size: int | None,
     num_sink_tokens: int = 0,
-    segment_ids: Int[Array, "B S"] | None = None,
+    segment_ids: Int[AnyArray, "B S"] | None = None,
     max_length: int | None = None,
     max_trim: int = 1,
     relative_positions: bool = False,
@@ -204,7 +205,7 @@ def prefill_cache(
 
 
 def next_positions(
-    cache: Cache, num_tokens: int, valid: Bool[Array, "B T"] | None = None
+    cache: Cache, num_tokens: int, valid: Bool[AnyArray, "B T"] | None = None
 ) -> Int[Array, "B T"]:
     """Positions of the next tokens of each row in its sequence, for their rotary embedding.
 
@@ -323,13 +324,17 @@ def _gather(x: Float[Array, "B S K H"], index: Int[Array, "B C"]) -> Float[Array
     return jax.sharding.auto_axes(gather, out_sharding=PartitionSpec(batch, heads))(x, index)
 
 
-def _slots_or_none(kept, slots, num_slots):
+def _slots_or_none(
+    kept: Bool[Array, "B T"], slots: Int[Array, "B T"], num_slots: int
+) -> Int[Array, "B T"]:
     """The slot of each token that is kept; the others get places past the buffer, all distinct."""
     none = num_slots + jnp.arange(slots.shape[1], dtype=jnp.int32)[None]
     return jnp.where(kept, slots, none)
 
 
-def _scatter(buffer, slots, tokens):
+def _scatter(
+    buffer: Float[Array, "B K C H"], slots: Int[Array, "B T"], tokens: Float[Array, "B T K H"]
+) -> Float[Array, "B K C H"]:
     if buffer.shape[2] == 0:
         return buffer
 

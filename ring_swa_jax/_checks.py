@@ -6,6 +6,7 @@ import operator
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Shaped
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -24,7 +25,13 @@ def as_array(name: str, x) -> Array:
         raise TypeError(f"{name} must be an array, got {type(x).__name__}") from error
 
 
-def check_heads(query: Array, key: Array, value: Array, *, batched: bool = True) -> None:
+def check_heads(
+    query: Shaped[Array, "..."],
+    key: Shaped[Array, "..."],
+    value: Shaped[Array, "..."],
+    *,
+    batched: bool = True,
+) -> None:
     """Checks that query, key and value fit together.
 
     Raises:
@@ -175,7 +182,7 @@ def _static_float(name: str, value) -> float:
         raise TypeError(f"{name} must be a static Python number, got {value!r}") from error
 
 
-def check_sink_logits(sink_logits: Array | None, num_heads: int) -> None:
+def check_sink_logits(sink_logits: Shaped[Array, "..."] | None, num_heads: int) -> None:
     """Checks one floating-point logit a query head.
 
     Raises:
@@ -236,7 +243,7 @@ def check_segment_ids(segment_ids, shape: tuple[int, ...] | None = None) -> None
         raise ValueError(f"segment_ids must have the shape {wanted}, got {segment_ids.shape}")
 
 
-def check_valid(valid: Array, shape: tuple[int, ...]) -> None:
+def check_valid(valid: Shaped[Array, "..."], shape: tuple[int, ...]) -> None:
     """Checks that it says of each new token whether it is one.
 
     Raises:

@@ -5,11 +5,12 @@ from jax import Array
 from jaxtyping import Int
 
 from ring_swa_jax import _checks
+from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._integers import as_segment_ids
 from ring_swa_jax._segments import segment_positions
 
 
-def chunk_segment_ids(segment_ids: Int[Array, "B S"], chunk_size: int) -> Int[Array, "B S"]:
+def chunk_segment_ids(segment_ids: Int[AnyArray, "B S"], chunk_size: int) -> Int[Array, "B S"]:
     """``segment_ids`` that cut every document into chunks, for attention as in Llama 4.
 
     The query at position p of its document attends the keys from the chunk's first position

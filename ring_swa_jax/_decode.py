@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import einops
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from pallas_kernels import accumulator_dtype
 from ring_swa_jax import _checks
+from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._cache import (
     Cache,
     append_sinks,
@@ -25,17 +27,17 @@ Rotate = Callable[[Float[Array, "B S N H"], Int[Array, "B S"]], Float[Array, "B 
 
 
 def decode_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K Hv"],
+    q: Float[AnyArray, "B T N H"],
+    k: Float[AnyArray, "B T K H"],
+    v: Float[AnyArray, "B T K Hv"],
     cache: Cache,
     *,
     window_size: int | None,
     num_sink_tokens: int = 0,
-    valid: Bool[Array, "B T"] | None = None,
+    valid: Bool[AnyArray, "B T"] | None = None,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
-    sink_logits: Float[Array, "N"] | None = None,
+    sink_logits: Float[AnyArray, "N"] | None = None,
     attention_chunk_size: int | None = None,
     rotate: Rotate | None = None,
 ) -> tuple[Float[Array, "B T N Hv"], Cache]:
@@ -161,12 +163,12 @@ def decode_attention(
 
 
 class _Run(NamedTuple):
-    """Some of the keys, and the queries turned to meet them."""
+    """Some of the keys, any number of them, and the queries turned to meet them."""
 
     query: Float[Array, "B T N H"]
-    key: Float[Array, "B K S H"]
-    value: Float[Array, "B K S Hv"]
-    seen: Bool[Array, "B T S"]
+    key: Float[Array, "B K _ H"]
+    value: Float[Array, "B K _ Hv"]
+    seen: Bool[Array, "B T _"]
 
 
 def _static_chunk(chunk_size: int | None, window: int | None, num_sinks: int) -> int | None:
@@ -181,13 +183,17 @@ def _static_chunk(chunk_size: int | None, window: int | None, num_sinks: int) ->
     return chunk
 
 
-def _turn(rotate, key, positions):
+def _turn(
+    rotate: Rotate, key: Float[Array, "B K S H"], positions: Int[Array, "B S"]
+) -> Float[Array, "B K S H"]:
     return rotate(key.swapaxes(1, 2), positions).swapaxes(1, 2)
 
 
-def _attend(runs, sink_logits, scale, cap) -> Float[Array, "B T N Hv"]:
+def _attend(
+    runs: list[_Run], sink_logits: Float[Array, "N"] | None, scale: float, cap: float | None
+) -> Float[Array, "B T N Hv"]:
     """One softmax over all runs; zeros for a query that sees no key."""
-    batch, length, heads, dim = runs[0].query.shape
+    batch, length, heads, _ = runs[0].query.shape
     _, num_kv, _, value_dim = runs[0].value.shape
     dtype = accumulator_dtype(runs[0].query.dtype)
     precision = matmul_precision()
@@ -196,7 +202,7 @@ def _attend(runs, sink_logits, scale, cap) -> Float[Array, "B T N Hv"]:
         return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=dtype)
 
     def logits(run):
-        grouped = run.query.reshape(batch, length, num_kv, heads // num_kv, dim)
+        grouped = einops.rearrange(run.query, "b t (k g) h -> b t k g h", k=num_kv)
         x = dot("btkgh,bksh->bkgts", grouped, run.key) * scale
         x = x if cap is None else cap * jnp.tanh(x / cap)
         return jnp.where(run.seen[:, None, None], x, -jnp.inf)
@@ -214,10 +220,18 @@ def _attend(runs, sink_logits, scale, cap) -> Float[Array, "B T N Hv"]:
         total += weights.sum(-1)
         out += dot("bkgts,bksv->bkgtv", weights.astype(run.value.dtype), run.value)
     out = out / jnp.where(total == 0, 1, total)[..., None]
-    return jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, value_dim)
+    return einops.rearrange(out, "b k g t v -> b t (k g) v")
 
 
-def _check_fits(cache, k, v, window, num_sinks, *, relative) -> None:
+def _check_fits(
+    cache: Cache,
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K Hv"],
+    window: int | None,
+    num_sinks: int,
+    *,
+    relative: bool,
+) -> None:
     """Checks that the cache is one of this layer and of keys like these."""
     for name, new, old in (("k", k, cache.key), ("v", v, cache.value)):
         if (new.shape[0], *new.shape[2:]) != (*old.shape[:2], old.shape[3]):

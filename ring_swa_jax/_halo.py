@@ -31,8 +31,13 @@ class RingHalo:
         return cls(axis, tuple(min(chunk, reach - begin) for begin in range(0, reach, chunk)))
 
     def fetch(
-        self, hop: int, key: Array, value: Array, *, after: Array | None = None
-    ) -> tuple[Array, Array]:
+        self,
+        hop: int,
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K Hv"],
+        *,
+        after: Float[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
         """The last ``lengths[hop]`` keys and values of the device ``hop + 1`` chunks before.
 
         With ``after`` the message is not made before that number is known. An optimization
@@ -42,12 +47,20 @@ class RingHalo:
         pairs = [(r, r + hop + 1) for r in range(self.axis.size - hop - 1)]
         return self._send(key[:, begin:], value[:, begin:], pairs, after)
 
-    def give_back(self, hop: int, dkey: Array, dvalue: Array) -> tuple[Array, Array]:
+    def give_back(
+        self, hop: int, dkey: Float[Array, "B S K H"], dvalue: Float[Array, "B S K Hv"]
+    ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
         """Sends the gradients of ``fetch``'s result to where it came from."""
         pairs = [(r + hop + 1, r) for r in range(self.axis.size - hop - 1)]
         return self._send(dkey, dvalue, pairs)
 
-    def _send(self, key: Array, value: Array, pairs: list[tuple[int, int]], after=None):
+    def _send(
+        self,
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K Hv"],
+        pairs: list[tuple[int, int]],
+        after: Float[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
         message = jnp.concatenate([key, value], axis=-1)
         if after is not None:
             is_number = after == after  # True, but no compiler may assume it

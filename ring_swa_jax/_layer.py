@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 
 from pallas_kernels import accumulator_dtype
 from ring_swa_jax import _checks
+from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._axis import AxisName, explicit_axes, mesh_of, names_of, spec_of
 from ring_swa_jax._chunks import chunk_segment_ids
 from ring_swa_jax._integers import as_positions, as_segment_ids
@@ -37,6 +38,10 @@ class KeysValues(NamedTuple):
 
     key: Float[Array, "B S K H"]
     value: Float[Array, "B S K Hv"]
+
+
+# `KeysValues`, of which Linen makes a plain tuple on the way into a method.
+SharedKeysValues = tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]
 
 
 class Learned(NamedTuple):
@@ -225,9 +230,9 @@ class AttentionLayer:
         projected: Projected,
         learned: Learned,
         *,
-        segment_ids: Int[Array, "B S"] | None,
-        positions: Int[Array, "B S"] | None,
-        shared_kv: KeysValues | None,
+        segment_ids: Int[AnyArray, "B S"] | None,
+        positions: Int[AnyArray, "B S"] | None,
+        shared_kv: SharedKeysValues | None,
     ) -> Float[Array, "B S N Hv"]:
         """From the projections of whole rows to what the output projects."""
         if segment_ids is not None:
@@ -242,7 +247,7 @@ class AttentionLayer:
         self,
         x: Float[Array, "B S N H"],
         learned: Learned,
-        positions: Int[Array, "B S"] | None,
+        positions: Int[Array, "#B S"] | None,
     ) -> Float[Array, "B S N H"]:
         """Queries as they meet the keys; without positions they are not rotated."""
         x = self._turned(x, learned.query_norm, positions)
@@ -254,8 +259,8 @@ class AttentionLayer:
         self,
         projected: Projected,
         learned: Learned,
-        positions: Int[Array, "B S"] | None,
-        shared_kv: KeysValues | None = None,
+        positions: Int[Array, "#B S"] | None,
+        shared_kv: SharedKeysValues | None = None,
     ) -> KeysValues:
         """Keys and values as they meet the queries; without positions keys are not rotated.
 
@@ -279,7 +284,9 @@ class AttentionLayer:
         return KeysValues(self._turned(key, learned.key_norm, positions), value)
 
     def gated(
-        self, context: Float[Array, "B S N Hv"], gate: Float[Array, "B S N Hv"] | None
+        self,
+        context: Float[Array, "B S N Hv"],
+        gate: Float[Array, "B S N 1"] | Float[Array, "B S N Hv"] | None,
     ) -> Float[Array, "B S N Hv"]:
         """The attended values, normalised and gated where the layer does that."""
         if self.context_norm:
@@ -291,7 +298,10 @@ class AttentionLayer:
         return (context.astype(wide) * activation(gate.astype(wide))).astype(context.dtype)
 
     def _turned(
-        self, x: Float[Array, "B S N H"], factor: Array | None, positions: Int[Array, "B S"] | None
+        self,
+        x: Float[Array, "B S N H"],
+        factor: Float[Array, "H"] | Float[Array, "N H"] | None,
+        positions: Int[Array, "#B S"] | None,
     ) -> Float[Array, "B S N H"]:
         """Norm and rotation, in the layer's order."""
         if self.qk_norm and not self.qk_norm_after_rope:
@@ -303,13 +313,17 @@ class AttentionLayer:
         return x
 
     def rotate(
-        self, x: Float[Array, "B S N H"], positions: Int[Array, "B S"]
+        self, x: Float[Array, "B S N H"], positions: Int[Array, "#B S"]
     ) -> Float[Array, "B S N H"]:
         """Queries or keys, turned by their positions where the layer does that."""
         return x if self.rope is None else apply_rope(x, positions, **vars(self.rope))
 
     def _rms_norm(
-        self, x: Float[Array, "B S N H"], factor: Array | None = None, *, all_heads: bool = False
+        self,
+        x: Float[Array, "B S N H"],
+        factor: Float[Array, "H"] | Float[Array, "N H"] | None = None,
+        *,
+        all_heads: bool = False,
     ) -> Float[Array, "B S N H"]:
         """RMSNorm over each head, or over all heads of a token together, in float32."""
         wide = x.astype(accumulator_dtype(x.dtype))
@@ -322,10 +336,10 @@ class AttentionLayer:
 
     def positions(
         self,
-        x: Array,
-        segment_ids: Int[Array, "B S"] | None,
-        positions: Int[Array, "B S"] | None,
-    ) -> Int[Array, "B S"] | Int[Array, "1 S"]:
+        x: Float[Array, "B S N H"],
+        segment_ids: Int[AnyArray, "B S"] | None,
+        positions: Int[AnyArray, "B S"] | None,
+    ) -> Int[Array, "#B S"]:
         """By default positions restart in each document, or count through without documents."""
         if positions is not None:
             return as_positions(positions)
@@ -333,7 +347,7 @@ class AttentionLayer:
             return jnp.arange(x.shape[1], dtype=jnp.int32)[None]
         return segment_positions(segment_ids)
 
-    def sharding_of_heads(self, x: Array, kernel: Array) -> NamedSharding | None:
+    def sharding_of_heads(self, x: Array, kernel: AnyArray) -> NamedSharding | None:
         """How x @ kernel [E, heads, H] is to lie on Explicit mesh axes; None on others.
 
         Heads that the devices do not divide are not cut: `ring_attention` repeats them.
@@ -360,7 +374,7 @@ class AttentionLayer:
         q: Float[Array, "B S N H"],
         k: Float[Array, "B S K H"],
         v: Float[Array, "B S K Hv"],
-        segment_ids: Int[Array, "B S"] | None,
+        segment_ids: Int[AnyArray, "B S"] | None,
         sink_logits: Float[Array, "N"] | None,
     ) -> Float[Array, "B S N Hv"]:
         """The attention itself, of documents or of their chunks."""

@@ -4,16 +4,18 @@ import dataclasses
 import functools
 import math
 
+import einops
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from ring_swa_jax import _cache
+from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._cache import Cache
 from ring_swa_jax._decode import decode_attention
 from ring_swa_jax._integers import as_positions, as_segment_ids
-from ring_swa_jax._layer import AttentionLayer, KeysValues, Learned, Projected
+from ring_swa_jax._layer import AttentionLayer, KeysValues, Learned, Projected, SharedKeysValues
 from ring_swa_jax._segments import segment_positions
 from ring_swa_jax._sharded import sequence_devices
 
@@ -49,8 +51,8 @@ def prefill(
     projected: Projected,
     learned: Learned,
     *,
-    segment_ids: Int[Array, "B S"] | None,
-    positions: Int[Array, "B S"] | None,
+    segment_ids: Int[AnyArray, "B S"] | None,
+    positions: Int[AnyArray, "B S"] | None,
     max_length: int | None,
     max_trim: int,
     relative_positions: bool,
@@ -89,9 +91,9 @@ def decode(
     learned: Learned,
     cache: Cache,
     *,
-    valid: Bool[Array, "B T"] | None,
-    positions: Int[Array, "B T"] | None,
-    shared_kv: KeysValues | None,
+    valid: Bool[AnyArray, "B T"] | None,
+    positions: Int[AnyArray, "B T"] | None,
+    shared_kv: SharedKeysValues | None,
 ) -> tuple[Float[Array, "B T N Hv"], Cache]:
     """The attended values of the next tokens of each row, and the cache with these.
 
@@ -111,10 +113,10 @@ def keys_values(
     projected: Projected,
     learned: Learned,
     *,
-    segment_ids: Int[Array, "B S"] | None,
-    positions: Int[Array, "B S"] | None,
+    segment_ids: Int[AnyArray, "B S"] | None,
+    positions: Int[AnyArray, "B S"] | None,
     cache: Cache | None,
-    valid: Bool[Array, "B S"] | None,
+    valid: Bool[AnyArray, "B S"] | None,
 ) -> KeysValues:
     """Keys and values as the layer's queries meet them, of whole rows or of the next tokens."""
     if segment_ids is not None:
@@ -130,8 +132,8 @@ def keys_values(
 def _positions_after(
     cache: Cache,
     num_tokens: int,
-    valid: Bool[Array, "B T"] | None,
-    positions: Int[Array, "B T"] | None,
+    valid: Bool[AnyArray, "B T"] | None,
+    positions: Int[AnyArray, "B T"] | None,
 ) -> Int[Array, "B T"] | None:
     """Positions to rotate the next tokens by; None where the cache holds unrotated keys."""
     if cache.relative_positions:
@@ -141,7 +143,15 @@ def _positions_after(
     return as_positions(positions)
 
 
-def _attend_step(layer, q, k, v, cache, valid, sink_logits):
+def _attend_step(
+    layer: AttentionLayer,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K Hv"],
+    cache: Cache,
+    valid: Bool[AnyArray, "B T"] | None,
+    sink_logits: Float[Array, "N"] | None,
+) -> tuple[Float[Array, "B T N Hv"], Cache]:
     return decode_attention(
         q,
         k,
@@ -172,14 +182,14 @@ def _attend_chunks(layer, q, k, v, segment_ids, sink_logits) -> Float[Array, "B 
         valid = jnp.ones((batch, length), bool)
         begins = jnp.zeros((batch, length), bool)  # the cache begins empty
     else:
+        segment_ids = jnp.asarray(segment_ids)
         chunk = 1  # all tokens of a row's chunk must be of one sequence
         valid = segment_ids >= 0
         begins = segment_positions(segment_ids) == 0
 
     def cut(x):
         padding = [(0, 0), (0, -length % chunk)] + [(0, 0)] * (x.ndim - 2)
-        x = jnp.pad(x, padding)
-        return jnp.moveaxis(x.reshape(batch, -1, chunk, *x.shape[2:]), 1, 0)
+        return einops.rearrange(jnp.pad(x, padding), "b (n t) ... -> n b t ...", t=chunk)
 
     def step(cache, tokens):
         q, k, v, valid, begins = tokens
@@ -189,8 +199,7 @@ def _attend_chunks(layer, q, k, v, segment_ids, sink_logits) -> Float[Array, "B 
         return cache, out
 
     _, out = lax.scan(step, cache, tuple(map(cut, (q, k, v, valid, begins))))
-    out = jnp.moveaxis(out, 0, 1)
-    return out.reshape(batch, -1, *out.shape[3:])[:, :length]
+    return einops.rearrange(out, "n b t ... -> b (n t) ...")[:, :length]
 
 
 def _same_positions(layer: AttentionLayer) -> float:
@@ -208,7 +217,9 @@ def _check_own_kv(layer: AttentionLayer) -> None:
         )
 
 
-def _check_positions(layer: AttentionLayer, positions, relative_positions: bool) -> None:
+def _check_positions(
+    layer: AttentionLayer, positions: Int[AnyArray, "B S"] | None, relative_positions: bool
+) -> None:
     if not relative_positions:
         return
     if positions is not None:

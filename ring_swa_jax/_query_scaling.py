@@ -46,7 +46,7 @@ class QueryScaling:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
 
     def scale(
-        self, x: Float[Array, "B S N H"], positions: Int[Array, "B S"]
+        self, x: Float[Array, "B S N H"], positions: Int[Array, "#B S"]
     ) -> Float[Array, "B S N H"]:
         """Queries times the factor of their positions, in the dtype of x."""
         wide = accumulator_dtype(x.dtype)

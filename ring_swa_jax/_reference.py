@@ -1,5 +1,6 @@
 """The definition: dense attention with the mask written out."""
 
+import einops
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -7,19 +8,20 @@ from jaxtyping import Float, Int
 
 from pallas_kernels import accumulator_dtype
 from ring_swa_jax import _checks
+from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._integers import as_segment_ids
 from ring_swa_jax._segments import segment_starts
 
 
 def reference_attention(
-    q: Float[Array, "B S N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K Hv"],
+    q: Float[AnyArray, "B S N H"],
+    k: Float[AnyArray, "B S K H"],
+    v: Float[AnyArray, "B S K Hv"],
     *,
     window_size: int | None = None,
     num_sink_tokens: int = 0,
-    segment_ids: Int[Array, "B S"] | None = None,
-    sink_logits: Float[Array, "N"] | None = None,
+    segment_ids: Int[AnyArray, "B S"] | None = None,
+    sink_logits: Float[AnyArray, "N"] | None = None,
     logits_soft_cap: float | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B S N Hv"]:
@@ -72,7 +74,8 @@ def reference_attention(
     seen = (start <= j) & (j <= i) & (near | (j - start < min(num_sinks, length)))
 
     q, k, v = (x.astype(dtype) for x in (q, k, v))
-    k, v = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
+    group = heads // k.shape[2]
+    k, v = (einops.repeat(x, "b s k h -> b s (k group) h", group=group) for x in (k, v))
     precision = jax.lax.Precision.HIGHEST
     logits = jnp.einsum("bihd,bjhd->bhij", q, k, precision=precision)
     logits = logits * _checks.static_scale(scale, q.shape[-1])

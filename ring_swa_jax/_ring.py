@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 
 import pallas_kernels
 from ring_swa_jax import _checks
+from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._axis import AxisName, SequenceAxis, same_varying
 from ring_swa_jax._halo import RingHalo, fetch_sinks
 from ring_swa_jax._integers import as_cu_seqlens
@@ -24,7 +25,7 @@ def ring_sliding_window_attn(
     axis_name: AxisName | None = None,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
-    sink_logits: Float[Array, "N"] | None = None,
+    sink_logits: Float[AnyArray, "N"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T N Hv"]:
     r"""Sliding-window attention of one chunk of a sequence that is cut over a mesh axis.
@@ -89,7 +90,7 @@ def ring_streaming_llm_attn(
     axis_name: AxisName | None = None,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
-    sink_logits: Float[Array, "N"] | None = None,
+    sink_logits: Float[AnyArray, "N"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T N Hv"]:
     """Sliding-window attention that also sees the first tokens of the sequence.
@@ -146,11 +147,11 @@ def ring_sliding_window_attn_varlen(
     v: Float[Array, "T K Hv"],
     *,
     window_size: int | None,
-    cu_seqlens: Int[Array, "n"],
+    cu_seqlens: Int[AnyArray, "n"],
     axis_name: AxisName | None = None,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
-    sink_logits: Float[Array, "N"] | None = None,
+    sink_logits: Float[AnyArray, "N"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "T N Hv"]:
     """Sliding-window attention inside each sequence of a packed row that is cut over an axis.
@@ -203,12 +204,12 @@ def ring_streaming_llm_attn_varlen(
     v: Float[Array, "T K Hv"],
     *,
     window_size: int | None,
-    cu_seqlens: Int[Array, "n"],
+    cu_seqlens: Int[AnyArray, "n"],
     num_sink_tokens: int = 1,
     axis_name: AxisName | None = None,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
-    sink_logits: Float[Array, "N"] | None = None,
+    sink_logits: Float[AnyArray, "N"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "T N Hv"]:
     """Sliding-window attention in a packed row that also sees each sequence's own first tokens.
@@ -269,7 +270,7 @@ def attend_chunk(
     num_sink_tokens: int,
     scale: float | None,
     logits_soft_cap: float | None,
-    sink_logits: Float[Array, "N"] | None,
+    sink_logits: Float[AnyArray, "N"] | None,
     implementation: str | None,
 ) -> Float[Array, "B T N Hv"]:
     """What the per-shard functions and ring_attention share: checks, exchange, attention."""

@@ -6,6 +6,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from pallas_kernels import accumulator_dtype
@@ -42,8 +43,8 @@ class Rope:
 
 
 def apply_rope(
-    x: Float[Array, "B S N H"],
-    positions: Int[Array, "B S"],
+    x: Float[ArrayLike, "B S N H"],
+    positions: Int[ArrayLike, "#B S"] | Int[ArrayLike, "S"],
     *,
     base: float = 10000.0,
     rotary_dim: int | None = None,

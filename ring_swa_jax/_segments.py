@@ -8,6 +8,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Int
 
+from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._axis import SequenceAxis, explicit_axes, mesh_of, reshard, spec_of
 from ring_swa_jax._integers import as_segment_ids
 
@@ -26,7 +27,7 @@ class Bounds:
     """
 
     start: Int[Array, ""] | Int[Array, "B T"]
-    crossing: Int[Array, "devices B"]
+    crossing: Int[Array, "devices #B"]
     chunk: int = dataclasses.field(metadata={"static": True})
 
     def start_of_last(self) -> Int[Array, "B"]:
@@ -72,7 +73,7 @@ def _changes(segment_ids: Int[Array, "B S"]) -> Bool[Array, "B S"]:
     return segment_ids != before
 
 
-def segment_positions(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
+def segment_positions(segment_ids: Int[AnyArray, "B S"]) -> Int[Array, "B S"]:
     """Position of each token inside its own sequence.
 
     Args:

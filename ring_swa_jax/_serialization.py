@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 import flax.serialization
+import jax.numpy as jnp
 
 from ring_swa_jax._cache import Cache
 
@@ -19,7 +20,9 @@ def _to_state_dict(cache: Cache) -> dict[str, Any]:
 
 
 def _from_state_dict(cache: Cache, state: dict[str, Any]) -> Cache:
-    return dataclasses.replace(cache, **{name: state[name] for name in _ARRAYS})
+    # What was read from bytes are NumPy arrays.
+    arrays: dict[str, Any] = {name: jnp.asarray(state[name]) for name in _ARRAYS}
+    return dataclasses.replace(cache, **arrays)
 
 
 flax.serialization.register_serialization_state(Cache, _to_state_dict, _from_state_dict)

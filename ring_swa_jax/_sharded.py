@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Hashable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxtyping import Float, Int
 
 import pallas_kernels
 from ring_swa_jax import _checks
+from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._axis import AxisName, SequenceAxis, names_of, reshard, vmapped_axes
 from ring_swa_jax._integers import as_segment_ids
 from ring_swa_jax._repeated_work import warn_of_unnamed_axes
@@ -22,14 +24,14 @@ from ring_swa_jax._segments import from_segment_ids, one_sequence
 
 
 def ring_attention(
-    q: Float[Array, "B S N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K Hv"],
+    q: Float[AnyArray, "B S N H"],
+    k: Float[AnyArray, "B S K H"],
+    v: Float[AnyArray, "B S K Hv"],
     *,
     window_size: int | None = None,
     num_sink_tokens: int = 0,
-    segment_ids: Int[Array, "B S"] | None = None,
-    sink_logits: Float[Array, "N"] | None = None,
+    segment_ids: Int[AnyArray, "B S"] | None = None,
+    sink_logits: Float[AnyArray, "N"] | None = None,
     logits_soft_cap: float | None = None,
     scale: float | None = None,
     mesh: Mesh | AbstractMesh | None = None,
@@ -207,7 +209,16 @@ def _axes_of_sharding(q, mesh, seq_axis, batch_axis, head_axis):
         "implementation",
     ),
 )
-def _sharded_attention(q, k, v, segment_ids, sink_logits, *, layout: _Layout, **settings):
+def _sharded_attention(
+    q: Float[Array, "B S N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
+    segment_ids: Int[Array, "B S"] | None,
+    sink_logits: Float[Array, "N"] | None,
+    *,
+    layout: _Layout,
+    **settings: Any,
+) -> Float[Array, "B S N Hv"]:
     def attend(q, k, v, segment_ids, sink_logits):
         axis = SequenceAxis.named(layout.seq)
         if segment_ids is None:
@@ -219,12 +230,12 @@ def _sharded_attention(q, k, v, segment_ids, sink_logits, *, layout: _Layout, **
     if layout.mesh is None:
         return attend(q, k, v, segment_ids, sink_logits)
     k, v = (_repeat_heads(x, layout) for x in (k, v))
-    arrays = (q, k, v, segment_ids, sink_logits)
+    arrays: tuple[Array | None, ...] = (q, k, v, segment_ids, sink_logits)
     heads = P(layout.batch, layout.seq, layout.head)
     specs = (heads, heads, heads, P(layout.batch, layout.seq), P(layout.head))
     in_specs = tuple(None if x is None else s for x, s in zip(arrays, specs, strict=True))
     if explicit := layout.explicit_axes():
-        q, k, v, segment_ids, sink_logits = (
+        arrays = tuple(
             None if x is None else reshard(x, layout.mesh, only(s, explicit))
             for x, s in zip(arrays, specs, strict=True)
         )
@@ -236,7 +247,7 @@ def _sharded_attention(q, k, v, segment_ids, sink_logits, *, layout: _Layout, **
         out_specs=heads,
         axis_names=set(layout.mesh.axis_names) - manual,
         check_vma=not (pallas_kernels.interprets(settings["implementation"]) or vmapped_axes()),
-    )(q, k, v, segment_ids, sink_logits)
+    )(*arrays)
 
 
 def _repeat_heads(x: Float[Array, "B S K H"], layout: _Layout) -> Float[Array, "B S R H"]:

@@ -12,14 +12,15 @@ from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jax import Array, lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from ring_swa_jax import _checks
 from ring_swa_jax import _serialization as _serialization
+from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._attention_fn import attention_fn as attention_fn
 from ring_swa_jax._axis import AxisName, explicit_axes
 from ring_swa_jax._cache import Cache
-from ring_swa_jax._layer import AttentionLayer, KeysValues, Learned, Projected
+from ring_swa_jax._layer import AttentionLayer, KeysValues, Learned, Projected, SharedKeysValues
 from ring_swa_jax._layer_decode import decode, init_cache, keys_values, prefill
 from ring_swa_jax._linen_init import axes_that_divide, repeated_work_is_meant
 from ring_swa_jax._query_scaling import QueryScaling
@@ -40,7 +41,7 @@ class _Parts(NamedTuple):
     out: nn.DenseGeneral
     learned: Learned
 
-    def project(self, x: Array) -> Projected:
+    def project(self, x: Float[Array, "B S E"]) -> Projected:
         """The projections of x, not yet normalised nor rotated."""
         query, *rest = self.projections
         return Projected(query(x), *(None if p is None else p(x) for p in rest))
@@ -109,11 +110,11 @@ class RingSlidingWindowAttention(nn.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B S E"],
+        x: Float[AnyArray, "B S E"],
         *,
-        segment_ids: Int[Array, "B S"] | None = None,
-        positions: Int[Array, "B S"] | None = None,
-        shared_kv: KeysValues | None = None,
+        segment_ids: Int[AnyArray, "B S"] | None = None,
+        positions: Int[AnyArray, "B S"] | None = None,
+        shared_kv: SharedKeysValues | None = None,
     ) -> Float[Array, "B S out_features"]:
         """Attends within whole rows.
 
@@ -151,12 +152,12 @@ class RingSlidingWindowAttention(nn.Module):
 
     def keys_values(
         self,
-        x: Float[Array, "B S E"],
+        x: Float[AnyArray, "B S E"],
         *,
-        segment_ids: Int[Array, "B S"] | None = None,
-        positions: Int[Array, "B S"] | None = None,
+        segment_ids: Int[AnyArray, "B S"] | None = None,
+        positions: Int[AnyArray, "B S"] | None = None,
         cache: Cache | None = None,
-        valid: Bool[Array, "B S"] | None = None,
+        valid: Bool[AnyArray, "B S"] | None = None,
     ) -> KeysValues:
         """Keys and values for later layers with ``kv_shared``, as the NNX module's.
 
@@ -206,10 +207,10 @@ class RingSlidingWindowAttention(nn.Module):
 
     def prefill(
         self,
-        x: Float[Array, "B S E"],
+        x: Float[AnyArray, "B S E"],
         *,
-        segment_ids: Int[Array, "B S"] | None = None,
-        positions: Int[Array, "B S"] | None = None,
+        segment_ids: Int[AnyArray, "B S"] | None = None,
+        positions: Int[AnyArray, "B S"] | None = None,
         max_length: int | None = None,
         max_trim: int = 1,
         relative_positions: bool = False,
@@ -234,12 +235,12 @@ class RingSlidingWindowAttention(nn.Module):
 
     def decode(
         self,
-        x: Float[Array, "B T E"],
+        x: Float[AnyArray, "B T E"],
         cache: Cache,
         *,
-        valid: Bool[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
-        shared_kv: KeysValues | None = None,
+        valid: Bool[AnyArray, "B T"] | None = None,
+        positions: Int[AnyArray, "B T"] | None = None,
+        shared_kv: SharedKeysValues | None = None,
     ) -> tuple[Float[Array, "B T out_features"], Cache]:
         """Attends from the next tokens of each row, as the NNX module does.
 
@@ -267,13 +268,13 @@ class RingSlidingWindowAttention(nn.Module):
         )
 
     @nn.nowrap
-    def _layer_and_parts(self, x: Array) -> tuple[AttentionLayer, _Parts]:
+    def _layer_and_parts(self, x: Shaped[Array, "..."]) -> tuple[AttentionLayer, _Parts]:
         layer = self._layer(x.shape[-1] if self.in_features is None else self.in_features)
         layer.check_input(x)
         return layer, self._parts(layer, x)
 
     @nn.compact
-    def _parts(self, layer: AttentionLayer, x: Array) -> _Parts:
+    def _parts(self, layer: AttentionLayer, x: Float[Array, "B S E"]) -> _Parts:
         """Submodules and parameters; the only method that makes any."""
         dense = functools.partial(
             nn.DenseGeneral,
@@ -315,8 +316,11 @@ class RingSlidingWindowAttention(nn.Module):
         )
 
     @nn.nowrap
-    def _param(self, name: str, init: Initializer, shape) -> Array | None:
-        return None if shape is None else self.param(name, init, shape, self.param_dtype)
+    def _param(self, name: str, init: Initializer, shape) -> Float[Array, "..."] | None:
+        if shape is None:
+            return None
+        # A restored checkpoint may hold NumPy arrays.
+        return jnp.asarray(self.param(name, init, shape, self.param_dtype))
 
 
 def _dot_general(x: Array, sharding_of: Callable[[Array], NamedSharding | None]):

@@ -14,10 +14,11 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Bool, Float, Int
 
 from ring_swa_jax import _serialization as _serialization
+from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._attention_fn import attention_fn as attention_fn
 from ring_swa_jax._axis import AxisName
 from ring_swa_jax._cache import Cache
-from ring_swa_jax._layer import AttentionLayer, KeysValues, Learned, Projected
+from ring_swa_jax._layer import AttentionLayer, KeysValues, Learned, Projected, SharedKeysValues
 from ring_swa_jax._layer_decode import decode, init_cache, keys_values, prefill
 from ring_swa_jax._query_scaling import QueryScaling
 from ring_swa_jax._rope import Rope
@@ -245,11 +246,11 @@ class RingSlidingWindowAttention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B S E"],
+        x: Float[AnyArray, "B S E"],
         *,
-        segment_ids: Int[Array, "B S"] | None = None,
-        positions: Int[Array, "B S"] | None = None,
-        shared_kv: KeysValues | None = None,
+        segment_ids: Int[AnyArray, "B S"] | None = None,
+        positions: Int[AnyArray, "B S"] | None = None,
+        shared_kv: SharedKeysValues | None = None,
     ) -> Float[Array, "B S out_features"]:
         """Attends within whole rows.
 
@@ -279,12 +280,12 @@ class RingSlidingWindowAttention(nnx.Module):
 
     def keys_values(
         self,
-        x: Float[Array, "B S E"],
+        x: Float[AnyArray, "B S E"],
         *,
-        segment_ids: Int[Array, "B S"] | None = None,
-        positions: Int[Array, "B S"] | None = None,
+        segment_ids: Int[AnyArray, "B S"] | None = None,
+        positions: Int[AnyArray, "B S"] | None = None,
         cache: Cache | None = None,
-        valid: Bool[Array, "B S"] | None = None,
+        valid: Bool[AnyArray, "B S"] | None = None,
     ) -> KeysValues:
         """Keys and values as this layer's queries meet them, for later layers with ``kv_shared``.
 
@@ -345,10 +346,10 @@ class RingSlidingWindowAttention(nnx.Module):
 
     def prefill(
         self,
-        x: Float[Array, "B S E"],
+        x: Float[AnyArray, "B S E"],
         *,
-        segment_ids: Int[Array, "B S"] | None = None,
-        positions: Int[Array, "B S"] | None = None,
+        segment_ids: Int[AnyArray, "B S"] | None = None,
+        positions: Int[AnyArray, "B S"] | None = None,
         max_length: int | None = None,
         max_trim: int = 1,
         relative_positions: bool = False,
@@ -391,12 +392,12 @@ class RingSlidingWindowAttention(nnx.Module):
 
     def decode(
         self,
-        x: Float[Array, "B T E"],
+        x: Float[AnyArray, "B T E"],
         cache: Cache,
         *,
-        valid: Bool[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
-        shared_kv: KeysValues | None = None,
+        valid: Bool[AnyArray, "B T"] | None = None,
+        positions: Int[AnyArray, "B T"] | None = None,
+        shared_kv: SharedKeysValues | None = None,
     ) -> tuple[Float[Array, "B T out_features"], Cache]:
         """Attends from the next tokens of each row: a call on the whole sequence, to rounding.
 
@@ -440,7 +441,7 @@ class RingSlidingWindowAttention(nnx.Module):
     def _learned(self) -> Learned:
         return Learned(*map(_value, (self.query_norm, self.key_norm, self.sink_logits)))
 
-    def _project(self, x) -> Projected:
+    def _project(self, x: Float[Array, "B S E"]) -> Projected:
         """The projections of x, not yet normalised nor rotated."""
 
         def project(linear):
@@ -450,10 +451,13 @@ class RingSlidingWindowAttention(nnx.Module):
 
         return Projected(*(project(getattr(self, name)) for name in Projected._fields))
 
-    def _project_out(self, context, x):
+    def _project_out(
+        self, context: Float[Array, "B S N Hv"], x: Float[Array, "B S E"]
+    ) -> Float[Array, "B S out_features"]:
         """The output of a context, sharded as x."""
         return self.out(context, out_sharding=self.layer.sharding_of_output(x))
 
 
-def _value(parameter: nnx.Param | None) -> Array | None:
-    return None if parameter is None else parameter[...]
+def _value(parameter: nnx.Param | None) -> Float[Array, "..."] | None:
+    # A restored checkpoint may hold NumPy arrays.
+    return None if parameter is None else jnp.asarray(parameter[...])

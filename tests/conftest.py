@@ -1,7 +1,16 @@
 """Eight CPU devices, the marker `gpu`, the compile gate's table, and fixtures that all share."""
 
 import jax
+import jaxtyping
 import pytest
+
+from tests.helpers import typechecking
+
+# Before the first import of either package: every function of theirs then checks at each call that
+# its arguments and its result have the types and shapes of its signature.
+jaxtyping.install_import_hook(
+    ["ring_swa_jax", "pallas_kernels"], f"{typechecking.__name__}.checked"
+)
 
 jax.config.update("jax_num_cpu_devices", 8)  # before the first use of a device
 
@@ -21,14 +30,28 @@ def pytest_collection_modifyitems(items):
 def pytest_terminal_summary(terminalreporter):
     """What ptxas said of the kernels that `test_compile.py` compiled, also under xdist."""
     reports = [r for key in ("passed", "failed") for r in terminalreporter.getreports(key)]
-    found = (value for r in reports for key, value in r.user_properties if key == "kernels")
-    kernels = sorted(tuple(kernel) for some in found for kernel in some)
+    properties = [each for r in reports for each in r.user_properties]
+    kernels = sorted(tuple(k) for key, value in properties if key == "kernels" for k in value)
     if not kernels:
         return
-    terminalreporter.section(f"kernels for sm_90a, jax {jax.__version__}")
-    terminalreporter.line(f"{'variant':<28}{'kernel':<36}{'registers':>9}{'spilled':>11}")
+    terminalreporter.section(f"compiled kernels, jax {jax.__version__}")
+    terminalreporter.line(f"{'variant':<36}{'kernel':<36}{'registers':>9}{'spilled':>11}")
     for variant, name, registers, spills in kernels:
-        terminalreporter.line(f"{variant:<28}{name:<36}{registers:>9}{spills:>9} B")
+        terminalreporter.line(f"{variant:<36}{name:<36}{registers:>9}{spills:>9} B")
+    head = ("variant", "backend", "asked", "available", "spilled", "seconds")
+    terminalreporter.section("shared memory of Triton's kernels, bytes of a block of threads")
+    terminalreporter.line("{:<36}{:<9}{:>9}{:>11}{:>9}{:>9}".format(*head))
+    for _, *row in sorted(value for key, value in properties if key == "gpu"):
+        cells = ["-" if cell is None else cell for cell in row]
+        terminalreporter.line("{:<36}{:<9}{:>9}{:>11}{:>9}{:>9}".format(*cells))
+
+
+@pytest.fixture
+def unchecked_signatures():
+    """Lets arguments that break a signature reach the packages' own checks and their messages."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)

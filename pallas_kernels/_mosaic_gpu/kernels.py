@@ -13,9 +13,10 @@ from pallas_kernels import _device, _support
 from pallas_kernels._kernels import BackwardInputs, ForwardInputs, Gradients, Kernels
 from pallas_kernels._mosaic_gpu.backward import choice
 from pallas_kernels._mosaic_gpu.forward.kernel import forward
+from pallas_kernels._mosaic_gpu.padding import is_padding
 from pallas_kernels._mosaic_gpu.primitives import pad_front_to_multiple_of_8
 from pallas_kernels._mosaic_gpu.tiles import MosaicTiles, mosaic_tiles
-from pallas_kernels._spec import KeyRun, Spec, State
+from pallas_kernels._spec import KeyRun, Spec, Starts, State
 from pallas_kernels._xla import XlaKernels
 
 
@@ -62,10 +63,10 @@ class MosaicKernels:
         out_dtype: jnp.dtype,
     ) -> State:
         """As `Kernels.forward`."""
-        query, runs = inputs.query, inputs.runs
+        query, runs = inputs.query, _with_zero_padding(inputs.runs, inputs.start)
         return forward(
             spec,
-            inputs._replace(runs=tuple(pad_front_to_multiple_of_8(run) for run in runs)),
+            inputs._replace(runs=pad_front_to_multiple_of_8(runs)),
             state,
             rows=rows,
             resume=resume,
@@ -73,6 +74,11 @@ class MosaicKernels:
             tiles=_tiles_for(spec, query, runs[0], whole=not resume and out_dtype == query.dtype),
             programs=_programs(spec),
         )
+
+    @property
+    def prefers_fused_halo_forward(self) -> bool:
+        """The halo travels under the launch of the rows that do not see it."""
+        return False
 
     def prefers_fused_halo_backward(self, spec: Spec, inputs: BackwardInputs) -> bool:
         """A fused kernel takes less time for a halo and own keys together than one by one."""
@@ -82,7 +88,7 @@ class MosaicKernels:
         self,
         spec: Spec,
         inputs: BackwardInputs,
-        dquery: Float[Array, "B R N H"] | None,
+        dquery: Float[Array, "B R0 N H"] | None,
         *,
         rows: int,
         dquery_dtype: jnp.dtype,
@@ -125,6 +131,18 @@ def _kernels(name: str, *, deterministic: bool) -> MosaicKernels:
 
 KERNELS: Kernels = _kernels("mosaic_gpu", deterministic=True)
 KERNELS_NONDETERMINISTIC: Kernels = _kernels("mosaic_gpu_nondeterministic", deterministic=False)
+
+
+def _with_zero_padding(runs: tuple[KeyRun, ...], start: Starts) -> tuple[KeyRun, ...]:
+    """The runs with zeros in the own values of padding, whose weights are zero.
+
+    Masks take care of keys and queries. Those of a halo have been zeros when it was sent.
+    """
+    *before, own = runs
+    if not start.ndim or own.offset:
+        return runs
+    value = jnp.where(is_padding(start)[..., None, None], 0, own.value)
+    return (*before, dataclasses.replace(own, value=value))
 
 
 def _programs(spec: Spec) -> int:

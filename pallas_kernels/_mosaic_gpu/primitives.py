@@ -82,17 +82,21 @@ def load_as(ref: Any, layout) -> Array:
     return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]  # jax 0.10's
 
 
-def pad_front_to_multiple_of_8(run: KeyRun) -> KeyRun:
-    """The run with zeros in front, as TMA counts rows by 8.
+def pad_front_to_multiple_of_8(runs: tuple[KeyRun, ...]) -> tuple[KeyRun, ...]:
+    """The runs with zeros in front, as TMA counts rows by 8.
 
     No window reaches these zeros: only the farthest part of a halo has a length that is not a
     multiple of 8.
     """
-    missing = -run.key.shape[1] % 8
-    if not missing:
-        return run
-    pad = ((0, 0), (missing, 0), (0, 0), (0, 0))
-    return KeyRun(jnp.pad(run.key, pad), jnp.pad(run.value, pad), run.offset - missing)
+
+    def padded(run):
+        missing = -run.key.shape[1] % 8
+        if not missing:
+            return run
+        pad = ((0, 0), (missing, 0), (0, 0), (0, 0))
+        return KeyRun(jnp.pad(run.key, pad), jnp.pad(run.value, pad), run.offset - missing)
+
+    return tuple(map(padded, runs))
 
 
 def fori(begin, end, body, carry):

@@ -2,9 +2,10 @@
 
 It loops over the query heads of a group, so nothing is summed afterwards and no atomics are
 needed. A sink is seen by many more queries than its neighbours; what those far from it add comes
-from a launch of its own (`_triton_backward_sinks`).
+from a launch of its own (`backward_sinks`).
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -14,11 +15,12 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels._kernels import Queries
 from pallas_kernels._logits import cap_logits
-from pallas_kernels._masks import sees_near
+from pallas_kernels._masks import is_real, sees_near
 from pallas_kernels._spec import KeyRun, Spec
-from pallas_kernels._tile_ranges import query_plan, sink_chunk_plan
+from pallas_kernels._tile_ranges import query_plan, sink_chunk_plan, with_padding
 from pallas_kernels._triton.blocks import (
     batch_block,
+    div,
     dot,
     exp2_scaled,
     head_parts,
@@ -26,6 +28,8 @@ from pallas_kernels._triton.blocks import (
     load_rows,
     load_vector,
     log2_sums,
+    real_keys,
+    rem,
     store_rows,
 )
 from pallas_kernels._triton.tiles import TritonTiles
@@ -56,7 +60,7 @@ def backward_dkv(
     tiles: TritonTiles,
     wanted: tuple[bool, bool],
     interpret: bool,
-) -> list[Array]:
+) -> Sequence[Array]:
     """Gradients of the keys and values of a run through the first ``rows`` queries.
 
     Args:
@@ -79,17 +83,7 @@ def backward_dkv(
     start, packed = queries.start, queries.start.ndim > 0
     head_blocks = group // tiles.heads
     num_sinks, reach = (0, 0) if far is None else (spec.num_sinks, far.reach)
-    plan = query_plan(
-        start,
-        spec.window,
-        num_sinks,
-        rows=rows,
-        query_tile=tiles.query,
-        offset=run.offset,
-        length=length,
-        key_tile=tiles.key,
-        reach=reach,
-    )
+    plan = _plan(spec, start, run, rows, tiles, num_sinks, reach)
     arrays, blocks = query_operands(queries, group)
     arrays |= {"plan": plan if packed else plan[None], "keys": key_value}
     blocks |= {"plan": batch_block(arrays["plan"]), "keys": tuple(map(key_block, key_value))}
@@ -100,12 +94,7 @@ def backward_dkv(
         arrays["chunks"] = chunks if packed else chunks[None]
         arrays["far"] = [x for x, want in zip(far.parts, wanted, strict=True) if want]
         blocks["chunks"] = batch_block(arrays["chunks"])
-        blocks["far"] = [
-            pl.BlockSpec(
-                (x.shape[0], None, x.shape[2], None, x.shape[4]), lambda t, n, b: (0, b, 0, n, 0)
-            )
-            for x in arrays["far"]
-        ]
+        blocks["far"] = [_parts_block(x) for x in arrays["far"]]
     shapes = [
         shape_like_varying(queries.query, x.shape, out_dtype)
         for x, want in zip(key_value, wanted, strict=True)
@@ -124,55 +113,43 @@ def backward_dkv(
         def seen(i, start):
             return sees_near(i, j, start, spec.window, num_sinks, reach, packed=packed)
 
-        def over(begin, end, acc, masked):
-            """Visits the tiles of all heads of the group in one loop."""
-            count = end - begin
-            inverse = 1 / count.astype(jnp.float32)
-
-            def step(n, acc):
-                block = jnp.int32(0)
-                if head_blocks > 1:
-                    # Exact for so few numbers, and much faster than to divide integers.
-                    block = ((n.astype(jnp.float32) + 0.5) * inverse).astype(jnp.int32)
-                    n = n - block * count
-                first = (begin + n) * tiles.query
+        def over(begin, end, acc, masked, padded=False):
+            def body(begin, block, acc):
                 mask = seen if masked else None
-                pair = load_queries(refs, tiles, first, rows, block, mask)
-                return add_gradients(spec, keys, pair, acc, wanted, interpret)
+                tile = load_queries(refs, tiles, begin, rows, block, mask, padded=padded)
+                return add_gradients(spec, keys, tile, acc, wanted, interpret)
 
-            return lax.fori_loop(0, count * head_blocks, step, acc)
+            return _over_query_tiles(begin, end, tiles.query, head_blocks, body, acc)
 
         acc = zero_gradients(tiles.key, key_value, wanted)
         begin, clear_begin, clear_end, end = (refs["plan"][index, n] for n in range(4))
+        if packed:
+            # Queries whose loads wait for their starts arrive late: only where there is padding.
+            stop = jnp.where(refs["plan"][index, 4] > 0, end, begin)
+            acc = over(begin, stop, acc, True, padded=True)
+            begin, clear_begin, clear_end = (
+                jnp.maximum(x, stop) for x in (begin, clear_begin, clear_end)
+            )
         if tiles.clear:
             acc = over(begin, clear_begin, acc, True)
             acc = over(clear_begin, clear_end, acc, False)
             acc = over(clear_end, end, acc, True)
         else:
             acc = over(begin, end, acc, True)
-        results = finished(spec, acc, wanted)
+        results = scaled_gradients(spec, acc, wanted)
         if "far" in refs:
             assert far is not None
 
-            def add_chunk(c, results):
-                chunk_start = refs["start"][c * far.chunk if packed else 0]
-                row = local - jnp.maximum(chunk_start, 0)
-                own = (row >= 0) & (row < num_sinks)
-                index = (c, jnp.clip(row, 0, num_sinks - 1))
-                parts = (load_rows(ref, index, own) for ref in refs["far"])
-                return [
-                    [x + y for x, y in zip(result, part, strict=True)]
-                    for result, part in zip(results, parts, strict=True)
-                ]
-
-            first_chunk, end_chunk = refs["chunks"][index, 0], refs["chunks"][index, 1]
-            results = lax.fori_loop(first_chunk, end_chunk, add_chunk, results)
+            results = _add_far_sinks(refs, far, local, num_sinks, results)
+        if packed:
+            real = real_keys(refs["start"], run.offset, local, exists)[:, None]
+            results = [[jnp.where(real, x, 0.0) for x in result] for result in results]
         for out_ref, result in zip(out_refs, results, strict=True):
             store_rows(out_ref, key_rows, result, exists)
 
     return pl.pallas_call(
         kernel,
-        grid=(-(-length // tiles.key), num_kv, batch),
+        grid=(pl.cdiv(length, tiles.key), num_kv, batch),
         in_specs=[blocks],
         out_specs=[key_block(x) for x in shapes],
         out_shape=shapes,
@@ -180,6 +157,69 @@ def backward_dkv(
         interpret=interpret,
         name="ring_swa_backward_keys",
     )(arrays)
+
+
+def _plan(
+    spec: Spec,
+    start: Array,
+    run: KeyRun,
+    rows: int,
+    tiles: TritonTiles,
+    num_sinks: int,
+    reach: int,
+) -> Array:
+    """`query_plan`, and whether the queries include padding where they may."""
+    plan = query_plan(
+        start,
+        spec.window,
+        num_sinks,
+        rows=rows,
+        query_tile=tiles.query,
+        offset=run.offset,
+        length=run.key.shape[1],
+        key_tile=tiles.key,
+        reach=reach,
+    )
+    if not start.ndim:
+        return plan
+    return with_padding(plan, start, plan[..., 0], plan[..., 3], tiles.query)
+
+
+def _over_query_tiles(begin, end, size: int, head_blocks: int, body: Callable, acc):
+    """``acc = body(first query, block of heads, acc)`` for tiles of all heads of the group.
+
+    One loop over both, as a loop in a loop would fill its pipeline of loads again and again.
+    """
+    count = end - begin
+    inverse = 1 / count.astype(jnp.float32)
+
+    def step(n, acc):
+        block = jnp.int32(0)
+        if head_blocks > 1:
+            # Exact for so few numbers, and much faster than to divide integers.
+            block = ((n.astype(jnp.float32) + 0.5) * inverse).astype(jnp.int32)
+            n = n - block * count
+        return body((begin + n) * size, block, acc)
+
+    return lax.fori_loop(0, count * head_blocks, step, acc)
+
+
+def _add_far_sinks(refs, far: FarSinks, local: Array, num_sinks: int, results):
+    """Adds what chunks of far queries found for the sinks among the keys ``local``."""
+    index, packed = pl.program_id(0), refs["start"].shape[0] > 1
+
+    def add_chunk(c, results):
+        chunk_start = refs["start"][c * far.chunk if packed else 0]
+        row = local - jnp.maximum(chunk_start, 0)
+        own = (row >= 0) & (row < num_sinks)
+        parts = (load_rows(ref, (c, jnp.clip(row, 0, num_sinks - 1)), own) for ref in refs["far"])
+        return [
+            [x + y for x, y in zip(result, part, strict=True)]
+            for result, part in zip(results, parts, strict=True)
+        ]
+
+    first_chunk, end_chunk = refs["chunks"][index, 0], refs["chunks"][index, 1]
+    return lax.fori_loop(first_chunk, end_chunk, add_chunk, results)
 
 
 def query_operands(queries: Queries, group: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -208,20 +248,28 @@ def key_block(x: Any) -> pl.BlockSpec:
     return pl.BlockSpec((None, x.shape[1], None, x.shape[3]), lambda t, n, b: (b, 0, n, 0))
 
 
-class Pair(NamedTuple):
+def _parts_block(x: Any) -> pl.BlockSpec:
+    """The parts of all chunks for a key head, of [chunks, B, num_sinks, K, dim]."""
+    block = (x.shape[0], None, x.shape[2], None, x.shape[4])
+    return pl.BlockSpec(block, lambda t, n, b: (0, b, 0, n, 0))
+
+
+class QueryTile(NamedTuple):
     """A tile of queries of one head, and which keys they see ([S, Q]; None: all)."""
 
     queries: list[Array]
     douts: list[Array]
-    top: Array
+    lse_log2: Array
     delta: Array
     seen: Array | None
 
 
-def load_queries(refs, tiles: TritonTiles, begin, end: int, block, seen) -> Pair:
-    """Loads the queries at ``begin`` of a block of heads.
+def load_queries(
+    refs, tiles: TritonTiles, begin, end, block, seen, *, padded: bool = False
+) -> QueryTile:
+    """Loads the queries at ``begin`` of a block of heads, none at or behind ``end``.
 
-    ``seen(i, start)`` is the mask, None where all is seen.
+    ``seen(i, start)`` is the mask, None where all is seen. Padding counts as zeros if ``padded``.
     """
     size, heads = tiles.query, tiles.heads
     if heads == 1:
@@ -229,18 +277,23 @@ def load_queries(refs, tiles: TritonTiles, begin, end: int, block, seen) -> Pair
         rows, flat = (pl.ds(begin, size), block), (block, pl.ds(begin, size))
     else:
         row = jnp.arange(size * heads, dtype=jnp.int32)
-        positions, head = begin + lax.div(row, heads), block * heads + lax.rem(row, heads)
+        positions, head = begin + div(row, heads), block * heads + rem(row, heads)
         rows, flat = (positions, head), (head, positions)
-    valid = positions < end if seen is not None and end % size else None
+    ragged = not isinstance(end, int) or end % size
+    valid = positions < end if seen is not None and ragged else None
     mask = None
     if seen is not None:
         packed = refs["start"].shape[0] > 1
         start = refs["start"][0]
         if packed:
-            start = load_vector(refs["start"], (positions,), valid)[None, :]
+            starts = load_vector(refs["start"], (positions,), valid)
+            start = starts[None, :]
         mask = seen(positions[None, :], start)
         mask = mask if valid is None else mask & valid[None, :]
-    return Pair(
+        if padded:
+            real = is_real(positions, starts)
+            valid = real if valid is None else real & valid
+    return QueryTile(
         load_rows(refs["query"], rows, valid),
         load_rows(refs["dout"], rows, valid),
         log2_sums(load_vector(refs["lse"], flat, valid)),
@@ -260,27 +313,32 @@ def zero_gradients(size: int, key_value: tuple[Any, Any], wanted: tuple[bool, bo
 
 
 def add_gradients(
-    spec: Spec, key_value: list[list[Array]], pair: Pair, acc, wanted: tuple[bool, bool], interpret
+    spec: Spec,
+    key_value: list[list[Array]],
+    tile: QueryTile,
+    acc,
+    wanted: tuple[bool, bool],
+    interpret,
 ):
     """Adds the part of a tile of queries to (dkey / scale, dvalue)."""
     key, value = key_value
     dtype = key[0].dtype
-    logits, factor, dcap = cap_logits(spec, inner(spec, key, pair.queries))
-    weights = exp2_scaled(logits, factor, pair.top[None, :], interpret=interpret)
-    if pair.seen is not None:
-        weights = jnp.where(pair.seen, weights, 0.0)
+    logits, factor, dcap = cap_logits(spec, inner(spec, key, tile.queries))
+    weights = exp2_scaled(logits, factor, tile.lse_log2[None, :], interpret=interpret)
+    if tile.seen is not None:
+        weights = jnp.where(tile.seen, weights, 0.0)
     dkey, dvalue = acc
     if wanted[0]:
-        dlogits = weights * (inner(spec, value, pair.douts) - pair.delta[None, :])
+        dlogits = weights * (inner(spec, value, tile.douts) - tile.delta[None, :])
         dlogits = (dlogits if dcap is None else dlogits * dcap).astype(dtype)
-        dkey = tuple(x + dot(spec, dlogits, q) for x, q in zip(dkey, pair.queries, strict=True))
+        dkey = tuple(x + dot(spec, dlogits, q) for x, q in zip(dkey, tile.queries, strict=True))
     if wanted[1]:
         weights = weights.astype(dtype)
-        dvalue = tuple(x + dot(spec, weights, d) for x, d in zip(dvalue, pair.douts, strict=True))
+        dvalue = tuple(x + dot(spec, weights, d) for x, d in zip(dvalue, tile.douts, strict=True))
     return dkey, dvalue
 
 
-def finished(spec: Spec, acc, wanted: tuple[bool, bool]) -> list[list[Array]]:
+def scaled_gradients(spec: Spec, acc, wanted: tuple[bool, bool]) -> list[list[Array]]:
     """The wanted ones of (dkey, dvalue)."""
     dkey, dvalue = acc
     results = ([x * spec.scale for x in dkey], list(dvalue))

@@ -11,6 +11,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels._kernels import BackwardInputs
 from pallas_kernels._logits import cap_logits
+from pallas_kernels._masks import is_real
 from pallas_kernels._spec import Spec
 from pallas_kernels._triton.blocks import (
     dot,
@@ -22,7 +23,7 @@ from pallas_kernels._triton.blocks import (
     log2_sums,
     store_rows,
 )
-from pallas_kernels._triton.key_loop import KeyWalk
+from pallas_kernels._triton.key_loop import KeyLoop
 from pallas_kernels._triton.tiles import TritonTiles
 from pallas_kernels._varying import shape_like_varying
 
@@ -40,54 +41,59 @@ def backward_dq(
     """Gradient of the first ``rows`` queries, ``dquery`` of the first R of them added; delta."""
     query, *_, out, dout, lse = inputs
     batch, _, heads, dim = query.shape
-    walk = KeyWalk(spec, inputs, (0, rows), tiles)
+    loop = KeyLoop(spec, inputs, (0, rows), tiles)
     shapes = (
         shape_like_varying(query, (batch, rows, heads, dim), out_dtype),
         shape_like_varying(query, (batch, heads, rows), jnp.float32),
     )
-    arrays = {**walk.arrays, "query": query, "out": out, "dout": dout, "lse": lse}
+    arrays = {**loop.arrays, "query": query, "out": out, "dout": dout, "lse": lse}
     blocks = {
-        **walk.blocks,
-        "query": walk.head_block(query),
-        "out": walk.head_block(out),
-        "dout": walk.head_block(dout),
-        "lse": walk.lse_block(lse),
+        **loop.blocks,
+        "query": loop.head_block(query),
+        "out": loop.head_block(out),
+        "dout": loop.head_block(dout),
+        "lse": loop.lse_block(lse),
     }
     if dquery is not None:
-        arrays["dquery"], blocks["dquery"] = dquery, walk.head_block(dquery)
+        arrays["dquery"], blocks["dquery"] = dquery, loop.head_block(dquery)
 
     def kernel(refs, dquery_ref, delta_ref):
-        tile = walk.query_tile(refs)
+        tile = loop.query_tile(refs)
         queries, outs, douts = (
             load_rows(refs[name], tile.rows, tile.valid) for name in ("query", "out", "dout")
         )
-        top = log2_sums(load_vector(refs["lse"], tile.flat, tile.valid))
-        delta = jnp.zeros((walk.size,), jnp.float32)
+        lse_log2 = log2_sums(load_vector(refs["lse"], tile.flat, tile.valid))
+        delta = jnp.zeros((loop.size,), jnp.float32)
         for x, y in zip(outs, douts, strict=True):
             delta += (x.astype(jnp.float32) * y.astype(jnp.float32)).sum(axis=1)
+        real = is_real(tile.positions, tile.start) if loop.packed else None
+        if real is not None:
+            delta = jnp.where(real, delta, 0.0)
         plgpu.store(delta_ref.at[tile.flat], delta, mask=tile.valid)
 
-        def visit(acc, keys, values, seen):
+        def body(acc, keys, values, seen):
             logits, factor, dcap = cap_logits(spec, inner(spec, queries, keys))
-            weights = exp2_scaled(logits, factor, top[:, None], interpret=interpret)
+            weights = exp2_scaled(logits, factor, lse_log2[:, None], interpret=interpret)
             if seen is not None:
                 weights = jnp.where(seen, weights, 0.0)
             dlogits = weights * (inner(spec, douts, values) - delta[:, None])
             dlogits = (dlogits if dcap is None else dlogits * dcap).astype(query.dtype)
             return tuple(x + dot(spec, dlogits, key) for x, key in zip(acc, keys, strict=True))
 
-        acc = tuple(jnp.zeros((walk.size, width), jnp.float32) for _, width in head_parts(dim))
-        total = [x * spec.scale for x in walk.fold(refs, tile, visit, acc)]
+        acc = tuple(jnp.zeros((loop.size, width), jnp.float32) for _, width in head_parts(dim))
+        gradient = [x * spec.scale for x in loop.run(refs, tile, body, acc)]
+        if real is not None:
+            gradient = [jnp.where(real[:, None], x, 0.0) for x in gradient]
         if dquery is not None:
             before = load_rows(refs["dquery"], tile.rows, tile.positions < dquery.shape[1])
-            total = [x + y for x, y in zip(total, before, strict=True)]
-        store_rows(dquery_ref, tile.rows, total, tile.valid)
+            gradient = [x + y for x, y in zip(gradient, before, strict=True)]
+        store_rows(dquery_ref, tile.rows, gradient, tile.valid)
 
     dquery, delta = pl.pallas_call(
         kernel,
-        grid=walk.grid,
+        grid=loop.grid,
         in_specs=[blocks],
-        out_specs=[walk.head_block(shapes[0]), walk.lse_block(shapes[1])],
+        out_specs=[loop.head_block(shapes[0]), loop.lse_block(shapes[1])],
         out_shape=list(shapes),
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,

@@ -16,13 +16,13 @@ from pallas_kernels._tile_ranges import sink_query_plan
 from pallas_kernels._triton.backward_dkv import (
     FarSinks,
     add_gradients,
-    finished,
     key_block,
     load_queries,
     query_operands,
+    scaled_gradients,
     zero_gradients,
 )
-from pallas_kernels._triton.blocks import batch_block, load_rows, store_rows
+from pallas_kernels._triton.blocks import batch_block, div, load_rows, rem, store_rows
 from pallas_kernels._triton.tiles import TritonTiles
 from pallas_kernels._varying import shape_like_varying
 
@@ -111,8 +111,8 @@ def _by_chunks(
     arrays |= {"plan": plan if packed else plan[None], "keys": key_value}
     blocks |= {"plan": batch_block(arrays["plan"]), "keys": tuple(map(key_block, key_value))}
     head_blocks = group // tiles.heads
-    num_chunks = -(-rows // chunk)
-    key_tiles = -(-spec.num_sinks // tiles.key)
+    num_chunks = pl.cdiv(rows, chunk)
+    key_tiles = pl.cdiv(spec.num_sinks, tiles.key)
     shapes = [
         shape_like_varying(
             queries.query, (num_chunks, batch, spec.num_sinks, num_kv, x.shape[3]), jnp.float32
@@ -121,8 +121,8 @@ def _by_chunks(
     ]
 
     def kernel(refs, *out_refs):
-        index = lax.div(pl.program_id(0), key_tiles)
-        first_slot = lax.rem(pl.program_id(0), key_tiles) * tiles.key
+        index = div(pl.program_id(0), key_tiles)
+        first_slot = rem(pl.program_id(0), key_tiles) * tiles.key
         slots = first_slot + jnp.arange(tiles.key, dtype=jnp.int32)
         row, position, count = locate(refs["start"][index * chunk if packed else 0])
         count = jnp.minimum(count, length - row)
@@ -134,15 +134,17 @@ def _by_chunks(
             return seen(i, position + slots[:, None], start) & exists[:, None]
 
         def step(n, acc):
-            begin = (first_tile + lax.div(n, head_blocks)) * tiles.query
-            pair = load_queries(refs, tiles, begin, rows, lax.rem(n, head_blocks), seen_by)
-            return add_gradients(spec, keys, pair, acc, BOTH, interpret)
+            begin = (first_tile + div(n, head_blocks)) * tiles.query
+            tile = load_queries(refs, tiles, begin, end_query, rem(n, head_blocks), seen_by)
+            return add_gradients(spec, keys, tile, acc, BOTH, interpret)
 
         first_tile, end_tile = refs["plan"][index, 0], refs["plan"][index, 1]
+        # Queries behind the sequence's last may be padding.
+        end_query = refs["plan"][index, 2] if packed else rows
         steps = jnp.where(count > first_slot, (end_tile - first_tile) * head_blocks, 0)
         acc = zero_gradients(tiles.key, key_value, BOTH)
         acc = lax.fori_loop(0, steps, step, acc)
-        for out_ref, result in zip(out_refs, finished(spec, acc, BOTH), strict=True):
+        for out_ref, result in zip(out_refs, scaled_gradients(spec, acc, BOTH), strict=True):
             store_rows(out_ref, (pl.ds(first_slot, tiles.key),), result, slots < spec.num_sinks)
 
     dkey, dvalue = pl.pallas_call(
@@ -152,7 +154,7 @@ def _by_chunks(
         out_specs=[
             pl.BlockSpec(
                 (None, None, spec.num_sinks, None, x.shape[4]),
-                lambda t, n, b: (lax.div(t, key_tiles), b, 0, n, 0),
+                lambda t, n, b: (div(t, key_tiles), b, 0, n, 0),
             )
             for x in shapes
         ],

@@ -4,11 +4,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels._logits import LOG2_E
+from pallas_kernels._masks import is_real
 from pallas_kernels._spec import Spec
 
 
@@ -67,6 +69,16 @@ def load_vector(ref: Any, index: Rows, valid=None) -> Array:
     return plgpu.load(ref.at[index], mask=valid, other=0)
 
 
+def real_keys(start_ref: Any, offset: int, local: Array, exists) -> Array:
+    """Which keys of a run at ``offset`` are no padding, by their indices in the run.
+
+    A query sees keys before its shard only if its sequence crosses into the shard.
+    """
+    if offset:
+        return offset + local >= start_ref[0]
+    return is_real(local, load_vector(start_ref, (local,), exists))
+
+
 def dot(spec: Spec, x: Array, y: Array) -> Array:
     """A matrix product in float32, exact for float32 inputs unless the spec says otherwise."""
     precision = spec.precision if x.dtype == jnp.float32 else None
@@ -81,17 +93,17 @@ def inner(spec: Spec, xs: list[Array], ys: list[Array]) -> Array:
     return total
 
 
-def exp2_scaled(logits: Array, factor: float, top: Array, *, interpret: bool) -> Array:
-    """``exp2(logits * factor - top)`` with top broadcast over the logits.
+def exp2_scaled(logits: Array, factor: float, shift: Array, *, interpret: bool) -> Array:
+    """``exp2(logits * factor - shift)``, ``shift`` broadcast over the logits.
 
     Two instructions an element: left to the compiler they are seven, for it neither fuses the
-    product with the difference nor flushes what underflows.
+    product and the difference nor flushes what underflows.
     """
     if interpret:
-        return jnp.exp2(logits * factor - top)
+        return jnp.exp2(logits * factor - shift)
     [weights] = plgpu.elementwise_inline_asm(
         "{ .reg .f32 x; fma.rn.f32 x, $1, $2, $3; ex2.approx.ftz.f32 $0, x; }",
-        args=[logits, jnp.full_like(logits, factor), jnp.broadcast_to(-top, logits.shape)],
+        args=[logits, jnp.full_like(logits, factor), jnp.broadcast_to(-shift, logits.shape)],
         constraints="=f,f,f,f",
         pack=1,
         result_shape_dtypes=[jax.ShapeDtypeStruct(logits.shape, jnp.float32)],
@@ -109,6 +121,16 @@ def batch_block(x: Any) -> pl.BlockSpec:
     shared = x.shape[0] == 1
     zeros = (0,) * (x.ndim - 1)
     return pl.BlockSpec((None, *x.shape[1:]), lambda t, n, b: (0 if shared else b, *zeros))
+
+
+def div(x: Array, divisor: int) -> Array:
+    """``x // divisor`` for ``x >= 0``; jnp's floor division has extra steps for negative ones."""
+    return lax.div(x, np.int32(divisor))  # a Python number would be 64-bit under jax_enable_x64
+
+
+def rem(x: Array, divisor: int) -> Array:
+    """``x % divisor`` for ``x >= 0``, as `div`."""
+    return lax.rem(x, np.int32(divisor))
 
 
 def column(x: Array) -> Array:

@@ -5,6 +5,7 @@ that has seen no key, so that no difference of infinities arises.
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -21,7 +22,7 @@ from pallas_kernels._triton.blocks import (
     load_vector,
     store_rows,
 )
-from pallas_kernels._triton.key_loop import KeyWalk
+from pallas_kernels._triton.key_loop import KeyLoop
 from pallas_kernels._triton.tiles import TritonTiles
 from pallas_kernels._varying import shape_like_varying
 
@@ -41,64 +42,64 @@ def forward(
     query, runs, _, sink_logits, _ = inputs
     batch, length, heads, _ = query.shape
     value_dim = runs[0].value.shape[-1]
-    walk = KeyWalk(spec, inputs, rows, tiles)
+    loop = KeyLoop(spec, inputs, rows, tiles)
     shapes = (
         shape_like_varying(query, (batch, length, heads, value_dim), out_dtype),
         shape_like_varying(query, (batch, heads, length), jnp.float32),
     )
-    out_blocks = (walk.head_block(shapes[0]), walk.lse_block(shapes[1]))
-    arrays = {**walk.arrays, "query": query}
-    blocks = {**walk.blocks, "query": walk.head_block(query)}
+    out_blocks = (loop.head_block(shapes[0]), loop.lse_block(shapes[1]))
+    arrays = {**loop.arrays, "query": query}
+    blocks = {**loop.blocks, "query": loop.head_block(query)}
     if sink_logits is not None:
         arrays["sink_logits"], blocks["sink_logits"] = sink_logits, batch_block(sink_logits)
     # The state comes first, so that its leaves are the first operands, to be written in place.
     before = () if state is None else tuple(state)
 
     def kernel(before, refs, out_ref, lse_ref):
-        tile = walk.query_tile(refs)
+        tile = loop.query_tile(refs)
         queries = load_rows(refs["query"], tile.rows, tile.valid)
         if resume:
             out, lse = before
             acc = [x.astype(jnp.float32) for x in load_rows(out, tile.rows, tile.valid)]
             lse = load_vector(lse, tile.flat, tile.valid)
-            top = jnp.where(lse > -jnp.inf, lse * LOG2_E, LOWEST)
-            total = jnp.where(lse > -jnp.inf, 1.0, 0.0)
+            row_max = jnp.where(lse > -jnp.inf, lse * LOG2_E, LOWEST)
+            row_sum = jnp.where(lse > -jnp.inf, np.float32(1), np.float32(0))
         else:
             widths = [width for _, width in head_parts(value_dim)]
-            acc = [jnp.zeros((walk.size, width), jnp.float32) for width in widths]
-            top = jnp.full((walk.size,), LOWEST, jnp.float32)
-            total = jnp.zeros((walk.size,), jnp.float32)
+            acc = [jnp.zeros((loop.size, width), jnp.float32) for width in widths]
+            row_max = jnp.full((loop.size,), LOWEST, jnp.float32)
+            row_sum = jnp.zeros((loop.size,), jnp.float32)
             if sink_logits is not None:
-                learned = walk.head_values(refs["sink_logits"])
-                top = jnp.maximum(top, learned * LOG2_E)
-                total = jnp.where(learned > -jnp.inf, 1.0, total)
+                learned = loop.head_values(refs["sink_logits"])
+                row_max = jnp.maximum(row_max, learned * LOG2_E)
+                row_sum = jnp.where(learned > -jnp.inf, 1.0, row_sum)
 
-        def absorb(carry, keys, values, seen):
-            top, total, *acc = carry
+        def softmax_step(carry, keys, values, seen):
+            row_max, row_sum, *acc = carry
             logits, factor, _ = cap_logits(spec, inner(spec, queries, keys))
             if seen is not None:
                 logits = jnp.where(seen, logits, -jnp.inf)
-            new_top = jnp.maximum(top, logits.max(axis=1) * factor)
-            shrink = jnp.exp2(top - new_top)
-            weights = exp2_scaled(logits, factor, new_top[:, None], interpret=interpret)
-            total = total * shrink + weights.sum(axis=1)
+            new_max = jnp.maximum(row_max, logits.max(axis=1) * factor)
+            rescale = jnp.exp2(row_max - new_max)
+            weights = exp2_scaled(logits, factor, new_max[:, None], interpret=interpret)
+            row_sum = row_sum * rescale + weights.sum(axis=1)
             weights = weights.astype(values[0].dtype)
             acc = [
-                x * shrink[:, None] + dot(spec, weights, value)
+                x * rescale[:, None] + dot(spec, weights, value)
                 for x, value in zip(acc, values, strict=True)
             ]
-            return new_top, total, *acc
+            return new_max, row_sum, *acc
 
-        top, total, *acc = walk.fold(refs, tile, absorb, (top, total, *acc))
-        alive = total > 0
-        inverse = jnp.where(alive, 1 / total, 0.0)
+        row_max, row_sum, *acc = loop.run(refs, tile, softmax_step, (row_max, row_sum, *acc))
+        has_keys = row_sum > 0
+        inverse = jnp.where(has_keys, 1 / row_sum, 0.0)
         store_rows(out_ref, tile.rows, [x * inverse[:, None] for x in acc], tile.valid)
-        lse = jnp.where(alive, top / LOG2_E + jnp.log(total), -jnp.inf)
+        lse = jnp.where(has_keys, row_max / LOG2_E + jnp.log(row_sum), -jnp.inf)
         plgpu.store(lse_ref.at[tile.flat], lse, mask=tile.valid)
 
     out, lse = pl.pallas_call(
         kernel,
-        grid=walk.grid,
+        grid=loop.grid,
         in_specs=[out_blocks[: len(before)], blocks],
         out_specs=list(out_blocks),
         out_shape=list(shapes),

@@ -9,14 +9,15 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from pallas_kernels import _support
+from pallas_kernels import _device, _support
 from pallas_kernels._kernels import BackwardInputs, ForwardInputs, Gradients, Kernels, Queries
 from pallas_kernels._spec import KeyRun, SinkRun, Spec, State
 from pallas_kernels._triton.backward_dkv import FarSinks, backward_dkv
 from pallas_kernels._triton.backward_dq import backward_dq
 from pallas_kernels._triton.backward_sinks import backward_fetched_sinks, backward_own_sinks
 from pallas_kernels._triton.forward import forward
-from pallas_kernels._triton.tiles import TritonPlan, sink_tile, triton_plan
+from pallas_kernels._triton.plans import Shapes, triton_plan
+from pallas_kernels._triton.tiles import TritonPlan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +38,11 @@ class TritonKernels:
                 f"implementation={self.name!r} counts elements in 32 bits, got q of shape "
                 f"{query.shape}"
             )
+        self._plan(spec, query, value)
 
     def query_tile_rows(self, spec: Spec, query: Float[Array, "B T N H"], run: KeyRun) -> int:
         """As `Kernels.query_tile_rows`."""
-        return _plan(spec, query, run).forward.query
+        return self._plan(spec, query, run.value).forward.query
 
     def forward(
         self,
@@ -60,9 +62,14 @@ class TritonKernels:
             rows=rows,
             resume=resume,
             out_dtype=out_dtype,
-            tiles=_plan(spec, inputs.query, inputs.runs[0]).forward,
+            tiles=self._plan(spec, inputs.query, inputs.runs[0].value).forward,
             interpret=_support.interprets("triton"),
         )
+
+    @property
+    def prefers_fused_halo_forward(self) -> bool:
+        """The halo travels under the launch of the rows that do not see it."""
+        return False
 
     def prefers_fused_halo_backward(self, spec: Spec, inputs: BackwardInputs) -> bool:
         """The halo's gradients travel under the launch of the shard's own keys."""
@@ -73,7 +80,7 @@ class TritonKernels:
         self,
         spec: Spec,
         inputs: BackwardInputs,
-        dquery: Float[Array, "B R N H"] | None,
+        dquery: Float[Array, "B R0 N H"] | None,
         *,
         rows: int,
         dquery_dtype: jnp.dtype,
@@ -81,7 +88,7 @@ class TritonKernels:
     ) -> Gradients:
         """As `Kernels.backward`."""
         query, runs, sinks, start, _, dout, lse = inputs
-        plan = _plan(spec, query, runs[0])
+        plan = self._plan(spec, query, runs[0].value)
         interpret = _support.interprets("triton")
         dquery, delta = backward_dq(
             spec,
@@ -93,23 +100,37 @@ class TritonKernels:
             interpret=interpret,
         )
         queries = Queries(query, dout, lse, delta, start)
-        sink_tiles = dataclasses.replace(plan.dkey, key=sink_tile(spec.num_sinks))
         dsinks = None
         if sinks is not None:
+            assert plan.sinks is not None
             key_value = (sinks.key.astype(query.dtype), sinks.value.astype(query.dtype))
             parts = backward_fetched_sinks(
-                spec, queries, key_value, rows=rows, tiles=sink_tiles, interpret=interpret
+                spec, queries, key_value, rows=rows, tiles=plan.sinks, interpret=interpret
             )
             dsinks = SinkRun(*(x.sum(0) for x in parts))
         dkeys = []
         for run in runs:
             far = None
             if spec.sinks_in(run.offset):
+                assert plan.sinks is not None
                 far = backward_own_sinks(
-                    spec, queries, run, rows=rows, tiles=sink_tiles, interpret=interpret
+                    spec, queries, run, rows=rows, tiles=plan.sinks, interpret=interpret
                 )
             dkeys.append(_dkv_of_run(spec, queries, run, far, plan, rows, dkey_dtype, interpret))
         return Gradients(dquery, tuple(dkeys), dsinks, delta)
+
+    def _plan(
+        self, spec: Spec, query: Float[Array, "B T N H"], value: Float[Array, "B S K Hv"]
+    ) -> TritonPlan:
+        _, rows, heads, head_dim = query.shape
+        num_kv, value_dim = value.shape[2:]
+        return triton_plan(
+            self.name,
+            Shapes(
+                query.dtype, head_dim, value_dim, spec.window, heads // num_kv, rows, spec.num_sinks
+            ),
+            None if _support.interprets("triton") else _device.compiled_gpu(),
+        )
 
 
 KERNELS: Kernels = TritonKernels()
@@ -146,10 +167,3 @@ def _dkv_of_run(
         )
     )
     return dkey, dvalue
-
-
-def _plan(spec: Spec, query: Float[Array, "B T N H"], run: KeyRun) -> TritonPlan:
-    heads, dim = query.shape[2:]
-    group = heads // run.key.shape[2]
-    plan = triton_plan(query.dtype, dim, run.value.shape[-1], spec.window, group)
-    return plan.fit(query.shape[1])

@@ -1,4 +1,4 @@
-"""The walk of a tile of queries over its keys, which the forward and the dquery kernel share."""
+"""The loop of a tile of queries over its keys, which the forward and the dquery kernel share."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,9 +9,18 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels._kernels import BackwardInputs, ForwardInputs
 from pallas_kernels._masks import sees, sees_fetched_sink, sees_sink_before
-from pallas_kernels._spec import Spec
-from pallas_kernels._tile_ranges import fetched_sink_key_plan, key_plan
-from pallas_kernels._triton.blocks import Rows, batch_block, column, load_rows, load_vector
+from pallas_kernels._spec import KeyRun, Spec
+from pallas_kernels._tile_ranges import fetched_sink_key_plan, key_plan, with_padding
+from pallas_kernels._triton.blocks import (
+    Rows,
+    batch_block,
+    column,
+    div,
+    load_rows,
+    load_vector,
+    real_keys,
+    rem,
+)
 from pallas_kernels._triton.tiles import TritonTiles, sink_tile
 
 
@@ -30,12 +39,12 @@ class QueryTile(NamedTuple):
     start: Array
 
 
-class KeyWalk:
+class KeyLoop:
     """A launch of one program a tile of queries, on the grid (tiles, N / heads of a tile, B).
 
     A tile holds ``tiles.query`` positions of one or several heads of a group, which read the same
     keys: in a short window fewer of these are then masked.
-    ``arrays`` and ``blocks`` hold what the walk reads: plans, starts, keys and fetched sinks.
+    ``arrays`` and ``blocks`` hold what the loop reads: plans, starts, keys and fetched sinks.
     """
 
     def __init__(
@@ -51,22 +60,10 @@ class KeyWalk:
         group = query.shape[2] // runs[0].key.shape[2]
         self.heads = tiles.heads
         self.size = tiles.query * self.heads
-        self.num_tiles = -(-(rows[1] - rows[0]) // tiles.query)
+        self.num_tiles = pl.cdiv(rows[1] - rows[0], tiles.query)
         self.grid = (self.num_tiles, query.shape[2] // self.heads, query.shape[0])
         self.packed = start.ndim > 0
-        plans = [
-            key_plan(
-                start,
-                spec.window,
-                spec.sinks_in(run.offset),
-                rows=rows,
-                query_tile=tiles.query,
-                offset=run.offset,
-                length=run.key.shape[1],
-                key_tile=tiles.key,
-            )
-            for run in runs
-        ]
+        plans = [self._plan(start, run) for run in runs]
         self.arrays: dict[str, Any] = {
             "start": start if self.packed else start.reshape(1, 1),
             "plans": [plan if self.packed else plan[None] for plan in plans],
@@ -85,13 +82,29 @@ class KeyWalk:
                 rows=rows,
                 query_tile=tiles.query,
                 length=sinks.key.shape[1],
-                key_tile=sink_tile(spec.num_sinks),
+                key_tile=self._sink_tile(),
             )
             self.arrays["sink_plan"] = plan if self.packed else plan[None]
             # Fetched sinks hold values of the keys' dtype, so this cast loses nothing.
             self.arrays["sinks"] = tuple(x.astype(query.dtype) for x in sinks)
             self.blocks["sink_plan"] = batch_block(self.arrays["sink_plan"])
             self.blocks["sinks"] = tuple(self._key_block(x, group) for x in sinks)
+
+    def _plan(self, start: Array, run: KeyRun) -> Array:
+        """`key_plan`, and whether the keys include padding where they may: in the shard's own."""
+        plan = key_plan(
+            start,
+            self.spec.window,
+            self.spec.sinks_in(run.offset),
+            rows=self.rows,
+            query_tile=self.tiles.query,
+            offset=run.offset,
+            length=run.key.shape[1],
+            key_tile=self.tiles.key,
+        )
+        if not self.packed or run.offset:
+            return plan
+        return with_padding(plan, start, plan[..., 2], plan[..., 5], self.tiles.key)
 
     def head_block(self, x: Any) -> pl.BlockSpec:
         """All rows of the heads of a tile, of [B, rows, N, dim]."""
@@ -104,23 +117,27 @@ class KeyWalk:
         heads = None if self.heads == 1 else self.heads
         return pl.BlockSpec((None, heads, x.shape[2]), lambda t, n, b: (b, n, 0))
 
+    def _sink_tile(self) -> int:
+        """Sinks of a step: no more than its keys, so that they take no more shared memory."""
+        return min(sink_tile(self.spec.num_sinks), self.tiles.key)
+
     def _key_block(self, x: Any, group: int) -> pl.BlockSpec:
         sharing = group // self.heads
         block = (None, x.shape[1], None, x.shape[3])
-        return pl.BlockSpec(block, lambda t, n, b: (b, 0, lax.div(n, sharing), 0))
+        return pl.BlockSpec(block, lambda t, n, b: (b, 0, div(n, sharing), 0))
 
     def query_tile(self, refs) -> QueryTile:
         """This program's queries; the last ones, which see most under a causal mask, go first."""
         index = self.num_tiles - 1 - pl.program_id(0)
         begin = self.rows[0] + index * self.tiles.query
         row = jnp.arange(self.size, dtype=jnp.int32)
-        positions = begin + lax.div(row, self.heads)
+        positions = begin + div(row, self.heads)
         rows: Rows
         flat: Rows
         if self.heads == 1:
             rows = flat = (pl.ds(begin, self.size),)
         else:
-            head = lax.rem(row, self.heads)
+            head = rem(row, self.heads)
             rows, flat = (positions, head), (head, positions)
         ragged = (self.rows[1] - self.rows[0]) % self.tiles.query
         valid = positions < self.rows[1] if ragged else None
@@ -135,46 +152,58 @@ class KeyWalk:
         if self.heads == 1:
             return ref[first]
         row = jnp.arange(self.size, dtype=jnp.int32)
-        return load_vector(ref, (first + lax.rem(row, self.heads),))
+        return load_vector(ref, (first + rem(row, self.heads),))
 
-    def fold(self, refs, tile: QueryTile, visit: Callable, carry):
-        """Folds ``visit(carry, keys, values, seen)`` over all keys that the tile sees.
+    def run(self, refs, tile: QueryTile, body: Callable, carry):
+        """Runs ``carry = body(carry, keys, values, seen)`` for each tile of keys that is seen.
 
         ``seen`` is None where every query of the tile sees every key.
         """
         for plan, offset, key_value in zip(refs["plans"], self.offsets, refs["keys"], strict=True):
-            carry = self._fold_run(refs, plan, offset, key_value, tile, visit, carry)
+            carry = self._run_keys(refs, plan, offset, key_value, tile, body, carry)
         if "sinks" in refs:
-            carry = self._fold_fetched_sinks(refs, tile, visit, carry)
+            carry = self._run_fetched_sinks(refs, tile, body, carry)
         return carry
 
-    def _fold_run(self, refs, plan_ref, offset, key_value, tile: QueryTile, visit, carry):
+    def _run_keys(self, refs, plan_ref, offset, key_value, tile: QueryTile, body, carry):
         size, length = self.tiles.key, key_value[0].shape[0]
         num_sinks = self.spec.sinks_in(offset)
 
-        def step(t, carry, masked=True):
+        def real(local, exists):
+            return real_keys(refs["start"], offset, local, exists)
+
+        def step(t, carry, masked=True, padded=bool(offset) and self.packed):
             begin = t * size
             if not masked:
                 rows = (pl.ds(begin, size),)
-                return visit(carry, *(load_rows(ref, rows) for ref in key_value), None)
-            keys, values, local, exists = _load_ragged(key_value, begin, size, length)
+                return body(carry, *(load_rows(ref, rows) for ref in key_value), None)
+            keys, values, local, exists = _load_tile(
+                key_value, begin, size, length, real if padded else None
+            )
             i, start = column(tile.positions), column(tile.start)
             j = offset + local[None, :]
             seen = sees(i, j, start, self.spec.window, num_sinks, packed=self.packed)
-            return visit(carry, keys, values, seen if exists is None else seen & exists[None, :])
+            return body(carry, keys, values, seen if exists is None else seen & exists[None, :])
 
         begin, clear_begin, clear_end, end = (plan_ref[tile.number, n] for n in range(2, 6))
         if num_sinks:
-            carry = self._fold_own_sinks(refs, begin * size, key_value, tile, visit, carry)
+            carry = self._run_own_sinks(refs, begin * size, key_value, tile, body, carry)
+        if self.packed and not offset:
+            # Keys whose loads wait for their starts arrive late: only where there is padding.
+            stop = jnp.where(plan_ref[tile.number, 6] > 0, end, begin)
+            carry = lax.fori_loop(begin, stop, lambda t, c: step(t, c, padded=True), carry)
+            begin, clear_begin, clear_end = (
+                jnp.maximum(x, stop) for x in (begin, clear_begin, clear_end)
+            )
         if self.tiles.clear:
             carry = lax.fori_loop(begin, clear_begin, step, carry)
             carry = lax.fori_loop(clear_begin, clear_end, lambda t, c: step(t, c, False), carry)
             return lax.fori_loop(clear_end, end, step, carry)
         return lax.fori_loop(begin, end, step, carry)
 
-    def _fold_own_sinks(self, refs, end, key_value, tile: QueryTile, visit, carry):
+    def _run_own_sinks(self, refs, end, key_value, tile: QueryTile, body, carry):
         """The sinks before key ``end``: of the first query's sequence, as the plan says."""
-        size = sink_tile(self.spec.num_sinks)
+        size = self._sink_tile()
         row = self.rows[0] + tile.number * self.tiles.query if self.packed else 0
         first = jnp.maximum(refs["start"][row], 0)
         stop = jnp.minimum(refs["start"][row] + self.spec.num_sinks, end)
@@ -187,28 +216,39 @@ class KeyWalk:
             )
             i, start = column(tile.positions), column(tile.start)
             seen = sees_sink_before(i, j[None, :], start, self.spec.num_sinks, stop)
-            return visit(carry, keys, values, seen)
+            return body(carry, keys, values, seen)
 
-        count = lax.div(jnp.maximum(stop - first, 0) + size - 1, size)
+        count = div(jnp.maximum(stop - first, 0) + size - 1, size)
         return lax.fori_loop(0, count, step, carry)
 
-    def _fold_fetched_sinks(self, refs, tile: QueryTile, visit, carry):
-        size, length = sink_tile(self.spec.num_sinks), refs["sinks"][0].shape[0]
+    def _run_fetched_sinks(self, refs, tile: QueryTile, body, carry):
+        size, length = self._sink_tile(), refs["sinks"][0].shape[0]
         crossing = refs["start"][0]
 
+        def fetched(slots, exists):
+            del exists
+            return crossing + slots < 0
+
         def step(t, carry):
-            keys, values, slots, exists = _load_ragged(refs["sinks"], t * size, size, length)
+            keys, values, slots, exists = _load_tile(
+                refs["sinks"], t * size, size, length, fetched if self.packed else None
+            )
             i, start = column(tile.positions), column(tile.start)
             j = crossing + slots[None, :]
             seen = sees_fetched_sink(i, j, start, self.spec.window, self.spec.num_sinks)
-            return visit(carry, keys, values, seen if exists is None else seen & exists[None, :])
+            return body(carry, keys, values, seen if exists is None else seen & exists[None, :])
 
         return lax.fori_loop(0, refs["sink_plan"][tile.number], step, carry)
 
 
-def _load_ragged(key_value, begin, size: int, length: int):
-    """Keys and values of a tile, their indices, and which exist (None: all)."""
+def _load_tile(key_value, begin, size: int, length: int, real: Callable | None):
+    """Keys and values of a tile, their indices, and which exist (None: all).
+
+    ``real(indices, exists)`` says which do not count as zeros; None stands for all.
+    """
     local = begin + jnp.arange(size, dtype=jnp.int32)
     exists = local < length if length % size else None
+    if real is not None:
+        exists = real(local, exists) if exists is None else exists & real(local, exists)
     keys, values = (load_rows(ref, (pl.ds(begin, size),), exists) for ref in key_value)
     return keys, values, local, exists

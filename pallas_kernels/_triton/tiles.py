@@ -2,9 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
-
-import jax.numpy as jnp
 
 from pallas_kernels._tiles import Tiles
 
@@ -50,64 +47,26 @@ class TritonPlan:
     """Tiles of the Triton kernels.
 
     With ``dvalue``, dkey and dvalue are computed in two launches: where one does not fit into
-    registers, the logits are better computed twice.
+    registers, the logits are better computed twice. ``sinks`` is for the launches that compute
+    sinks' gradients, by tiles of sinks; None without any.
     """
 
     forward: TritonTiles
     dquery: TritonTiles
     dkey: TritonTiles
     dvalue: TritonTiles | None = None
+    sinks: TritonTiles | None = None
 
-    def of_group(self, group: int) -> "TritonPlan":
-        """The plan for so many query heads a key head."""
-        return self._map(lambda tiles: tiles.of_group(group))
-
-    def fit(self, rows: int) -> "TritonPlan":
-        """The plan with no tile larger than a shard of ``rows`` asks for."""
-        return self._map(lambda tiles: tiles.fit(rows, rows))
-
-    def _map(self, function: Callable[[TritonTiles], TritonTiles]) -> "TritonPlan":
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return TritonPlan(**{name: x and function(x) for name, x in fields.items()})
-
-
-def triton_plan(dtype, head_dim: int, value_dim: int, window: int | None, group: int) -> TritonPlan:
-    """The plan for these inputs: what won in ``benchmarks.tiles`` on an H100.
-
-    Several heads of a group in a tile waste less at the edges of a window; between them, more
-    rows of one head are as fast or faster.
-    """
-    dim = max(head_dim, value_dim)
-    clear = window is None or window >= 256
-    short = window is not None and window < 2048
-    if jnp.dtype(dtype).itemsize > 2:
-        tiles = TritonTiles(32 if dim > 64 else 64, 32, 4, 2, clear)
-        plan = TritonPlan(tiles, tiles, tiles, dvalue=tiles if dim > 128 else None)
-    elif dim <= 64:
-        plan = TritonPlan(
-            TritonTiles(128, 64, 4, 3) if clear else TritonTiles(16, 32, 4, 3, clear, heads=8),
-            TritonTiles(64, 32, 4, 3) if clear else TritonTiles(8, 32, 4, 3, clear, heads=8),
-            TritonTiles(64, 64, 4, 3) if clear else TritonTiles(16, 64, 4, 3, clear, heads=4),
-        )
-    elif dim <= 128:
-        packed = short and group % 8 == 0
-        one_head = TritonTiles(64, 64, 4, 2, clear)
-        dquery = TritonTiles(16, 32, 4, 3, clear, heads=8) if packed else one_head
-        plan = TritonPlan(
-            TritonTiles(16, 64, 8, 3, clear, heads=8)
-            if packed
-            else TritonTiles(128, 128 if window is None else 64, 8, 3, clear),
-            TritonTiles(128, 64, 8, 3) if window is None else dquery,
-            one_head if short else TritonTiles(16, 64, 4, 2, heads=4),
-        )
-    else:
-        plan = TritonPlan(
-            TritonTiles(128, 64, 8, 2, clear),
-            TritonTiles(128, 32, 8, 3, clear),
-            TritonTiles(64, 64, 4, 2, clear),
-            dvalue=TritonTiles(64, 128, 8, 2, clear),
-        )
-    return plan.of_group(group)
+    def kernels(self) -> dict[str, TritonTiles]:
+        """The tiles of each kernel, named as in `shared_memory`; "sinks" is a "dkey_dvalue"."""
+        named = {
+            "forward": self.forward,
+            "dquery": self.dquery,
+            "dkey_dvalue" if self.dvalue is None else "dkey": self.dkey,
+            "dvalue": self.dvalue,
+            "sinks": self.sinks,
+        }
+        return {name: tiles for name, tiles in named.items() if tiles is not None}
 
 
 def sink_tile(num_sinks: int) -> int:

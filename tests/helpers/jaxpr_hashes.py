@@ -10,9 +10,9 @@ import re
 import jax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from tests.helpers import compile_target
 from tests.helpers.kernel_variants import VARIANTS
 
-HOPPER = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="cuda")
 # Where a function stands, what it is called, where an object lies in memory, and which Python
 # types hold the arguments of a call.
 PLACES = re.compile(
@@ -20,14 +20,17 @@ PLACES = re.compile(
 )
 
 
-def abstract_mesh(devices):
-    """Mesh of so many Hopper GPUs, none of them here, with the axis "seq"."""
-    return AbstractMesh((devices,), ("seq",), axis_types=(AxisType.Auto,), abstract_device=HOPPER)
+def abstract_mesh(devices, target="h100"):
+    """Mesh of so many GPUs, none of them here, with the axis "seq"."""
+    device = AbstractDevice(
+        device_kind=compile_target.device_kind(target), num_cores=None, platform="cuda"
+    )
+    return AbstractMesh((devices,), ("seq",), axis_types=(AxisType.Auto,), abstract_device=device)
 
 
 def hash_of(variant):
     """Hash of the variant's jaxpr, without names and places in files."""
-    mesh = abstract_mesh(variant.devices)
+    mesh = abstract_mesh(variant.devices, variant.target)
     with jax.sharding.use_abstract_mesh(mesh):
         jaxpr = jax.make_jaxpr(variant.program)(*variant.arguments(mesh))
     text = PLACES.sub("", jaxpr.pretty_print(use_color=False))

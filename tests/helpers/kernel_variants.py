@@ -8,7 +8,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ring_swa_jax as rsj
-from tests.helpers import hopper
+from pallas_kernels import _device
+from pallas_kernels._triton.plans import Shapes, launch_bytes, triton_plan
+from tests.helpers import compile_target
 from tests.helpers.models import MODELS, Model
 
 FORWARD, QUERY, KEYS = "ring_swa_forward", "ring_swa_backward_query", "ring_swa_backward_keys"
@@ -28,16 +30,37 @@ class Variant:
     sinks: int = 0
     segments: bool = False
     implementation: str | None = "triton"
+    target: str = "h100"
+
+    def takes_mosaic(self):
+        """Whether Mosaic GPU's kernels compute it."""
+        return self.implementation != "triton" and self.target == "h100"
 
     def kernels(self):
         """The names of those that compute it."""
-        if self.implementation != "triton" and self.is_short():
+        if self.takes_mosaic() and self.is_short():
             return {FORWARD, SHORT, QUERY, KEYS} if self.devices > 1 else {FORWARD, SHORT}
-        if self.implementation != "triton":
+        if self.takes_mosaic():
             # Who finishes the gradients of queries of a chunk; those of hops are float32.
             own = {SINKS} if self.sinks else set() if self.rounds_within() else {FINISH}
             return {FORWARD, FUSED} | own | ({FINISH} if self.hops() > 1 else set())
         return {FORWARD, QUERY, KEYS, SINKS} if self.sinks else {FORWARD, QUERY, KEYS}
+
+    def shared_memory(self):
+        """(asked, available): the most bytes of shared memory of a Triton kernel, as planned."""
+        (heads, kv_heads), (dim, value_dim) = self.model.heads, self.model.dims
+        window = (
+            self.model.window
+            if self.model.window and self.model.window < self.chunk * self.devices
+            else None
+        )
+        shapes = Shapes(
+            jnp.dtype(self.dtype), dim, value_dim, window, heads // kv_heads, self.chunk, self.sinks
+        )
+        gpu = _device.gpu_of_kind(compile_target.device_kind(self.target))
+        plan = triton_plan("triton", shapes, gpu).kernels()
+        asked = (launch_bytes(*kernel, shapes, gpu.capability) for kernel in plan.items())
+        return max(asked), gpu.shared_memory
 
     def hops(self):
         """Of the halo."""
@@ -95,9 +118,9 @@ class Variant:
         return out, pull(dout)
 
     def compile(self):
-        """hopper.Program of the output and all gradients."""
-        arguments = self.arguments(hopper.mesh(self.devices))
-        return hopper.compile_program(self.program, arguments, self.devices)
+        """compile_target.Program of the output and all gradients."""
+        arguments = self.arguments(compile_target.mesh(self.devices, self.target))
+        return compile_target.compile_program(self.program, arguments, self.devices, self.target)
 
 
 # Every kernel of the model table; the models left out differ in numbers of heads alone.
@@ -133,3 +156,25 @@ VARIANTS["nondeterministic"] = dataclasses.replace(
     VARIANTS["mistral_7b_global"], implementation="mosaic_gpu_nondeterministic", chunk=4096
 )
 VARIANTS["default"] = Variant(MISTRAL, implementation=None, chunk=16384)
+
+# What other GPUs get by default, with fewer heads; where a window reaches over the sequence it is
+# none. No head size of theirs is left out, but the ring is one of heads of 128.
+TARGETS = ("a100", "l4", "rtx_pro_6000", "b200")
+ELSEWHERE = {
+    "gpt_oss": VARIANTS["gpt_oss"],
+    "phi3_mini": VARIANTS["phi3_mini"],
+    "mistral_7b_global": VARIANTS["mistral_7b_global"],
+    "window_beyond": Variant(MISTRAL, chunk=2048),
+    "mimo_v2_flash": VARIANTS["mimo_v2_flash"],
+    "gemma2_9b": VARIANTS["gemma2_9b"],
+    "float32": VARIANTS["float32"],
+    "float32_256": Variant(MODELS["gemma3_4b"], dtype="float32"),
+    "sinks_segments": VARIANTS["sinks_segments"],
+    "mistral_7b_ring": VARIANTS["mistral_7b_ring"],
+}
+VARIANTS |= {
+    f"{name}_{target}": dataclasses.replace(variant, implementation=None, target=target)
+    for target in TARGETS
+    for name, variant in ELSEWHERE.items()
+}
+VARIANTS["float32_256"] = ELSEWHERE["float32_256"]

@@ -1,7 +1,5 @@
 """The odd cases by name: windows at chunk edges, sinks far away, documents at edges, padding."""
 
-import random
-
 from tests.helpers.cases import Case
 
 # Documents of two rows over 4 chunks of 6: ends on, before and after an edge; padding inside.
@@ -52,21 +50,3 @@ ODD = {
     "bfloat16": Case(8, 4, 9, sinks=2, dtype="bfloat16", learned=True, heads=(4, 2)),
     "float16": Case(8, 4, 9, sinks=2, dtype="float16", learned=True, heads=(4, 2)),
 }
-
-
-def routes_of(case):
-    """Names of the routes that can run the case."""
-    routes = []
-    if case.packed or case.documents is None:
-        routes += ["shard", "shard_novma"]
-        routes += ["one_device"] if case.devices == 1 else []
-        routes += ["shard_tuple"] if case.devices % 2 == 0 else []
-    if not case.packed:
-        routes += ["global", "global_explicit"]
-        routes += ["global_local", "reference"] if case.devices == 1 else []
-    return routes
-
-
-def route_of(case):
-    """One of them, chosen by the case's seed."""
-    return random.Random(repr(case)).choice(routes_of(case))

@@ -6,6 +6,7 @@ it runs on (None: one device).
 
 import contextlib
 import math
+import random
 
 import jax
 import jax.numpy as jnp
@@ -122,6 +123,24 @@ ROUTES = {
     "global_local": over_mesh(sizes=dict(other=1), seq_axis=None),
     "reference": dense,
 }
+
+
+def routes_of(case):
+    """Names of the `ROUTES` that can run the case."""
+    routes = []
+    if case.packed or case.documents is None:
+        routes += ["shard", "shard_novma"]
+        routes += ["one_device"] if case.devices == 1 else []
+        routes += ["shard_tuple"] if case.devices % 2 == 0 else []
+    if not case.packed:
+        routes += ["global", "global_explicit"]
+        routes += ["global_local", "reference"] if case.devices == 1 else []
+    return routes
+
+
+def route_of(case):
+    """One of them, chosen by the case's seed."""
+    return random.Random(repr(case)).choice(routes_of(case))
 
 
 def documents_of(case):

@@ -12,6 +12,7 @@ from tests.helpers.cases import Case
 from tests.helpers.models import MODELS, Model
 from tests.helpers.oracle import Result
 from tests.helpers.pool import compiled, prepared
+from tests.helpers.refusals import result_unless_refused
 from tests.helpers.routes import compare, per_shard
 
 pytestmark = pytest.mark.gpu
@@ -84,14 +85,6 @@ def programs(request):
         yield futures
 
 
-def result_of(future):
-    """What a job prepared; skips the test where the implementation is not for this GPU."""
-    try:
-        return future.result()
-    except NotImplementedError as error:
-        pytest.skip(str(error))
-
-
 def error(got, expected):
     """Relative norms of the differences of out, dq, dk and dv."""
     return [
@@ -106,7 +99,10 @@ def error(got, expected):
     ids=lambda job: f"H{job.dim}-W{job.window}-{job.implementation}",
 )
 def test_bfloat16_error_is_at_most_cudnns(job, programs):
-    ours, cudnn, arguments, expected = result_of(programs[job])
+    prepared_job = result_unless_refused(programs[job], job.implementation, "bfloat16")
+    if prepared_job is None:
+        return
+    ours, cudnn, arguments, expected = prepared_job
     mine, theirs = error(ours(*arguments), expected), error(cudnn(*arguments), expected)
     print([f"{a:.2e} {b:.2e} {a / b:.3f}" for a, b in zip(mine, theirs, strict=True)])
     for name, a, b in zip(Result._fields, mine, theirs, strict=False):
@@ -122,7 +118,10 @@ def test_bfloat16_error_is_at_most_cudnns(job, programs):
     ],
 )
 def test_default_tiles_at_the_models_windows(job, programs):
-    ours, reference, arguments = result_of(programs[job])
+    prepared_job = result_unless_refused(programs[job], job.implementation, "bfloat16")
+    if prepared_job is None:
+        return
+    ours, reference, arguments = prepared_job
     *inputs, dout = arguments
     expected = Result(
         *(

@@ -113,6 +113,7 @@ def test_causal_whatever_nnx_says(is_causal):
     np.testing.assert_allclose(got, expected(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("unchecked_signatures")
 @FRAMEWORKS
 @pytest.mark.parametrize(
     ("settings", "call", "shown"),
@@ -148,6 +149,7 @@ def test_a_bias_or_positions_raise():
         attend(q, k, v, input_positions=np.arange(S))
 
 
+@pytest.mark.usefixtures("unchecked_signatures")
 def test_decoding_with_the_cache_of_flax_raises():
     attend = rsj.nnx.attention_fn(window_size=3, seq_axis=None)
     module = nnx.MultiHeadAttention(N, E, attention_fn=attend, decode=True, rngs=nnx.Rngs(0))
@@ -190,6 +192,7 @@ def test_equal_settings_are_equal_functions():
     assert make() != make(num_sink_tokens=1)
 
 
+@pytest.mark.usefixtures("unchecked_signatures")
 def test_settings_that_do_not_fit():
     with pytest.raises(ValueError, match="-1"):
         rsj.nnx.attention_fn(window_size=-1)

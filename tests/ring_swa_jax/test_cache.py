@@ -528,6 +528,7 @@ def new_tokens(count=1, batch=2, heads=(4, 2), dims=(16, 16), dtype=jnp.float32)
     return [jnp.ones((batch, count, *shape), dtype) for shape in shapes]
 
 
+@pytest.mark.usefixtures("unchecked_signatures")
 def test_errors_of_decode_attention():
     cache = init_cache(2, 2, 16, window_size=3, num_sink_tokens=1)
     relative = init_cache(2, 2, 16, window_size=3, num_sink_tokens=1, relative_positions=True)
@@ -569,6 +570,7 @@ def test_errors_of_decode_attention():
         call(logits_soft_cap=-1)
 
 
+@pytest.mark.usefixtures("unchecked_signatures")
 @pytest.mark.parametrize("make", ["init", "prefill"])
 def test_errors_of_making_a_cache(make):
     def call(**options):
@@ -589,6 +591,7 @@ def test_errors_of_making_a_cache(make):
         call(window_size=None, max_length=8.0)
 
 
+@pytest.mark.usefixtures("unchecked_signatures")
 def test_errors_of_init_cache():
     with complains(ValueError, "head_dim", 0):
         init_cache(2, 2, 0, window_size=3)
@@ -598,6 +601,7 @@ def test_errors_of_init_cache():
         init_cache(2, 2, 16, window_size=3, dtype=jnp.int32)
 
 
+@pytest.mark.usefixtures("unchecked_signatures")
 def test_errors_of_prefill_cache():
     q, k, v = new_tokens(8)
     with complains(ValueError, 8, "max_length=7"):

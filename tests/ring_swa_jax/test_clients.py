@@ -16,6 +16,8 @@ from ring_swa_jax.nnx import RingSlidingWindowAttention, attention_fn
 from tests.helpers.layers import make_linen, quick
 from tests.helpers.routes import make_mesh
 
+pytestmark = pytest.mark.usefixtures("unchecked_signatures")
+
 X = jax.random.normal(jax.random.key(0), (2, 16, 32))
 IDS = np.array([[0] * 5 + [1] * 8 + [-1] * 3, [2] * 16])
 

@@ -8,14 +8,14 @@ import pytest
 
 from benchmarks import ring
 from benchmarks._ring_shapes import SHAPES
-from tests.helpers import hopper
+from tests.helpers import compile_target
 
 pytestmark = pytest.mark.aot
 
 
 @pytest.mark.parametrize("name", ["mistral", "gptoss", "sliding-8000", "streaming-varlen-1000"])
 def test_compiled_memory_is_that_of_the_formula(name):
-    shape, mesh = SHAPES[name], hopper.mesh(2)
+    shape, mesh = SHAPES[name], compile_target.mesh(2)
     with jax.set_mesh(mesh):
         built = ring.build_over_mesh(shape, mesh, "ring", "triton")
     for kind, (got, formula) in ring.memory(shape, mesh.size, built).items():

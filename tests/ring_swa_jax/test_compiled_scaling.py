@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ring_swa_jax as rsj
-from tests.helpers import hopper
+from tests.helpers import compile_target
 from tests.helpers.hlo import collectives
 
 pytestmark = pytest.mark.aot
@@ -62,7 +62,7 @@ def programs(layer, devices):
 
     Two programs: in one, the compiler lets the passes share a hop that both fetch at once.
     """
-    mesh = hopper.mesh(devices)
+    mesh = compile_target.mesh(devices)
     sharding = NamedSharding(mesh, P(None, "seq"))
     attend = functools.partial(
         rsj.ring_attention, window_size=layer.window, implementation="triton"
@@ -107,7 +107,7 @@ def read(compiled, devices):
         moved[distance] += one.bytes
     return Program(
         dict(moved),
-        collections.Counter(hopper.LAUNCH.findall(text)),
+        collections.Counter(compile_target.LAUNCH.findall(text)),
         len(INSTRUCTION.findall(text)),
         len(PAIRS.sub("", text)),
         compiled.memory_analysis().temp_size_in_bytes,

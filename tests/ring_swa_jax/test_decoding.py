@@ -278,6 +278,7 @@ def raises(error, message, call, *args, **options):
         jax.eval_shape(lambda: call(*args, **options))
 
 
+@pytest.mark.usefixtures("unchecked_signatures")
 @FRAMEWORKS
 def test_errors(through):
     module, full = through(ALL), through(GLOBAL)

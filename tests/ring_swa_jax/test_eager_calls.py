@@ -8,6 +8,8 @@ from jax import monitoring
 import ring_swa_jax as rsj
 from tests.helpers.layers import make_linen, make_nnx
 
+pytestmark = pytest.mark.usefixtures("unchecked_signatures")
+
 COMPILATION = "/jax/core/compile/backend_compile_duration"
 compilations = 0
 

@@ -10,6 +10,8 @@ import ring_swa_jax as rsj
 from tests.helpers.errors import complains
 from tests.helpers.routes import make_mesh
 
+pytestmark = pytest.mark.usefixtures("unchecked_signatures")
+
 
 def arrays(batch=2, length=12, n=4, kv=2, h=16, hv=16, dtype=jnp.float32):
     shapes = (n, h), (kv, h), (kv, hv)

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from tests.helpers.cases import Case
-from tests.helpers.odd_cases import route_of
 from tests.helpers.oracle import Result
 from tests.helpers.pool import compiled, prepared
 from tests.helpers.processes import GPU, free_port, start, succeed
-from tests.helpers.routes import ROUTES, compare, documents_of, over_mesh
+from tests.helpers.refusals import result_unless_refused
+from tests.helpers.routes import ROUTES, compare, documents_of, over_mesh, route_of
 from tests.helpers.train_lm import SETTINGS, losses
 
 pytestmark = pytest.mark.gpu
@@ -97,10 +97,10 @@ def programs(request):
 
 @pytest.mark.parametrize("job", list(jobs()))
 def test_gpus_equal_one(job, programs):
-    try:
-        ring, alone, arguments = programs[job].result()
-    except NotImplementedError as error:
-        pytest.skip(str(error))
+    prepared_job = result_unless_refused(programs[job], job.implementation, job.case.dtype)
+    if prepared_job is None:
+        return
+    ring, alone, arguments = prepared_job
     expected = [None if x is None else np.asarray(x).astype(np.float64) for x in alone(*arguments)]
     compare(Result(*ring(*arguments)), Result(*expected), job.case.dtype, job)
 

@@ -8,6 +8,8 @@ import pytest
 import ring_swa_jax as rsj
 from tests.helpers.routes import make_mesh
 
+pytestmark = pytest.mark.usefixtures("unchecked_signatures")
+
 S = 16
 RUNS = np.array([[0] * 5 + [1] * 3 + [-1] * 2 + [2] * 6, [-1] + [0] * 8 + [3] * 7])
 Q, K, V = jax.random.normal(jax.random.key(0), (3, 2, S, 2, 8))

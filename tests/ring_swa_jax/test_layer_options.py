@@ -234,6 +234,7 @@ def test_settings_that_do_not_fit(settings, message):
         make_nnx(**settings)
 
 
+@pytest.mark.usefixtures("unchecked_signatures")
 def test_query_scaling_of_another_type():
     with pytest.raises(TypeError, match=r"QueryScaling or None, got 0\.1"):
         make_nnx(query_scaling=0.1)
@@ -247,7 +248,7 @@ def test_a_layer_without_keys_asks_for_them():
         layer.prefill(X)
     own = make_nnx()
     with pytest.raises(ValueError, match="kv_shared=False and shared_kv=keys"):
-        own(X, shared_kv=(X, X))
+        own(X, shared_kv=own.keys_values(X))
 
 
 @pytest.mark.parametrize("option", ["query_scaling", "norm_after"])

@@ -7,6 +7,8 @@ import pytest
 import ring_swa_jax as rsj
 from tests.helpers.layers import make_nnx
 
+pytestmark = pytest.mark.usefixtures("unchecked_signatures")
+
 Q, K = np.ones((1, 8, 4, 16), np.float32), np.ones((1, 8, 2, 16), np.float32)
 FLOATS = "float16, bfloat16, float32 or float64"
 USES = {

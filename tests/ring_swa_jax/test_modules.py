@@ -187,6 +187,7 @@ def test_norm_over_all_heads_has_a_factor_for_each_feature():
     assert params["query_norm"].shape == (4, 6) and params["key_norm"].shape == (2, 6)
 
 
+@pytest.mark.usefixtures("unchecked_signatures")
 @pytest.mark.parametrize(
     ("settings", "error", "shown"),
     [
@@ -214,6 +215,7 @@ def test_settings_that_do_not_fit(settings, error, shown):
         assert shown in str(caught.value)
 
 
+@pytest.mark.usefixtures("unchecked_signatures")
 @pytest.mark.parametrize(
     ("x", "call", "error", "shown"),
     [

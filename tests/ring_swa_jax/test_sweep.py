@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.helpers.cases import cases, random_case
-from tests.helpers.odd_cases import ODD, route_of, routes_of
-from tests.helpers.routes import check
+from tests.helpers.odd_cases import ODD
+from tests.helpers.routes import check, route_of, routes_of
 
 INTERPRETED = {"triton"}  # on CPU, and only without check_vma
 

@@ -11,6 +11,8 @@ import pytest
 import ring_swa_jax as rsj
 from tests.helpers.layers import quick
 
+pytestmark = pytest.mark.usefixtures("unchecked_signatures")
+
 B, S, N, H = 2, 60, 2, 8
 Q, K, V = jax.random.normal(jax.random.key(0), (3, B, S, N, H))
 ROWS = jnp.arange(B)[:, None]

@@ -24,6 +24,7 @@ from pallas_kernels._mosaic_gpu.backward import (
 )
 from pallas_kernels._mosaic_gpu.backward import sinks as sinks_backward
 from pallas_kernels._mosaic_gpu.backward.short_windows_schedule import LONGEST_WINDOW
+from pallas_kernels._mosaic_gpu.padding import zero_delta
 from pallas_kernels._mosaic_gpu.primitives import pad_front_to_multiple_of_8
 from pallas_kernels._spec import KeyRun, SinkRun, Spec
 
@@ -35,7 +36,7 @@ class FusedBackward(Protocol):
         self,
         spec: Spec,
         inputs: BackwardInputs,
-        dquery: Float[Array, "B R N H"] | None,
+        dquery: Float[Array, "B R0 N H"] | None,
         *,
         rows: int,
         dquery_dtype: jnp.dtype,
@@ -91,7 +92,7 @@ def rounds_within_backward(window: int | None, packed: bool) -> bool:
 def _by_short_windows(
     spec: Spec,
     inputs: BackwardInputs,
-    dquery: Float[Array, "B R N H"] | None,
+    dquery: Float[Array, "B R0 N H"] | None,
     *,
     rows: int,
     dquery_dtype: jnp.dtype,
@@ -115,7 +116,7 @@ def _by_key_tiles(
     kernel: ModuleType,
     spec: Spec,
     inputs: BackwardInputs,
-    dquery: Float[Array, "B R N H"] | None,
+    dquery: Float[Array, "B R0 N H"] | None,
     *,
     rows: int,
     dquery_dtype: jnp.dtype,
@@ -126,18 +127,20 @@ def _by_key_tiles(
     query, runs, sinks, start, out, dout, lse = inputs
     own = runs[-1]
     delta = _logits.delta_of(out[:, :rows], dout[:, :rows], jnp.float32)
+    if start.ndim:
+        delta = zero_delta(start, delta)
     queries = Queries(query, dout, lse, delta, start)
     launch = partial(
         kernel.backward,
         spec,
         queries,
-        pad_front_to_multiple_of_8(own) if len(runs) == 1 else _joined(runs, kernel.KEY_TILE),
+        _joined(runs, kernel.KEY_TILE) if len(runs) > 1 else pad_front_to_multiple_of_8(runs)[0],
         rows=rows,
         num_sms=_device.multiprocessors(),
         deterministic=deterministic,
     )
     if _has_far_sinks(spec, own, sinks):
-        sums, *gradients = launch(dkey_dtype=jnp.float32)
+        sums, *gradients = launch(dkey_dtype=jnp.dtype(jnp.float32))
         *before, (dkey, dvalue) = _split_by_runs(runs, gradients)
         dquery, dkey, dvalue, dsinks = sinks_backward.backward(
             spec, queries, own, sinks, sums, dquery, dkey, dvalue, dquery_dtype=dquery_dtype

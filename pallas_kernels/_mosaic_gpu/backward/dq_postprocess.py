@@ -35,7 +35,7 @@ class DqSums(NamedTuple):
         seen: whether any key is seen from a tile of queries; if not, its slices are undefined.
     """
 
-    slices: Float32[Array, "B N tiles slices rows width"]
+    slices: Float32[Array, "B N tiles slices slice_rows width"]
     seen: Bool[Array, "#B tiles"]
 
     @property
@@ -97,7 +97,7 @@ class DqPostprocess(DqEpilogue):
     def __init__(
         self,
         sums: DqSums,
-        others: Float32[Array, "B R N H"] | None,
+        others: Float32[Array, "B R0 N H"] | None,
         *,
         scale: float,
         rows: int,
@@ -178,12 +178,12 @@ class DqPostprocess(DqEpilogue):
 
 def postprocess(
     sums: DqSums,
-    others: Float32[Array, "B R N H"] | None,
+    others: Float32[Array, "B R0 N H"] | None,
     *,
     scale: float,
     rows: int,
     dtype: jnp.dtype,
-) -> Float[Array, "B rows N H"]:
+) -> Float[Array, "B R N H"]:
     """The gradients of queries; arguments as those of `DqPostprocess`."""
     work = DqPostprocess(sums, others, scale=scale, rows=rows, dtype=dtype)
 

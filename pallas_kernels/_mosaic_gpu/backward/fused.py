@@ -7,7 +7,7 @@ logits through shared memory; each then computes half of the columns. `dq_accumu
 that of other programs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ from pallas_kernels._mosaic_gpu.backward.softmax import (
     staging_columns,
     write_through_smem,
 )
+from pallas_kernels._mosaic_gpu.padding import FLAG_WIDTH
 from pallas_kernels._mosaic_gpu.primitives import (
     ROW,
     ROWS,
@@ -103,7 +104,7 @@ def backward(
         sums_smem, results_smem = _dquery_buffers(pipeline, smem)
         accumulate_tiles(pipeline, refs, sums_smem, results_smem, barriers)
 
-    copied = ["query", "dout", "shift", "delta", *(["start"] if pipeline.packed else [])]
+    copied = ["query", "dout", "shift", "delta", *(["start", "padding"] if pipeline.packed else [])]
     dquery, dkey, dvalue = pipeline.launch(
         consume,
         partial(pipeline.produce, slots={"query": SLOTS}, names={"query": copied}),
@@ -141,6 +142,7 @@ def _smem(
         smem["dquery"] = plgpu.RefUnion(smem["dquery"], results)
     if pipeline.packed:
         smem["start"] = plgpu.SMEM((SLOTS, QUERY_TILE), jnp.int32)
+        smem["padding"] = plgpu.SMEM((SLOTS, FLAG_WIDTH), jnp.int32)
     return smem
 
 
@@ -164,9 +166,12 @@ def _barriers(copies: int) -> dict[str, Any]:
     }
 
 
-def _dquery_buffers(pipeline: BackwardPipeline, smem: dict[str, Any]) -> tuple[Any, Any]:
+def _dquery_buffers(pipeline: BackwardPipeline, smem: dict[str, Any]) -> Sequence[Any]:
     """The buffers of sums and of results for queries, which are the same memory."""
-    return (smem["dquery"], None) if pipeline.epilogue is None else smem["dquery"]
+    if pipeline.epilogue is None:
+        return smem["dquery"], None
+    sums_smem, results_smem = smem["dquery"]
+    return sums_smem, results_smem
 
 
 class _Consumer:
@@ -205,6 +210,9 @@ class _Consumer:
         """Runs all steps of the program, and writes dkey and dvalue."""
         dim, value_dim = self.pipeline.dim, self.pipeline.run.value.shape[3]
         plgpu.barrier_wait(self.barriers["key"])
+        # The other consumer reads these keys only after this one has arrived on "dlogits".
+        first_row = self.dlogits_rows.start
+        self.pipeline.zero_padding_of_keys(self.refs, self.smem, self.schedule, first_row)
         dkey, dvalue = fold_steps(self.schedule, self._step, (zeros(dim), zeros(value_dim)))
         results = {"dkey": (dkey,), "dvalue": (dvalue,)}
         warpgroup = self.warpgroup
@@ -219,6 +227,8 @@ class _Consumer:
         clear = self.schedule.is_clear(query_block)
         slot = slot_of(number, SLOTS)
         plgpu.barrier_wait(barriers["query"].at[slot])
+        slots = {"query": slot, "dout": slot}
+        self.pipeline.zero_padding_of_queries(smem, slot, query_block, slots)
         query_smem, dout_smem = smem["query"].at[slot], smem["dout"].at[slot]
         key_rows = pl.ds(opaque_to_compiler(self.warpgroup) * ROWS, ROWS)
         shift = broadcast_row(load_as(smem["shift"].at[slot], ROW))

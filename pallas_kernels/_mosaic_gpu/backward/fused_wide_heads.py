@@ -27,6 +27,7 @@ from pallas_kernels._mosaic_gpu.backward.softmax import (
     softmax_weights,
     write_through_smem,
 )
+from pallas_kernels._mosaic_gpu.padding import FLAG_WIDTH
 from pallas_kernels._mosaic_gpu.primitives import (
     ROW,
     ROWS,
@@ -94,7 +95,7 @@ def backward(
 
     copied = {"query": ["query", "shift"], "dout": ["dout", "delta"]}
     if pipeline.packed:
-        copied["query"].append("start")
+        copied["query"] += ["start", "padding"]
     sums, dkey, dvalue = pipeline.launch(
         consume,
         partial(pipeline.produce, slots={"query": SLOTS, "dout": 1}, names=copied),
@@ -127,6 +128,7 @@ def _smem(
     }
     if pipeline.packed:
         smem["start"] = plgpu.SMEM((SLOTS, QUERY_TILE), jnp.int32)
+        smem["padding"] = plgpu.SMEM((SLOTS, FLAG_WIDTH), jnp.int32)
     return smem
 
 
@@ -183,6 +185,7 @@ class _Consumer:
         """Computes weights, dvalue, and every other slice of dquery."""
         first_key = self.schedule.key_block * KEY_TILE + self.pipeline.run.offset
         plgpu.barrier_wait(self.barriers["key"])
+        self.pipeline.zero_padding_of_keys(self.refs, self.smem, self.schedule)
         dim = self.pipeline.run.value.shape[3]
         step = partial(self._values_step, first_key)
         self._write("dvalue", fold_steps(self.schedule, step, _zeros(dim)), 1.0)
@@ -191,6 +194,7 @@ class _Consumer:
         """Computes the gradients of logits, dkey, and the other slices of dquery."""
         plgpu.barrier_arrive(self.barriers["factors_free"])
         plgpu.barrier_wait(self.barriers["key"])
+        self.pipeline.zero_padding_of_keys(self.refs, self.smem, self.schedule)
         dkeys = fold_steps(self.schedule, self._keys_step, _zeros(self.pipeline.dim))
         self._write("dkey", dkeys, self.spec.scale)
 
@@ -201,6 +205,7 @@ class _Consumer:
         clear = self.schedule.is_clear(query_block)
         slot = slot_of(number, SLOTS)
         plgpu.barrier_wait(barriers["query"].at[slot])
+        self.pipeline.zero_padding_of_queries(smem, slot, query_block, {"query": slot})
         shift = broadcast_row(load_as(smem["shift"].at[slot], ROW))
         starts = smem["start"].at[slot] if self.pipeline.packed else None
 
@@ -215,6 +220,7 @@ class _Consumer:
             register_tiles.store(smem["factors"], factors)
             plgpu.barrier_arrive(barriers["factors"])
             plgpu.barrier_wait(barriers["dout"].at[0])
+            self.pipeline.zero_padding_of_queries(smem, slot, query_block, {"dout": 0})
             _multiply_add(dvalues, weights.astype(self.dtype), smem["dout"].at[0])
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(barriers["dout_free"].at[0])
@@ -227,10 +233,14 @@ class _Consumer:
 
     def _keys_step(self, head, query_block, number, dkeys):
         """Adds what flows through one tile of queries to dkey, the carry."""
-        del head, query_block
+        del head
         smem, barriers = self.smem, self.barriers
         slot = slot_of(number, SLOTS)
+        if self.pipeline.packed:  # the flag of padding comes with the queries
+            plgpu.barrier_wait(barriers["query"].at[slot])
         plgpu.barrier_wait(barriers["dout"].at[0])
+        slots = {"query": slot, "dout": 0}
+        self.pipeline.zero_padding_of_queries(smem, slot, query_block, slots)
         minus_delta = broadcast_row(load_as(smem["delta"].at[0], ROW))
 
         def multiply(accumulators):
@@ -246,7 +256,8 @@ class _Consumer:
             smem["dlogits"][...] = dlogits
             plgpu.commit_smem()
             plgpu.barrier_arrive(barriers["dlogits"])
-            plgpu.barrier_wait(barriers["query"].at[slot])
+            if not self.pipeline.packed:
+                plgpu.barrier_wait(barriers["query"].at[slot])
             _multiply_add(dkeys, dlogits, smem["query"].at[slot])
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(barriers["query_free"].at[slot])

@@ -5,7 +5,7 @@ values, queries and the gradients of outputs to shared memory through TMA. One a
 queries to those of other programs (`dq_accumulate`). `scheduler` says what a program computes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -26,9 +26,10 @@ from pallas_kernels._mosaic_gpu.backward.scheduler import (
     fold_steps,
     plan_with_diagonal,
     slot_of,
-    split_last_tasks,
 )
 from pallas_kernels._mosaic_gpu.backward.softmax import padded_lse_and_delta
+from pallas_kernels._mosaic_gpu.backward.task_splits import split_last_tasks
+from pallas_kernels._mosaic_gpu.padding import padding_flags, zero_padding
 from pallas_kernels._mosaic_gpu.primitives import (
     MATRIX,
     ROW,
@@ -106,6 +107,7 @@ class BackwardPipeline:
         if self.packed:
             pad = ((0, 0), (0, -query.shape[1] % QUERY_TILE))
             operands["start"] = jnp.pad(start, pad, mode="edge")
+            operands["padding"] = padding_flags(start)
         return operands
 
     def program_schedule(self, refs: dict[str, Any]) -> ProgramSchedule:
@@ -129,6 +131,50 @@ class BackwardPipeline:
         if self.schedule.num_keys % self.schedule.key_tile:
             seen &= j < self.run.offset + self.schedule.num_keys
         return jnp.where(seen, weights, 0.0)
+
+    def zero_padding_of_queries(
+        self,
+        smem: dict[str, Any],
+        slot: Int[Array, ""],
+        query_block: Int[Array, ""],
+        names: Mapping[str, Int[Array, ""] | int],
+    ) -> None:
+        """Zeros in a tile's padding rows; of the arrays ``names``, with the slots where they are.
+
+        The tile's starts and flag have the slot ``slot``.
+        """
+        if not self.packed:
+            return
+
+        @pl.when(smem["padding"][slot, 0] != 0)
+        def write():
+            tiles = [smem[name].at[opaque_to_compiler(n)] for name, n in names.items()]
+            zero_padding(tiles, smem["start"].at[slot], query_block * QUERY_TILE)
+
+    def zero_padding_of_keys(
+        self,
+        refs: dict[str, Any],
+        smem: dict[str, Any],
+        schedule: ProgramSchedule,
+        first_row: int | Int[Array, ""] = 0,
+    ) -> None:
+        """Zeros in the padding among `ROWS` rows of the tile of own keys and values.
+
+        Those of a halo have been zeros when it was sent.
+        """
+        if not self.packed or self.schedule.halo_key_tiles == self.schedule.num_key_tiles:
+            return
+        position = schedule.key_block * self.schedule.key_tile + self.run.offset + first_row
+        tiles = pl.cdiv(self.query.shape[1], ROWS)
+        tile = lax.div(jnp.maximum(position, 0), jnp.int32(ROWS))
+        has_starts = (position >= 0) & (tile < tiles)
+        tile = jnp.minimum(tile, tiles - 1)
+
+        @pl.when(has_starts & (refs["padding"][schedule.row, tile, 0] != 0))
+        def write():
+            rows = pl.ds(first_row, ROWS)
+            starts = refs["start"].at[schedule.row, pl.ds(tile * ROWS, ROWS)]
+            zero_padding([smem[name].at[rows] for name in ("key", "value")], starts, position)
 
     def produce(
         self,
@@ -163,6 +209,7 @@ class BackwardPipeline:
                 "shift": (schedule.row, head, rows),
                 "delta": (schedule.row, head, rows),
                 "start": (schedule.row, rows),
+                "padding": (schedule.row, query_block),
             }
             for barrier, members in names.items():
                 slot = slot_of(number, slots[barrier])

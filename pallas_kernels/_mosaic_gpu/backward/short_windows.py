@@ -38,6 +38,7 @@ from pallas_kernels._mosaic_gpu.backward.softmax import (
     staging_columns,
     write_through_smem,
 )
+from pallas_kernels._mosaic_gpu.padding import FLAG_WIDTH, padding_flags, zero_padding
 from pallas_kernels._mosaic_gpu.primitives import (
     MATRIX,
     ROW,
@@ -59,7 +60,7 @@ SUBTILE = 32
 def backward(
     spec: Spec,
     inputs: BackwardInputs,
-    dquery: Float32[Array, "B R N H"] | None,
+    dquery: Float32[Array, "B R0 N H"] | None,
     *,
     dquery_dtype: jnp.dtype,
     dkey_dtype: jnp.dtype,
@@ -139,7 +140,7 @@ def backward(
 
 
 def _operands(
-    spec: Spec, inputs: BackwardInputs, others: Float32[Array, "B R N H"] | None
+    spec: Spec, inputs: BackwardInputs, others: Float32[Array, "B R0 N H"] | None
 ) -> tuple[dict[str, Array], int]:
     """The arrays that the kernel reads, and how many tiles of queries ``others`` has."""
     query, (run,), _, start, out, dout, lse = inputs
@@ -155,6 +156,7 @@ def _operands(
     }
     if start.ndim:
         operands["start"] = jnp.pad(start, ((0, 0), (0, pad)), mode="edge")
+        operands["padding"] = padding_flags(start)
     tiles_of_others = 0
     if others is not None:
         tiles_of_others = pl.cdiv(others.shape[1], TILE)
@@ -188,12 +190,13 @@ def _smem(
     }
     if schedule.packed:
         smem["start"] = plgpu.SMEM((SLOTS, TILE), jnp.int32)
+        smem["padding"] = plgpu.SMEM((SLOTS, FLAG_WIDTH), jnp.int32)
     return smem
 
 
 def _barriers(schedule: ShortSchedule) -> dict[str, Any]:
     """Types of the barriers: who arrives, and who waits."""
-    copies = 5 if schedule.packed else 4
+    copies = 6 if schedule.packed else 4
     return {
         # The copies of a consumer's keys and values; this consumer and the producer.
         "key": plgpu.Barrier(num_arrivals=2, num_barriers=CONSUMERS),
@@ -247,6 +250,7 @@ class _Consumer:
         chunk = self.chunk
         key_block = key_block_of(chunk.first, self.warpgroup) + number * CONSUMERS
         plgpu.barrier_wait(self.barriers["key"].at[self.warpgroup])
+        self._zero_padding_of_keys(key_block)
         first_query_block = jnp.maximum(key_block, chunk.first)
         query_tiles = jnp.minimum(key_block + CONSUMERS, chunk.stop) - first_query_block
         group_size = self.schedule.group_size
@@ -265,6 +269,22 @@ class _Consumer:
                     return ref.at[chunk.row, rows, chunk.kv_head, pl.ds(column, columns)]
 
                 write_through_smem(result, self.smem["dkeys"].at[self.warpgroup], dst)
+
+    def _zero_padding_of_keys(self, key_block: Int[Array, ""]) -> None:
+        """Zeros in the padding of a tile of keys and values.
+
+        The producer reads these keys only after this consumer has arrived on "dlogits".
+        """
+        if not self.schedule.packed:
+            return
+        # In place of a tile before the sequence stands the first one.
+        row, tile = self.chunk.row, jnp.maximum(key_block, 0)
+
+        @pl.when(self.refs["padding"][row, tile, 0] != 0)
+        def write():
+            tiles = [self.smem[name].at[key_slot(key_block)] for name in ("key", "value")]
+            starts = self.refs["start"].at[row, pl.ds(tile * TILE, TILE)]
+            zero_padding(tiles, starts, tile * TILE)
 
     def _step(self, key_block, first_query_block, steps_before, n, carry):
         """Adds what flows through a head of a tile of queries to dk and dv, the carry."""

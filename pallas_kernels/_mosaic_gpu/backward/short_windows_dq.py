@@ -24,6 +24,7 @@ from pallas_kernels._mosaic_gpu.backward.short_windows_schedule import (
     key_block_of,
     key_slot,
 )
+from pallas_kernels._mosaic_gpu.padding import zero_padding
 from pallas_kernels._mosaic_gpu.primitives import MATRIX, fori, load_as
 from pallas_kernels._spec import Spec
 
@@ -140,6 +141,8 @@ class DqProducer:
         if self.schedule.packed:
             src = self.refs["start"].at[row, rows]
             plgpu.copy_gmem_to_smem(src, self.smem["start"].at[slot], arrived)
+            src = self.refs["padding"].at[row, query_block]
+            plgpu.copy_gmem_to_smem(src, self.smem["padding"].at[slot], arrived)
 
     def _copy_queries_ahead(self, number: Int[Array, ""]) -> None:
         """Copies the queries of a later step to the slot of the step before this one."""
@@ -158,6 +161,7 @@ class DqProducer:
         """Computes ``-delta`` of a step's queries, for the consumers and for the caller."""
         slot, query_block, head = self._coordinates(number)
         plgpu.barrier_wait(self.barriers["query"].at[slot])
+        self._zero_padding(slot, query_block)
         out = load_as(self.smem["out"].at[slot], MATRIX).astype(jnp.float32)
         dout = load_as(self.smem["dout"].at[slot], MATRIX).astype(jnp.float32)
         minus_delta = self.smem["delta"].at[slot]
@@ -169,6 +173,16 @@ class DqProducer:
         def write():
             dst = self.refs["delta"].at[self.chunk.row, head, pl.ds(query_block * TILE, TILE)]
             plgpu.copy_smem_to_gmem(minus_delta, dst)
+
+    def _zero_padding(self, slot: Int[Array, ""], query_block: Int[Array, ""]) -> None:
+        """Zeros in the padding of a tile of queries; the consumers wait for delta, so for this."""
+        if not self.schedule.packed:
+            return
+
+        @pl.when(self.smem["padding"][slot, 0] != 0)
+        def write():
+            tiles = [self.smem[name].at[slot] for name in ("query", "dout")]
+            zero_padding(tiles, self.smem["start"].at[slot], query_block * TILE)
 
     def _multiply_dlogits(
         self, query_block: Int[Array, ""], buffer: Int[Array, ""], dquery: Any

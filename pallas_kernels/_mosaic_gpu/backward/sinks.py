@@ -15,7 +15,7 @@ from pallas_kernels._kernels import Queries
 from pallas_kernels._mosaic_gpu.backward.dq_postprocess import DqSums
 from pallas_kernels._mosaic_gpu.backward.sinks_kernel import backward_by_chunks, chunk_length
 from pallas_kernels._mosaic_gpu.primitives import ROWS
-from pallas_kernels._spec import KeyRun, SinkRun, Spec
+from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts
 
 MAX_SINKS = ROWS
 """Sinks of a sequence at most: a tile."""
@@ -37,7 +37,7 @@ def backward(
     run: KeyRun,
     sinks: SinkRun | None,
     sums: DqSums,
-    dquery: Float32[Array, "B R N H"] | None,
+    dquery: Float32[Array, "B R0 N H"] | None,
     dkey: Float32[Array, "B S K H"],
     dvalue: Float32[Array, "B S K Hv"],
     *,
@@ -70,7 +70,7 @@ def backward(
     chunk = chunk_length(spec.window)
     starts = start[:, ::chunk] if start.ndim else start
     starts = jnp.broadcast_to(starts, (batch, pl.cdiv(length, chunk)))
-    gathered = sinks_of_chunks(spec.num_sinks, starts, run, sinks)
+    gathered = sinks_of_chunks(spec.num_sinks, starts, run, sinks, start)
     dquery, *by_query_heads = backward_by_chunks(
         spec, queries, gathered, starts, sums, dquery, dquery_dtype, fetched=sinks is not None
     )
@@ -93,13 +93,24 @@ def backward(
 
 
 def sinks_of_chunks(
-    num_sinks: int, starts: Int[Array, "B chunks"], run: KeyRun, sinks: SinkRun | None
+    num_sinks: int,
+    starts: Int[Array, "B chunks"],
+    run: KeyRun,
+    sinks: SinkRun | None,
+    start: Starts,
 ) -> tuple[Float[Array, "B chunks K 64 H"], Float[Array, "B chunks K 64 Hv"]]:
-    """Keys and values of the sinks of the sequences at ``starts``; zeros where there is no sink."""
+    """Keys and values of the sinks of the sequences at ``starts``; zeros where there is no sink.
+
+    ``start`` is that of each query of the shard, which tells padding: a sequence may have fewer
+    tokens than there are sinks.
+    """
     slots = jnp.arange(ROWS, dtype=jnp.int32)
     positions = starts[..., None] + slots
     length = run.key.shape[1]
     own = (slots < num_sinks) & (positions >= 0) & (positions < length)
+    if start.ndim:
+        row_start = jax.vmap(lambda x, n: x[n])(start, jnp.clip(positions, 0, length - 1))
+        own &= row_start <= positions
 
     def gather(x, fetched):
         rows = jnp.clip(positions, 0, length - 1)

@@ -29,6 +29,7 @@ from pallas_kernels._mosaic_gpu.backward.softmax import (
     staging_columns,
     write_through_smem,
 )
+from pallas_kernels._mosaic_gpu.padding import FLAG_WIDTH, padding_flags, zero_padding
 from pallas_kernels._mosaic_gpu.primitives import (
     MATRIX,
     ROW,
@@ -63,7 +64,7 @@ def backward_by_chunks(
     sinks: tuple[Float[Array, "B chunks K 64 H"], Float[Array, "B chunks K 64 Hv"]],
     starts: Int[Array, "B chunks"],
     sums: DqSums,
-    others: Float32[Array, "B R N H"] | None,
+    others: Float32[Array, "B R0 N H"] | None,
     dquery_dtype: jnp.dtype,
     *,
     fetched: bool,
@@ -182,6 +183,7 @@ def _operands(
     }
     if launch.packed:
         operands["start"] = jnp.pad(start, ((0, 0), (0, -query.shape[1] % ROWS)), mode="edge")
+        operands["padding"] = padding_flags(start)
     return operands
 
 
@@ -202,6 +204,7 @@ def _smem(launch: _Launch) -> dict[str, Any]:
     }
     if launch.packed:
         smem["start"] = plgpu.SMEM((ROWS,), jnp.int32)
+        smem["padding"] = plgpu.SMEM((FLAG_WIDTH,), jnp.int32)
     return smem
 
 
@@ -209,7 +212,7 @@ def _barriers(launch: _Launch) -> dict[str, Any]:
     """Types of the barriers. Copies arrive, and the program's only warpgroup waits."""
     return {
         "key": plgpu.Barrier(num_arrivals=2),
-        "query": plgpu.Barrier(num_arrivals=5 if launch.packed else 4),
+        "query": plgpu.Barrier(num_arrivals=6 if launch.packed else 4),
     }
 
 
@@ -311,6 +314,8 @@ class _Program:
         if self.launch.packed:
             src = self.refs["start"].at[self.row, rows]
             plgpu.copy_gmem_to_smem(src, self.smem["start"], arrived)
+            src = self.refs["padding"].at[self.row, tile]
+            plgpu.copy_gmem_to_smem(src, self.smem["padding"], arrived)
 
     def _add_tile(
         self,
@@ -321,6 +326,7 @@ class _Program:
         """Adds what flows through a tile of queries; leaves dlogits in shared memory."""
         spec, smem = self.spec, self.smem
         plgpu.barrier_wait(self.barriers["query"])
+        self._zero_padding(tile)
         shift = broadcast_row(load_as(smem["shift"], ROW))
         minus_delta = broadcast_row(load_as(smem["delta"], ROW))
 
@@ -347,6 +353,16 @@ class _Program:
 
         initial = *sums, initial_logits(spec, shift), minus_delta
         return pl.run_state(multiply)(tuple(map(plgpu.ACC.init, initial)))[:-2]
+
+    def _zero_padding(self, tile: Int[Array, ""]) -> None:
+        """Zeros in the padding of a tile of queries."""
+        if not self.launch.packed:
+            return
+        smem = self.smem
+
+        @pl.when(smem["padding"][0] != 0)
+        def write():
+            zero_padding([smem["query"], smem["dout"]], smem["start"], tile * ROWS)
 
     def _mask(
         self, tile: Int[Array, ""], weights: Float32[Array, "64 64"]

@@ -8,9 +8,9 @@ import dataclasses
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import Spec, _attention, _device, _support
+from pallas_kernels import Spec
 from pallas_kernels._kernels import BackwardInputs
-from pallas_kernels._mosaic_gpu.backward import choice, scheduler
+from pallas_kernels._mosaic_gpu.backward import choice, task_splits
 from pallas_kernels._spec import KeyRun
 from tests.helpers import repeated_ring
 from tests.helpers.cases import Case
@@ -74,14 +74,7 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def on_hopper(monkeypatch):
-    """The fused kernels compute all that they can, for a GPU of four multiprocessors."""
-    monkeypatch.setattr(choice, "fuses_backward", lambda *_: True)
-    monkeypatch.setattr(_device, "multiprocessors", lambda: 4)
-    monkeypatch.setattr(_support, "check_mosaic_gpu", lambda name: None)
-    # It would trace what the simulator computes with numbers.
-    monkeypatch.setattr(_attention, "folds_vmap", lambda launch: launch)
+pytestmark = pytest.mark.usefixtures("on_hopper")
 
 
 @pytest.mark.parametrize(
@@ -157,14 +150,14 @@ def test_programs_that_split_a_task(name, parts, all_tasks, monkeypatch):
         group_sizes.append(group_size)
         return len(devices[0]) if all_tasks else min(3, len(devices[0])), parts or group_size
 
-    monkeypatch.setattr(scheduler, "choose_split", split)
-    scheduler.split_last_tasks.cache_clear()
+    monkeypatch.setattr(task_splits, "choose_split", split)
+    task_splits.split_last_tasks.cache_clear()
     inputs, dout = repeated_ring.arrays(case)
     function = with_gradients(repeated_ring.last_chunk(case, "mosaic_gpu"))
     with simulated():
         result = Result(*function(*inputs, None, dout))
         assert set(launches) == kernels
-    scheduler.split_last_tasks.cache_clear()
+    task_splits.split_last_tasks.cache_clear()
     assert set(group_sizes) == {case.heads[0] // case.heads[1]}
     compare(result, repeated_ring.expected(case), case.dtype, case)
 

@@ -10,7 +10,7 @@ from tests.helpers.jaxpr_hashes import abstract_mesh
 from tests.helpers.kernel_variants import VARIANTS
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs jax 0.11's Mosaic")
-MOSAIC = [name for name, variant in VARIANTS.items() if variant.implementation != "triton"]
+MOSAIC = [name for name, variant in VARIANTS.items() if variant.takes_mosaic()]
 # Each kernel once, with documents and without.
 BY_DEFAULT = (
     "phi3_mini_mosaic",

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from pallas_kernels._triton import backward_sinks, kernels
-from pallas_kernels._triton.tiles import TritonPlan, TritonTiles
+from pallas_kernels._triton.tiles import TritonPlan, TritonTiles, sink_tile
 from tests.helpers import repeated_ring
 from tests.helpers.cases import Case, random_case
 from tests.helpers.oracle import Result
@@ -43,9 +43,11 @@ def small_tiles(request, monkeypatch):
     tiles = TritonTiles(16, 16, 4, 2, clear=request.param)
     rows = tiles if request.param else TritonTiles(8, 16, 4, 2, clear=False, heads=2)
 
-    def plan(dtype, head_dim, value_dim, window, group):
-        dvalue = rows if head_dim == 48 else None
-        return TritonPlan(rows, rows, rows, dvalue).of_group(group)
+    def plan(implementation, shapes, gpu):
+        fitted = rows.of_group(shapes.group)
+        dvalue = fitted if shapes.head_dim == 48 else None
+        sinks = dataclasses.replace(fitted, key=sink_tile(shapes.num_sinks))
+        return TritonPlan(fitted, fitted, fitted, dvalue, sinks)
 
     monkeypatch.setattr(kernels, "triton_plan", plan)
     monkeypatch.setattr(backward_sinks, "SINK_CHUNK", 32)

@@ -198,6 +198,7 @@ def test_what_is_missing_is_named():
         settings_from_hugging_face(config | {"model_type": "mistral"})
 
 
+@pytest.mark.usefixtures("unchecked_signatures")
 def test_a_config_object_is_told_to_become_a_mapping():
     with pytest.raises(TypeError, match="to_dict"):
         settings_from_hugging_face(object())

@@ -36,9 +36,9 @@ def shard(seed):
 
 def seen_sinks(window, num_sinks, starts):
     """(row, query, slot) of all sinks that are seen beyond a window."""
-    i = np.arange(starts.shape[1])[:, None]
-    for row, start in enumerate(starts[..., None]):
-        j = start + np.arange(num_sinks)
+    i = jnp.arange(starts.shape[1])[:, None]
+    for row, start in enumerate(jnp.asarray(starts)[..., None]):
+        j = start + jnp.arange(num_sinks)
         seen = np.asarray(sees_beyond_window(i, j, start, window, num_sinks))
         for query, slot in np.argwhere(seen):
             yield row, query, slot
@@ -56,6 +56,7 @@ def test_a_chunk_has_the_sinks_that_its_queries_see_beyond_their_windows(seed):
         jnp.asarray(starts[:, ::chunk]),
         KeyRun(jnp.asarray(key), jnp.asarray(value), 0),
         SinkRun(*map(jnp.asarray, fetched)),
+        jnp.asarray(starts),
     )
     for n, own in enumerate((key, value)):
         for row, query, slot in seen_sinks(window, num_sinks, starts):

@@ -88,7 +88,7 @@ def visited(shard, scheduler, tile, consumer, i, start):
 
     def add(first, size, seen):
         j = int(first) + np.arange(size)
-        mask = np.broadcast_to(seen(i[:, None], j), (i.size, size))
+        mask = np.broadcast_to(seen(jnp.asarray(i)[:, None], jnp.asarray(j)), (i.size, size))
         exists = (j >= -far) & (j < shard.length)
         assert not mask[:, ~exists].any()
         count[:, j[exists] + far] += mask[:, exists]
@@ -135,7 +135,7 @@ def test_every_pair_once(name):
             i = i[i < end]
             if not i.size:
                 continue
-            start = shard.starts()[row, i][:, None]
+            start = jnp.asarray(shard.starts()[row, i])[:, None]
             if scheduler.packed:
                 loaded = scheduler.operands["start"][row, int(tile.row_group(consumer))].reshape(
                     -1, scheduler.positions_per_warpgroup
@@ -143,10 +143,10 @@ def test_every_pair_once(name):
                 assert loaded.size == ROWS and (loaded[:, : i.size] == start[:, 0]).all()
             done[row, i - begin, head] += 1
             if head == 0:
-                j = np.arange(-shard.halo - 70, shard.length)
-                window = np.asarray(_masks.in_window(i[:, None], j, start, shard.window))
+                queries, j = jnp.asarray(i)[:, None], jnp.arange(-shard.halo - 70, shard.length)
+                window = np.asarray(_masks.in_window(queries, j, start, shard.window))
                 window = window & (j >= -shard.halo) & (shard.local | (j < 0))
-                sink = np.asarray(_masks.is_sink(i[:, None], j, start, shard.sinks))
+                sink = np.asarray(_masks.is_sink(queries, j, start, shard.sinks))
                 sink = sink & ((j >= 0) | shard.fetched)
                 expected = (window | sink).astype(int)
                 np.testing.assert_array_equal(

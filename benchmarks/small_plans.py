@@ -1,0 +1,180 @@
+"""Times Triton plans for GPUs with less shared memory: ``python -m benchmarks.small_plans``.
+
+Each plan that `pallas_kernels._triton.plans` takes for an L4 (99 KiB), an A100 (163 KiB) and an
+H100 (227 KiB) runs on the GPU at hand, beside "xla" and cuDNN, so that their order is known
+somewhere. Programs take turns, so a GPU that slows down slows down all of them. Prints
+milliseconds and writes JSON.
+"""
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+
+import ring_swa_jax
+from pallas_kernels import _device
+from pallas_kernels._triton.plans import Shapes, triton_plan
+
+GPUS = {"H100": "NVIDIA H100", "A100": "NVIDIA A100", "L4": "NVIDIA L4"}
+HEADS, KV_HEADS = 32, 8
+DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))
+WINDOWS = (127, 1023, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A program: heads of these sizes under a window, by a plan or a peer, one way or both."""
+
+    dims: tuple[int, int]
+    window: int | None
+    contender: str
+    both: bool
+
+
+def attention(job: Job) -> Callable[..., Any]:
+    """The function of query, key and value."""
+    if job.contender == "cudnn":
+        return functools.partial(
+            jax.nn.dot_product_attention,
+            is_causal=True,
+            local_window_size=None if job.window is None else (job.window, 0),
+            implementation="cudnn",
+        )
+    return functools.partial(
+        ring_swa_jax.ring_sliding_window_attn,
+        window_size=job.window,
+        implementation="xla" if job.contender == "xla" else "triton",
+    )
+
+
+def types(job: Job, length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Of query, key, value and the cotangent."""
+    dim, value_dim = job.dims
+    return tuple(
+        jax.ShapeDtypeStruct((1, length, heads, size), jnp.bfloat16)
+        for heads, size in (
+            (HEADS, dim), (KV_HEADS, dim), (KV_HEADS, value_dim), (HEADS, value_dim)
+        )
+    )  # fmt: skip
+
+
+def lower(job: Job, length: int) -> Any:
+    """The traced program, by the plan of its GPU."""
+    attend = attention(job)
+
+    def run(query, key, value, dout):
+        if not job.both:
+            return attend(query, key, value)
+        out, pull = jax.vjp(attend, query, key, value)
+        return out, pull(dout)
+
+    # A function of its own for each plan: jit would find the trace of another one.
+    arguments = types(job, length)
+    if job.contender not in GPUS:
+        return jax.jit(run).lower(*arguments)
+    gpu = _device.gpu_of_kind(GPUS[job.contender])
+    with mock.patch.object(_device, "compiled_gpu", return_value=gpu):
+        return jax.jit(run).lower(*arguments)
+
+
+def contenders(dims: tuple[int, int], window: int | None, length: int) -> list[str]:
+    """Those GPUs whose plans differ, and the peers."""
+    plans: dict[Any, str] = {}
+    for name, kind in GPUS.items():
+        shapes = Shapes(jnp.dtype("bfloat16"), *dims, window, HEADS // KV_HEADS, length)
+        plan = triton_plan("triton", shapes, _device.gpu_of_kind(kind))
+        plans.setdefault(plan, name)
+    return [*plans.values(), "xla", "cudnn"]
+
+
+def build(lowered: Any) -> Any:
+    """The compiled program, or why there is none."""
+    if isinstance(lowered, str):
+        return lowered
+    try:
+        return lowered.compile()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+
+
+def try_lower(job: Job, length: int) -> Any:
+    """As `lower`, or why that fails."""
+    try:
+        return lower(job, length)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+
+
+def interleaved(programs: dict[Job, Any], arrays: tuple[Any, ...], rounds: int) -> dict[Job, float]:
+    """Median milliseconds of each program's call, the programs taking turns."""
+    calls = {}
+    for job, program in programs.items():
+        jax.block_until_ready(program(*arrays))
+        begin = time.perf_counter()
+        jax.block_until_ready(program(*arrays))
+        calls[job] = int(min(max(0.03 / (time.perf_counter() - begin), 1), 30))
+    times: dict[Job, list[float]] = {job: [] for job in programs}
+    for _ in range(rounds):
+        for job, program in programs.items():
+            begin = time.perf_counter()
+            for _ in range(calls[job]):
+                result = program(*arrays)
+            jax.block_until_ready(result)
+            times[job].append((time.perf_counter() - begin) / calls[job] * 1e3)
+    return {job: statistics.median(found) for job, found in times.items()}
+
+
+def main() -> None:
+    """Prints the table and writes JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, default=Path("small_plans.json"))
+    parser.add_argument("--length", type=int, default=16384)
+    parser.add_argument("--rounds", type=int, default=9)
+    arguments = parser.parse_args()
+    length = arguments.length
+    device = jax.devices()[0].device_kind
+    print(f"jax {jax.__version__} on {device}, T {length}, heads {HEADS}/{KV_HEADS}", flush=True)
+    settings = list(itertools.product(DIMS, WINDOWS))
+    jobs = [
+        Job(dims, window, contender, both)
+        for dims, window in settings
+        for contender in contenders(dims, window, length)
+        for both in (False, True)
+    ]
+    lowered = [try_lower(job, length) for job in jobs]  # the patched plan: one at a time
+    with ThreadPoolExecutor(16) as pool:
+        built = dict(zip(jobs, pool.map(build, lowered), strict=True))
+    print(f"{len(jobs)} programs built", flush=True)
+    records = []
+    for dims, window in settings:
+        mine = [job for job in jobs if (job.dims, job.window) == (dims, window)]
+        programs = {job: built[job] for job in mine if not isinstance(built[job], str)}
+        seeds = jax.random.split(jax.random.key(0), 4)
+        arrays = tuple(
+            jax.random.normal(seed, x.shape, x.dtype)
+            for seed, x in zip(seeds, types(mine[0], length), strict=True)
+        )
+        found = interleaved(programs, arrays, arguments.rounds)
+        for job in mine:
+            reason = built[job] if job not in found else None
+            records.append({**dataclasses.asdict(job), "ms": found.get(job), "reason": reason})
+            name = f"{dims[0]}-{dims[1]} W {window} {'both' if job.both else 'forward'}"
+            shown = f"{found[job]:9.3f} ms" if job in found else reason
+            print(f"{name:<24}{job.contender:<8}{shown}", flush=True)
+    report = {"jax": jax.__version__, "device": device, "length": length, "rows": records}
+    arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

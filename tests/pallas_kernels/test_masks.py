@@ -1,0 +1,115 @@
+"""Every mask against the sentences of section 1 of the design, on all pairs of small shards.
+
+Query i attends key j of its own sequence, j <= i, iff its window holds j (i - j <= W) or j is a
+sink (j - start < num_sinks). A shard counts positions from its own first query.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from pallas_kernels import _masks
+from tests.helpers.oracle import PADDING, visible
+
+CHUNK = 6  # queries of a shard; the sequence has three shards
+LENGTH = 3 * CHUNK
+NO_WINDOW = -1  # window of the oracle's `visible` in which there is not even the query's own key
+ROWS = {
+    "one": [0] * 18,
+    "three": [0] * 4 + [4] * 9 + [13] * 5,
+    "ends_at_edges": [0] * 6 + [6] * 6 + [12] * 6,
+    "single_tokens": [0] * 5 + [5, 6, 7] + [8] * 4 + [12, 13] + [14] * 4,
+    "padding": [0] * 3 + [PADDING] * 2 + [5] * 6 + [PADDING] * 3 + [14] * 2 + [PADDING] * 2,
+    "nothing": [PADDING] * 18,
+}
+WINDOWS = [0, 1, 4, 5, 6, 7, 11, 17, 30, None]
+SINKS = [0, 1, 2, 5]
+
+pytestmark = pytest.mark.parametrize("sinks", SINKS)
+
+
+class Shards:
+    """All shards of all rows at once, [rows and shards, queries, keys].
+
+    Attributes:
+        i, j, start: positions of queries, of keys and of the queries' sequences, in the shard.
+        windowed, sink, attends: which sentence holds for which pair.
+    """
+
+    def __init__(self, window: int | None, sinks: int):
+        starts = np.array(list(ROWS.values()))
+        position = np.arange(LENGTH)
+        begin = CHUNK * np.arange(3)[:, None, None]
+
+        def by_shard(x):  # [rows, S, ...] -> [rows, shards, T, ...]
+            return x.reshape(len(ROWS), 3, CHUNK, *x.shape[2:])
+
+        def pairs(*settings):
+            seen = by_shard(np.stack([visible(row, *settings) for row in starts]))
+            return seen.reshape(-1, CHUNK, LENGTH)
+
+        # A padding query i comes to the kernels with the start i + 1.
+        start = by_shard(np.where(starts == PADDING, position + 1, starts))[..., None]
+        self.start = jnp.asarray((start - begin).reshape(-1, CHUNK, 1))
+        self.i = jnp.arange(CHUNK)[:, None]
+        self.j = jnp.asarray(np.tile(position - begin, (len(ROWS), 1, 1)))
+        self.windowed = pairs(window)
+        self.sink = pairs(NO_WINDOW, sinks)
+        self.attends = pairs(window, sinks)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_the_window_and_the_sinks(window, sinks):
+    x = Shards(window, sinks)
+    assert_array_equal(_masks.in_window(x.i, x.j, x.start, window), x.windowed)
+    assert_array_equal(_masks.is_sink(x.i, x.j, x.start, sinks), x.sink)
+    assert_array_equal(_masks.sees(x.i, x.j, x.start, window, sinks, packed=True), x.attends)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_keys_of_the_own_sequence_need_no_start(window, sinks):
+    """Unless packed, masks hold for the keys that a plan visits: those of the query's sequence."""
+    x = Shards(window, sinks)
+    visited = x.start <= x.j
+    in_window = np.asarray(_masks.in_window(x.i, x.j, None, window))
+    assert_array_equal(in_window[visited], x.windowed[visited])
+    for mask in (_masks.sees, _masks.sees_behind_halo):
+        unpacked, packed = (
+            np.asarray(mask(x.i, x.j, x.start, window, sinks, packed=p)) for p in (False, True)
+        )
+        assert_array_equal(unpacked[visited], packed[visited])
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_halo_and_fetched_sinks_share_the_pairs_out(window, sinks):
+    x = Shards(window, sinks)
+    of_halo = np.asarray(_masks.sees_behind_halo(x.i, x.j, x.start, window, sinks, packed=True))
+    assert_array_equal(of_halo, x.windowed | (x.sink & (x.j >= 0)))
+    fetched = _masks.sees_fetched_sink(x.i, x.j, x.start, window, sinks)
+    assert_array_equal(fetched, x.attends & ~of_halo)
+    beyond = _masks.sees_beyond_window(x.i, x.j, x.start, window, sinks)
+    assert_array_equal(beyond, x.attends & ~x.windowed)
+
+
+@pytest.mark.parametrize("stop", [-CHUNK, 0, 1, 4, CHUNK])
+def test_sinks_before_a_key(sinks, stop):
+    x = Shards(None, sinks)
+    before = _masks.sees_sink_before(x.i, x.j, x.start, sinks, stop)
+    assert_array_equal(before, x.sink & (x.j < stop))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4])
+@pytest.mark.parametrize("window", [0, 1, 4, 7])
+def test_near_and_far_sinks_share_the_pairs_out(window, sinks, chunk):
+    reach = _masks.sink_reach(window, sinks, chunk)
+    x = Shards(window, sinks)
+    near = np.asarray(_masks.sees_near(x.i, x.j, x.start, window, sinks, reach, packed=True))
+    far = np.asarray(_masks.sees_far_sink(x.i, x.j, x.start, sinks, reach))
+    assert_array_equal(near, x.windowed | (x.sink & (x.i - x.start < reach)))
+    assert_array_equal(near | far, x.attends)
+    assert not (far & x.windowed).any()
+    for begin in range(0, CHUNK, chunk):
+        queries = slice(begin, begin + chunk)
+        for start, has_far in zip(x.start[:, queries], far[:, queries].any(-1), strict=True):
+            assert len(np.unique(start[has_far])) <= 1, "a chunk with far sinks of two sequences"
