@@ -5,11 +5,16 @@ from ring_swa_jax._cache import Cache as Cache
 from ring_swa_jax._cache import init_cache as init_cache
 from ring_swa_jax._cache import next_positions as next_positions
 from ring_swa_jax._cache import prefill_cache as prefill_cache
+from ring_swa_jax._chunks import chunk_segment_ids as chunk_segment_ids
 from ring_swa_jax._decode import decode_attention as decode_attention
-from ring_swa_jax._models import ModelLayers as ModelLayers
+from ring_swa_jax._hugging_face import settings_from_hugging_face as settings_from_hugging_face
+from ring_swa_jax._hugging_face import weights_from_hugging_face as weights_from_hugging_face
+from ring_swa_jax._model_layers import Checkpoint as Checkpoint
+from ring_swa_jax._model_layers import ModelLayers as ModelLayers
 from ring_swa_jax._models import layer_settings as layer_settings
 from ring_swa_jax._models import models as models
 from ring_swa_jax._processes import check_processes as check_processes
+from ring_swa_jax._query_scaling import QueryScaling as QueryScaling
 from ring_swa_jax._reference import reference_attention as reference_attention
 from ring_swa_jax._repeated_work import RepeatedWorkWarning as RepeatedWorkWarning
 from ring_swa_jax._ring import ring_sliding_window_attn as ring_sliding_window_attn
@@ -20,6 +25,8 @@ from ring_swa_jax._rope import Rope as Rope
 from ring_swa_jax._rope import apply_rope as apply_rope
 from ring_swa_jax._rope_scaling import LinearScaling as LinearScaling
 from ring_swa_jax._rope_scaling import Llama3Scaling as Llama3Scaling
+from ring_swa_jax._rope_scaling import LongRopeScaling as LongRopeScaling
+from ring_swa_jax._rope_scaling import ProportionalScaling as ProportionalScaling
 from ring_swa_jax._rope_scaling import YarnScaling as YarnScaling
 from ring_swa_jax._segments import segment_positions as segment_positions
 from ring_swa_jax._sharded import ring_attention as ring_attention
@@ -28,15 +35,20 @@ from ring_swa_jax._version import __version__ as __version__
 
 __all__ = [
     "Cache",
+    "Checkpoint",
     "LinearScaling",
     "Llama3Scaling",
+    "LongRopeScaling",
     "ModelLayers",
+    "ProportionalScaling",
+    "QueryScaling",
     "RepeatedWorkWarning",
     "Rope",
     "YarnScaling",
     "__version__",
     "apply_rope",
     "check_processes",
+    "chunk_segment_ids",
     "decode_attention",
     "init_cache",
     "layer_settings",
@@ -50,5 +62,7 @@ __all__ = [
     "ring_streaming_llm_attn",
     "ring_streaming_llm_attn_varlen",
     "segment_positions",
+    "settings_from_hugging_face",
     "trim_cache",
+    "weights_from_hugging_face",
 ]

@@ -38,6 +38,7 @@ def decode_attention(
     scale: float | None = None,
     logits_soft_cap: float | None = None,
     sink_logits: Float[AnyArray, "N"] | None = None,
+    attention_chunk_size: int | None = None,
     rotate: Rotate | None = None,
 ) -> tuple[Float[Array, "B T N Hv"], Cache]:
     r"""Attention of the next T tokens of each row, as of the whole sequence, and the cache after.
@@ -73,6 +74,8 @@ def decode_attention(
         scale: factor of ``q.k``, by default ``H**-0.5``.
         logits_soft_cap: logits become ``cap * tanh(logits / cap)``.
         sink_logits: a learned logit a query head that enlarges the denominator.
+        attention_chunk_size: C; a query at position i sees no key before ``i - i % C``, as in
+            Llama 4 (`chunk_segment_ids`). The window must hold a chunk, C - 1. Static.
         rotate: ``rotate(x, positions)`` turns queries or keys [B, S, N or K, H] by int32 positions
             [B, S], such that products depend on the distance alone, as those of `apply_rope`. With
             T > 1 positions reach ``num_sink_tokens + window_size + T - 1``, at the same distances.
@@ -96,6 +99,7 @@ def decode_attention(
     num_sinks = _checks.static_sinks(num_sink_tokens)
     cap = _checks.static_soft_cap(logits_soft_cap)
     scale = _checks.static_scale(scale, q.shape[-1])
+    chunk = _static_chunk(attention_chunk_size, window, num_sinks)
     if sink_logits is not None:
         sink_logits = _checks.as_array("sink_logits", sink_logits)
         _checks.check_sink_logits(sink_logits, q.shape[2])
@@ -122,6 +126,8 @@ def decode_attention(
         seen = (distance >= 0) & (key_positions >= 0)[:, None] & valid[..., None]
         if window is not None:
             seen &= distance <= window
+        if chunk is not None:
+            seen &= distance <= (positions % chunk)[:, :, None]
         if rotate is None:
             return _Run(q, key, value, seen)
         query = rotate(q, jnp.maximum(positions - gap, 0))
@@ -163,6 +169,18 @@ class _Run(NamedTuple):
     key: Float[Array, "B K _ H"]
     value: Float[Array, "B K _ Hv"]
     seen: Bool[Array, "B T _"]
+
+
+def _static_chunk(chunk_size: int | None, window: int | None, num_sinks: int) -> int | None:
+    if chunk_size is None:
+        return None
+    chunk = _checks.static_size("attention_chunk_size", chunk_size)
+    if num_sinks or (window is not None and window < chunk - 1):
+        raise ValueError(
+            f"attention_chunk_size={chunk} goes with window_size={chunk - 1} and without sink "
+            f"tokens, got window_size={window} and num_sink_tokens={num_sinks}"
+        )
+    return chunk
 
 
 def _turn(

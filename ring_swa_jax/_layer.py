@@ -14,12 +14,36 @@ from pallas_kernels import accumulator_dtype
 from ring_swa_jax import _checks
 from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._axis import AxisName, explicit_axes, mesh_of, names_of, spec_of
+from ring_swa_jax._chunks import chunk_segment_ids
 from ring_swa_jax._exchange import check_exchange
 from ring_swa_jax._integers import as_positions, as_segment_ids
 from ring_swa_jax._layout import check_halves, check_layout, to_dual_order
+from ring_swa_jax._query_scaling import QueryScaling
 from ring_swa_jax._rope import Rope, apply_rope
 from ring_swa_jax._segments import dual_chunk_positions, segment_positions
 from ring_swa_jax._sharded import only, ring_attention, sequence_devices
+
+ACTIVATIONS = {"sigmoid": jax.nn.sigmoid, "softplus": jax.nn.softplus}
+
+
+class Projected(NamedTuple):
+    """The projections of x, neither normalised nor rotated; None where the layer has none."""
+
+    query: Float[Array, "B S N H"]
+    key: Float[Array, "B S K H"] | None
+    value: Float[Array, "B S K Hv"] | None
+    gate: Float[Array, "B S N 1"] | Float[Array, "B S N Hv"] | None
+
+
+class KeysValues(NamedTuple):
+    """Keys and values as the attention gets them, which a later layer may take too."""
+
+    key: Float[Array, "B S K H"]
+    value: Float[Array, "B S K Hv"]
+
+
+# `KeysValues`, of which Linen makes a plain tuple on the way into a method.
+SharedKeysValues = tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]
 
 
 class Learned(NamedTuple):
@@ -47,7 +71,17 @@ class AttentionLayer:
     scale: float | None
     qk_norm: bool | str
     qk_norm_epsilon: float
+    qk_norm_scale: bool
+    qk_norm_after_rope: bool
+    value_norm: bool
+    context_norm: bool
     rope: Rope | None
+    query_scaling: QueryScaling | None
+    attention_chunk_size: int | None
+    key_as_value: bool
+    kv_shared: bool
+    output_gate: str | None
+    output_gate_activation: str
     mesh: Mesh | AbstractMesh | None
     seq_axis: AxisName | None
     batch_axis: AxisName | None
@@ -109,6 +143,7 @@ class AttentionLayer:
         if self.qk_norm not in (False, True, "all_heads"):
             raise ValueError(f'qk_norm must be False, True or "all_heads", got {self.qk_norm!r}')
         self._check_rope()
+        self._check_options()
 
     def _check_rope(self):
         if self.rope is None:
@@ -125,12 +160,67 @@ class AttentionLayer:
                 f"rotary_dim={self.rope.rotary_dim} is more than head_dim={self.head_dim}"
             )
 
+    def _check_options(self):
+        if self.query_scaling is not None and not isinstance(self.query_scaling, QueryScaling):
+            raise TypeError(
+                "query_scaling must be a ring_swa_jax.QueryScaling or None, "
+                f"got {self.query_scaling!r}"
+            )
+        for name, known in (
+            ("output_gate", (None, "headwise", "elementwise")),
+            ("output_gate_activation", tuple(ACTIVATIONS)),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        if self.attention_chunk_size is not None:
+            _checks.static_size("attention_chunk_size", self.attention_chunk_size)
+            if self.window_size is not None or self.num_sink_tokens:
+                raise ValueError(
+                    f"attention_chunk_size={self.attention_chunk_size} is a mask of its own: it "
+                    "goes with window_size=None and num_sink_tokens=0, not with "
+                    f"{self.window_size} and {self.num_sink_tokens}"
+                )
+            if self.layout != "contiguous":
+                raise ValueError(
+                    f"attention_chunk_size={self.attention_chunk_size} counts tokens in their own "
+                    f"order, got layout={self.layout!r}; use layout='contiguous'"
+                )
+        if self.key_as_value and self.value_dim != self.head_dim:
+            raise ValueError(
+                f"key_as_value=True makes values as wide as keys, but value_dim={self.value_dim} "
+                f"and head_dim={self.head_dim}"
+            )
+
     @property
-    def norm_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of the factors that the norms of q and of k learn."""
+    def norm_shapes(self) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+        """Shapes of the factors that the norms of q and of k learn; None where there are none."""
+        if not (self.qk_norm and self.qk_norm_scale):
+            return None, None
+        query: tuple[int, ...] = (self.head_dim,)
+        key: tuple[int, ...] = (self.head_dim,)
         if self.qk_norm == "all_heads":
-            return (self.num_heads, self.head_dim), (self.num_kv_heads, self.head_dim)
-        return (self.head_dim,), (self.head_dim,)
+            query, key = (self.num_heads, *query), (self.num_kv_heads, *key)
+        return query, None if self.kv_shared else key
+
+    @property
+    def projections(self) -> dict[str, tuple[int, int] | None]:
+        """Heads and features of each projection of x, in `Projected`'s order; None for none."""
+        key: tuple[int, int] | None = (self.num_kv_heads, self.head_dim)
+        value: tuple[int, int] | None = (self.num_kv_heads, self.value_dim)
+        gate_features = {None: None, "headwise": 1, "elementwise": self.value_dim}[self.output_gate]
+        return {
+            "query": (self.num_heads, self.head_dim),
+            "key": None if self.kv_shared else key,
+            "value": None if self.kv_shared or self.key_as_value else value,
+            "gate": None if gate_features is None else (self.num_heads, gate_features),
+        }
+
+    @property
+    def cached_window(self) -> int | None:
+        """W of a cache: a chunk's keys lie in a window of its size."""
+        if self.attention_chunk_size is not None:
+            return self.attention_chunk_size - 1
+        return self.window_size
 
     def check_input(self, x) -> Array:
         """``x`` as an array [B, S, features].
@@ -148,29 +238,90 @@ class AttentionLayer:
 
     def forward(
         self,
-        q: Float[Array, "B S N H"],
-        k: Float[Array, "B S K H"],
-        v: Float[Array, "B S K Hv"],
+        projected: Projected,
         learned: Learned,
         *,
         segment_ids: Int[AnyArray, "B S"] | None,
         positions: Int[AnyArray, "B S"] | None,
+        shared_kv: SharedKeysValues | None,
     ) -> Float[Array, "B S N Hv"]:
-        """From the projections of whole rows to the attended values."""
+        """From the projections of whole rows to what the output projects."""
         if segment_ids is not None:
-            segment_ids = as_segment_ids(segment_ids, q.shape[:2])
-        q, k = self.normalise(q, k, learned)
-        positions = self.positions(q, segment_ids, positions)
-        q, k = self.rotate(q, positions), self.rotate(k, positions)
-        return self.attend(q, k, v, segment_ids, learned.sink_logits)
+            segment_ids = as_segment_ids(segment_ids, projected.query.shape[:2])
+        positions = self.positions(projected.query, segment_ids, positions)
+        q = self.queries(projected.query, learned, positions)
+        kv = self.keys_values(projected, learned, positions, shared_kv)
+        context = self.attend(q, kv.key, kv.value, segment_ids, learned.sink_logits)
+        return self.gated(context, projected.gate)
 
-    def normalise(
-        self, q: Float[Array, "B S N H"], k: Float[Array, "B S K H"], learned: Learned
-    ) -> tuple[Float[Array, "B S N H"], Float[Array, "B S K H"]]:
-        """Queries and keys after their norms, where the layer has any."""
-        if learned.query_norm is None or learned.key_norm is None:
-            return q, k
-        return self._normalise(q, learned.query_norm), self._normalise(k, learned.key_norm)
+    def queries(
+        self,
+        x: Float[Array, "B S N H"],
+        learned: Learned,
+        positions: Int[Array, "#B S"] | None,
+    ) -> Float[Array, "B S N H"]:
+        """Queries as they meet the keys; without positions they are not rotated."""
+        x = self._turned(x, learned.query_norm, positions)
+        if self.query_scaling is None or positions is None:
+            return x
+        return self.query_scaling.scale(x, positions)
+
+    def keys_values(
+        self,
+        projected: Projected,
+        learned: Learned,
+        positions: Int[Array, "#B S"] | None,
+        shared_kv: SharedKeysValues | None = None,
+    ) -> KeysValues:
+        """Keys and values as they meet the queries; without positions keys are not rotated.
+
+        Raises:
+            ValueError: those of another layer, where the layer has its own, or none where not.
+        """
+        if self.kv_shared != (shared_kv is not None):
+            raise ValueError(
+                "a layer with kv_shared=True, and no other, takes the keys and values of an "
+                "earlier layer, shared_kv=..., from that layer's keys_values(x, ...); got "
+                f"kv_shared={self.kv_shared} and "
+                f"shared_kv={None if shared_kv is None else 'keys and values'}"
+            )
+        if shared_kv is not None:
+            return KeysValues(*shared_kv)
+        key = projected.key
+        value = key if self.key_as_value else projected.value
+        assert key is not None and value is not None  # as this layer has its own
+        if self.value_norm:
+            value = self._rms_norm(value)
+        return KeysValues(self._turned(key, learned.key_norm, positions), value)
+
+    def gated(
+        self,
+        context: Float[Array, "B S N Hv"],
+        gate: Float[Array, "B S N 1"] | Float[Array, "B S N Hv"] | None,
+    ) -> Float[Array, "B S N Hv"]:
+        """The attended values, normalised and gated where the layer does that."""
+        if self.context_norm:
+            context = self._rms_norm(context)
+        if gate is None:
+            return context
+        activation = ACTIVATIONS[self.output_gate_activation]
+        wide = accumulator_dtype(context.dtype)
+        return (context.astype(wide) * activation(gate.astype(wide))).astype(context.dtype)
+
+    def _turned(
+        self,
+        x: Float[Array, "B S N H"],
+        factor: Float[Array, "H"] | Float[Array, "N H"] | None,
+        positions: Int[Array, "#B S"] | None,
+    ) -> Float[Array, "B S N H"]:
+        """Norm and rotation, in the layer's order."""
+        if self.qk_norm and not self.qk_norm_after_rope:
+            x = self._rms_norm(x, factor, all_heads=self.qk_norm == "all_heads")
+        if positions is not None:
+            x = self.rotate(x, positions)
+        if self.qk_norm and self.qk_norm_after_rope:
+            x = self._rms_norm(x, factor, all_heads=self.qk_norm == "all_heads")
+        return x
 
     def rotate(
         self, x: Float[Array, "B S N H"], positions: Int[Array, "#B S"]
@@ -178,15 +329,21 @@ class AttentionLayer:
         """Queries or keys, turned by their positions where the layer does that."""
         return x if self.rope is None else apply_rope(x, positions, **vars(self.rope))
 
-    def _normalise(
-        self, x: Float[Array, "B S N H"], factor: Float[Array, "H"] | Float[Array, "N H"]
+    def _rms_norm(
+        self,
+        x: Float[Array, "B S N H"],
+        factor: Float[Array, "H"] | Float[Array, "N H"] | None = None,
+        *,
+        all_heads: bool = False,
     ) -> Float[Array, "B S N H"]:
         """RMSNorm over each head, or over all heads of a token together, in float32."""
         wide = x.astype(accumulator_dtype(x.dtype))
-        axes = (-2, -1) if self.qk_norm == "all_heads" else -1
-        square = jnp.mean(wide * wide, axis=axes, keepdims=True)
-        factor = jnp.expand_dims(factor, range(x.ndim - factor.ndim)).astype(wide.dtype)
-        return (wide * jax.lax.rsqrt(square + self.qk_norm_epsilon) * factor).astype(x.dtype)
+        square = jnp.mean(wide * wide, axis=(-2, -1) if all_heads else -1, keepdims=True)
+        normal = wide * jax.lax.rsqrt(square + self.qk_norm_epsilon)
+        if factor is not None:
+            factor = jnp.expand_dims(factor, range(x.ndim - factor.ndim)).astype(wide.dtype)
+            normal = normal * factor
+        return normal.astype(x.dtype)
 
     def positions(
         self,
@@ -214,7 +371,7 @@ class AttentionLayer:
         check_halves(self.layout, q.shape[1], devices)
         return devices
 
-    def sharding_of_heads(self, x: Array, kernel: Array) -> NamedSharding | None:
+    def sharding_of_heads(self, x: Array, kernel: AnyArray) -> NamedSharding | None:
         """How x @ kernel [E, heads, H] is to lie on Explicit mesh axes; None on others.
 
         Heads that the devices do not divide are not cut: `ring_attention` repeats them.
@@ -244,7 +401,11 @@ class AttentionLayer:
         segment_ids: Int[AnyArray, "B S"] | None,
         sink_logits: Float[Array, "N"] | None,
     ) -> Float[Array, "B S N Hv"]:
-        """The attention itself."""
+        """The attention itself, of documents or of their chunks."""
+        if self.attention_chunk_size is not None:
+            if segment_ids is None:
+                segment_ids = jnp.zeros(q.shape[:2], jnp.int32)
+            segment_ids = chunk_segment_ids(segment_ids, self.attention_chunk_size)
         return ring_attention(
             q,
             k,

@@ -15,7 +15,7 @@ from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._cache import Cache
 from ring_swa_jax._decode import decode_attention
 from ring_swa_jax._integers import as_positions, as_segment_ids
-from ring_swa_jax._layer import AttentionLayer, Learned
+from ring_swa_jax._layer import AttentionLayer, KeysValues, Learned, Projected, SharedKeysValues
 from ring_swa_jax._segments import segment_positions
 from ring_swa_jax._sharded import sequence_devices
 
@@ -36,7 +36,7 @@ def init_cache(
         batch_size,
         layer.num_kv_heads,
         layer.head_dim,
-        window_size=layer.window_size,
+        window_size=layer.cached_window,
         num_sink_tokens=layer.num_sink_tokens,
         max_length=max_length,
         max_trim=max_trim,
@@ -48,9 +48,7 @@ def init_cache(
 
 def prefill(
     layer: AttentionLayer,
-    q: Float[Array, "B S N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K Hv"],
+    projected: Projected,
     learned: Learned,
     *,
     segment_ids: Int[AnyArray, "B S"] | None,
@@ -60,17 +58,19 @@ def prefill(
     relative_positions: bool,
 ) -> tuple[Float[Array, "B S N Hv"], Cache]:
     """The attended values of whole rows, and the cache that goes on with their last sequences."""
-    _check_positions(positions, relative_positions)
-    _check_order(layer, q)
+    _check_own_kv(layer)
+    _check_positions(layer, positions, relative_positions)
+    _check_order(layer, projected.query)
     if segment_ids is not None:
-        segment_ids = as_segment_ids(segment_ids, q.shape[:2])
-    q, k = layer.normalise(q, k, learned)
-    positions = layer.positions(q, segment_ids, positions)
-    turned_q, turned_k = layer.rotate(q, positions), layer.rotate(k, positions)
+        segment_ids = as_segment_ids(segment_ids, projected.query.shape[:2])
+    positions = layer.positions(projected.query, segment_ids, positions)
+    q = layer.queries(projected.query, learned, positions)
+    kv = cached = layer.keys_values(projected, learned, positions)
+    if relative_positions:
+        cached = layer.keys_values(projected, learned, None)
     cache = _cache.prefill_cache(
-        k if relative_positions else turned_k,
-        v,
-        window_size=layer.window_size,
+        *cached,
+        window_size=layer.cached_window,
         num_sink_tokens=layer.num_sink_tokens,
         segment_ids=segment_ids,
         max_length=max_length,
@@ -79,34 +79,69 @@ def prefill(
     )
     if relative_positions and q.shape[1] > _same_positions(layer):
         _check_not_cut(layer, q)
-        context = _attend_chunks(layer, q, k, v, segment_ids, learned.sink_logits)
+        q = layer.queries(projected.query, learned, None)
+        context = _attend_chunks(layer, q, *cached, segment_ids, learned.sink_logits)
     else:
-        context = layer.attend(turned_q, turned_k, v, segment_ids, learned.sink_logits)
-    return context, cache
+        context = layer.attend(q, *kv, segment_ids, learned.sink_logits)
+    return layer.gated(context, projected.gate), cache
 
 
 def decode(
     layer: AttentionLayer,
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K Hv"],
+    projected: Projected,
     learned: Learned,
     cache: Cache,
     *,
     valid: Bool[AnyArray, "B T"] | None,
     positions: Int[AnyArray, "B T"] | None,
+    shared_kv: SharedKeysValues | None,
 ) -> tuple[Float[Array, "B T N Hv"], Cache]:
-    """The attended values of the next tokens of each row, and the cache with these."""
+    """The attended values of the next tokens of each row, and the cache with these.
+
+    A layer that shares another one's keys and values leaves the cache as that one found it.
+    """
     _cache.check_cache(cache)
-    _check_positions(positions, cache.relative_positions)
-    q, k = layer.normalise(q, k, learned)
-    if not cache.relative_positions:
-        if positions is None:
-            positions = _cache.next_positions(cache, q.shape[1], valid)
-        else:
-            positions = as_positions(positions)
-        q, k = layer.rotate(q, positions), layer.rotate(k, positions)
-    return _attend_step(layer, q, k, v, cache, valid, learned.sink_logits)
+    _check_positions(layer, positions, cache.relative_positions)
+    positions = _positions_after(cache, projected.query.shape[1], valid, positions)
+    q = layer.queries(projected.query, learned, positions)
+    kv = layer.keys_values(projected, learned, positions, shared_kv)
+    context, after = _attend_step(layer, q, *kv, cache, valid, learned.sink_logits)
+    return layer.gated(context, projected.gate), cache if layer.kv_shared else after
+
+
+def keys_values(
+    layer: AttentionLayer,
+    projected: Projected,
+    learned: Learned,
+    *,
+    segment_ids: Int[AnyArray, "B S"] | None,
+    positions: Int[AnyArray, "B S"] | None,
+    cache: Cache | None,
+    valid: Bool[AnyArray, "B S"] | None,
+) -> KeysValues:
+    """Keys and values as the layer's queries meet them, of whole rows or of the next tokens."""
+    if segment_ids is not None:
+        segment_ids = as_segment_ids(segment_ids, projected.query.shape[:2])
+    if cache is None:
+        positions = layer.positions(projected.query, segment_ids, positions)
+    else:
+        _cache.check_cache(cache)
+        positions = _positions_after(cache, projected.query.shape[1], valid, positions)
+    return layer.keys_values(projected, learned, positions)
+
+
+def _positions_after(
+    cache: Cache,
+    num_tokens: int,
+    valid: Bool[AnyArray, "B T"] | None,
+    positions: Int[AnyArray, "B T"] | None,
+) -> Int[Array, "B T"] | None:
+    """Positions to rotate the next tokens by; None where the cache holds unrotated keys."""
+    if cache.relative_positions:
+        return None
+    if positions is None:
+        return _cache.next_positions(cache, num_tokens, valid)
+    return as_positions(positions)
 
 
 def _attend_step(
@@ -123,12 +158,13 @@ def _attend_step(
         k,
         v,
         cache,
-        window_size=layer.window_size,
+        window_size=layer.cached_window,
         num_sink_tokens=layer.num_sink_tokens,
         valid=valid,
         scale=layer.scale,
         logits_soft_cap=layer.logits_soft_cap,
         sink_logits=sink_logits,
+        attention_chunk_size=layer.attention_chunk_size,
         rotate=layer.rotate if cache.relative_positions else None,
     )
 
@@ -174,12 +210,30 @@ def _same_positions(layer: AttentionLayer) -> float:
     return layer.num_sink_tokens + layer.window_size + 1
 
 
-def _check_positions(positions: Int[AnyArray, "B T"] | None, relative_positions: bool) -> None:
-    if relative_positions and positions is not None:
+def _check_own_kv(layer: AttentionLayer) -> None:
+    if layer.kv_shared:
+        raise ValueError(
+            "a layer with kv_shared=True has no cache to fill: beside the earlier layer's prefill "
+            "call it with shared_kv=..., that layer's keys_values(x, ...)"
+        )
+
+
+def _check_positions(
+    layer: AttentionLayer, positions: Int[AnyArray, "B S"] | None, relative_positions: bool
+) -> None:
+    if not relative_positions:
+        return
+    if positions is not None:
         raise ValueError(
             f"relative_positions=True counts positions in the cache, so positions "
             f"{jnp.shape(positions)} cannot be honoured; pass positions=None"
         )
+    for name in ("query_scaling", "qk_norm_after_rope"):
+        if getattr(layer, name):
+            raise ValueError(
+                f"relative_positions=True rotates what the cache holds anew at each step, which "
+                f"{name}={getattr(layer, name)!r} does not allow; use relative_positions=False"
+            )
 
 
 def _check_order(layer: AttentionLayer, q) -> None:

@@ -23,7 +23,7 @@ class Rope:
     Attributes:
         base: the wavelengths' base, theta.
         rotary_dim: even number of leading features to rotate; all by default.
-        scaling: `LinearScaling`, `YarnScaling`, `Llama3Scaling` or None.
+        scaling: one of the classes ``*Scaling``, or None.
         interleaved: whether neighbouring features are paired, not the two halves.
     """
 
@@ -65,7 +65,8 @@ def apply_rope(
             dtype; [S] does for all rows.
         base: the wavelengths' base, theta.
         rotary_dim: even number of leading features to rotate, all H by default.
-        scaling: of the frequencies: `LinearScaling`, `YarnScaling` or `Llama3Scaling`.
+        scaling: of the frequencies: `LinearScaling`, `YarnScaling`, `Llama3Scaling`,
+            `LongRopeScaling` or `ProportionalScaling`.
         interleaved: pairs :math:`(x_{2m}, x_{2m + 1})` instead, as RoFormer and Command A do.
 
     Returns:
@@ -114,5 +115,6 @@ def apply_rope(
 def _check_scaling(scaling) -> None:
     if scaling is not None and not isinstance(scaling, RopeScaling):
         raise TypeError(
-            f"scaling must be a LinearScaling, YarnScaling, Llama3Scaling or None, got {scaling!r}"
+            "scaling must be a LinearScaling, YarnScaling, Llama3Scaling, LongRopeScaling, "
+            f"ProportionalScaling or None, got {scaling!r}"
         )

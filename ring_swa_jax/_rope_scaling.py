@@ -50,9 +50,12 @@ class YarnScaling:
         original_length: L, the context of the original training.
         beta_fast: turns from which on a frequency stays.
         beta_slow: turns up to which a frequency is divided.
-        attention_factor: also called mscale; by default ``0.1 * log(factor) + 1``.
+        attention_factor: by default ``m(1)``, where ``m(a) = 0.1 * a * log(factor) + 1``, or, where
+            both ``mscale`` and ``mscale_all_dim`` are given, ``m(mscale) / m(mscale_all_dim)``.
         truncate: whether the two ends of the blend are moved outwards to whole indices, as in the
             authors' program; False in gpt-oss.
+        mscale: of DeepSeek's configurations, with ``mscale_all_dim``.
+        mscale_all_dim: likewise.
 
     References:
         Peng et al., YaRN: Efficient Context Window Extension of Large Language Models,
@@ -65,14 +68,17 @@ class YarnScaling:
     beta_slow: float = 1.0
     attention_factor: float | None = None
     truncate: bool = True
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
 
     def __post_init__(self):
         _check_at_least("factor", self.factor, 1)
         _check_at_least("original_length", self.original_length, 1)
         _check_at_least("beta_slow", self.beta_slow, 0, strictly=True)
         _check_at_least("beta_fast", self.beta_fast, self.beta_slow, strictly=True)
-        if self.attention_factor is not None:
-            _check_at_least("attention_factor", self.attention_factor, 0, strictly=True)
+        for name in ("attention_factor", "mscale", "mscale_all_dim"):
+            if getattr(self, name) is not None:
+                _check_at_least(name, getattr(self, name), 0, strictly=name == "attention_factor")
 
     def frequencies(
         self, frequencies: Float64[np.ndarray, "R"], base: float
@@ -93,9 +99,15 @@ class YarnScaling:
 
     def magnitude(self) -> float:
         """Factor of the rotated features."""
-        if self.attention_factor is None:
-            return 0.1 * math.log(self.factor) + 1
-        return self.attention_factor
+        if self.attention_factor is not None:
+            return self.attention_factor
+
+        def m(scale):
+            return 0.1 * scale * math.log(self.factor) + 1
+
+        if self.mscale and self.mscale_all_dim:
+            return m(self.mscale) / m(self.mscale_all_dim)
+        return m(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +156,82 @@ class Llama3Scaling:
         return 1.0
 
 
-RopeScaling = LinearScaling | YarnScaling | Llama3Scaling
+@dataclasses.dataclass(frozen=True)
+class LongRopeScaling:
+    r"""LongRoPE: divides each frequency by a factor of its own, :math:`\theta_m / s_m`.
+
+    Models come with two sets of factors, for sequences up to the length of their first training
+    and for longer ones. One set holds for all calls of a layer, so that a cache's keys agree with
+    the queries that meet them.
+
+    Attributes:
+        factors: s, one for each pair of features.
+        attention_factor: multiplies the rotated queries and keys, and so the logits by its square.
+
+    References:
+        Ding et al., LongRoPE: Extending LLM Context Window Beyond 2 Million Tokens,
+        arXiv:2402.13753.
+    """
+
+    factors: tuple[float, ...]
+    attention_factor: float = 1.0
+
+    def __post_init__(self):
+        for factor in self.factors:
+            _check_at_least("each of factors", factor, 0, strictly=True)
+        _check_at_least("attention_factor", self.attention_factor, 0, strictly=True)
+
+    def frequencies(
+        self, frequencies: Float64[np.ndarray, "R"], base: float
+    ) -> Float64[np.ndarray, "R"]:
+        """The frequencies, each divided by its own factor."""
+        if frequencies.size != len(self.factors):
+            raise ValueError(
+                f"LongRopeScaling has {len(self.factors)} factors, but {frequencies.size} pairs of "
+                "features turn; give one factor for each pair"
+            )
+        return frequencies / np.asarray(self.factors)
+
+    def magnitude(self) -> float:
+        """Factor of the rotated features."""
+        return self.attention_factor
+
+
+@dataclasses.dataclass(frozen=True)
+class ProportionalScaling:
+    r"""Turns only the pairs of the highest frequencies, as Gemma 4's layers without a window do.
+
+    Of the H/2 pairs the first ``int(fraction * H/2)`` turn, by :math:`\theta_m / s`, the others
+    stay. (``Rope(rotary_dim=...)`` turns neighbouring features instead, by all the frequencies that
+    fit between 1 and 1/base.)
+
+    Attributes:
+        fraction: of the pairs, in 0..1.
+        factor: s, at least 1.
+    """
+
+    fraction: float
+    factor: float = 1.0
+
+    def __post_init__(self):
+        _check_at_least("fraction", self.fraction, 0)
+        if self.fraction > 1:
+            raise ValueError(f"fraction must be in 0..1, got {self.fraction!r}")
+        _check_at_least("factor", self.factor, 1)
+
+    def frequencies(
+        self, frequencies: Float64[np.ndarray, "R"], base: float
+    ) -> Float64[np.ndarray, "R"]:
+        """The frequencies, zero from the first pair on that stays."""
+        turning = np.arange(frequencies.size) < int(self.fraction * frequencies.size)
+        return frequencies * turning / self.factor
+
+    def magnitude(self) -> float:
+        """Factor of the rotated features."""
+        return 1.0
+
+
+RopeScaling = LinearScaling | YarnScaling | Llama3Scaling | LongRopeScaling | ProportionalScaling
 
 
 def _check_at_least(name: str, value, least: float, *, strictly: bool = False) -> None:

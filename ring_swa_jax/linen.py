@@ -20,9 +20,10 @@ from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._attention_fn import attention_fn as attention_fn
 from ring_swa_jax._axis import AxisName, explicit_axes
 from ring_swa_jax._cache import Cache
-from ring_swa_jax._layer import AttentionLayer, Learned
-from ring_swa_jax._layer_decode import decode, init_cache, prefill
+from ring_swa_jax._layer import AttentionLayer, KeysValues, Learned, Projected, SharedKeysValues
+from ring_swa_jax._layer_decode import decode, init_cache, keys_values, prefill
 from ring_swa_jax._linen_init import axes_that_divide, repeated_work_is_meant
+from ring_swa_jax._query_scaling import QueryScaling
 from ring_swa_jax._rope import Rope
 
 __all__ = ["RingSlidingWindowAttention", "attention_fn"]
@@ -36,17 +37,14 @@ def _lecun_normal(key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32
 class _Parts(NamedTuple):
     """The layer's submodules and parameters."""
 
-    query: nn.DenseGeneral
-    key: nn.DenseGeneral
-    value: nn.DenseGeneral
+    projections: list[Any]  # submodules, in `Projected`'s order, None for none
     out: nn.DenseGeneral
     learned: Learned
 
-    def project(
-        self, x: Float[Array, "B S E"]
-    ) -> tuple[Float[Array, "B S N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
-        """Queries, keys and values of x, not yet normalised nor rotated."""
-        return self.query(x), self.key(x), self.value(x)
+    def project(self, x: Float[Array, "B S E"]) -> Projected:
+        """The projections of x, not yet normalised nor rotated."""
+        query, *rest = self.projections
+        return Projected(query(x), *(None if p is None else p(x) for p in rest))
 
 
 class RingSlidingWindowAttention(nn.Module):
@@ -80,7 +78,17 @@ class RingSlidingWindowAttention(nn.Module):
     scale: float | None = None
     qk_norm: bool | Literal["all_heads"] = False
     qk_norm_epsilon: float = 1e-6
+    qk_norm_scale: bool = True
+    qk_norm_after_rope: bool = False
+    value_norm: bool = False
+    context_norm: bool = False
     rope: Rope | None
+    query_scaling: QueryScaling | None = None
+    attention_chunk_size: int | None = None
+    key_as_value: bool = False
+    kv_shared: bool = False
+    output_gate: Literal["headwise", "elementwise"] | None = None
+    output_gate_activation: Literal["sigmoid", "softplus"] = "sigmoid"
     mesh: Mesh | AbstractMesh | None = None
     seq_axis: AxisName | None = "seq"
     batch_axis: AxisName | None = None
@@ -108,6 +116,7 @@ class RingSlidingWindowAttention(nn.Module):
         *,
         segment_ids: Int[AnyArray, "B S"] | None = None,
         positions: Int[AnyArray, "B S"] | None = None,
+        shared_kv: SharedKeysValues | None = None,
     ) -> Float[Array, "B S out_features"]:
         """Attends within whole rows.
 
@@ -117,6 +126,7 @@ class RingSlidingWindowAttention(nn.Module):
             segment_ids: a new sequence starts where the id changes; a negative id is padding.
             positions: of the tokens, for the rotation alone; by default they start anew in every
                 sequence, or count from 0 where there are no ``segment_ids``.
+            shared_kv: `keys_values` of an earlier layer, for a layer with ``kv_shared``.
 
         Returns:
             The layer's output; a padding token's is the bias of ``out``.
@@ -134,9 +144,38 @@ class RingSlidingWindowAttention(nn.Module):
             layer, meant = dataclasses.replace(layer, **axes), repeated_work_is_meant()
         with meant:
             context = layer.forward(
-                *projected, parts.learned, segment_ids=segment_ids, positions=positions
+                projected,
+                parts.learned,
+                segment_ids=segment_ids,
+                positions=positions,
+                shared_kv=shared_kv,
             )
         return parts.out(context)
+
+    def keys_values(
+        self,
+        x: Float[AnyArray, "B S E"],
+        *,
+        segment_ids: Int[AnyArray, "B S"] | None = None,
+        positions: Int[AnyArray, "B S"] | None = None,
+        cache: Cache | None = None,
+        valid: Bool[AnyArray, "B S"] | None = None,
+    ) -> KeysValues:
+        """Keys and values for later layers with ``kv_shared``, as the NNX module's.
+
+        ``kv = module.apply(variables, x, method="keys_values")``
+        """
+        x = _checks.as_array("x", x)
+        layer, parts = self._layer_and_parts(x)
+        return keys_values(
+            layer,
+            parts.project(x),
+            parts.learned,
+            segment_ids=segment_ids,
+            positions=positions,
+            cache=cache,
+            valid=valid,
+        )
 
     @nn.nowrap
     def init_cache(
@@ -186,7 +225,7 @@ class RingSlidingWindowAttention(nn.Module):
         layer, parts = self._layer_and_parts(x)
         context, cache = prefill(
             layer,
-            *parts.project(x),
+            parts.project(x),
             parts.learned,
             segment_ids=segment_ids,
             positions=positions,
@@ -203,6 +242,7 @@ class RingSlidingWindowAttention(nn.Module):
         *,
         valid: Bool[AnyArray, "B T"] | None = None,
         positions: Int[AnyArray, "B T"] | None = None,
+        shared_kv: SharedKeysValues | None = None,
     ) -> tuple[Float[Array, "B T out_features"], Cache]:
         """Attends from the next tokens of each row, as the NNX module does.
 
@@ -211,7 +251,13 @@ class RingSlidingWindowAttention(nn.Module):
         x = _checks.as_array("x", x)
         layer, parts = self._layer_and_parts(x)
         context, cache = decode(
-            layer, *parts.project(x), parts.learned, cache, valid=valid, positions=positions
+            layer,
+            parts.project(x),
+            parts.learned,
+            cache,
+            valid=valid,
+            positions=positions,
+            shared_kv=shared_kv,
         )
         return parts.out(context), cache
 
@@ -240,17 +286,20 @@ class RingSlidingWindowAttention(nn.Module):
         )
         project = functools.partial(
             dense,
-            use_bias=self.use_bias,
             kernel_init=self.kernel_init,
             bias_init=self.bias_init,
             promote_dtype=self.qkv_promote_dtype,
             dot_general=_dot_general(x, functools.partial(layer.sharding_of_heads, x)),
         )
         query_shape, key_shape = layer.norm_shapes
+        sinks_shape = (layer.num_heads,) if self.learned_sinks else None
         return _Parts(
-            query=project((layer.num_heads, layer.head_dim), name="query"),
-            key=project((layer.num_kv_heads, layer.head_dim), name="key"),
-            value=project((layer.num_kv_heads, layer.value_dim), name="value"),
+            projections=[
+                None
+                if shape is None
+                else project(shape, name=name, use_bias=self.use_bias and name != "gate")
+                for name, shape in layer.projections.items()
+            ],
             out=dense(
                 layer.out_features,
                 axis=(-2, -1),
@@ -262,18 +311,18 @@ class RingSlidingWindowAttention(nn.Module):
                 name="out",
             ),
             learned=Learned(
-                self._param(self.qk_norm, "query_norm", self.qk_norm_init, query_shape),
-                self._param(self.qk_norm, "key_norm", self.qk_norm_init, key_shape),
-                self._param(
-                    self.learned_sinks, "sink_logits", self.sink_logits_init, (layer.num_heads,)
-                ),
+                self._param("query_norm", self.qk_norm_init, query_shape),
+                self._param("key_norm", self.qk_norm_init, key_shape),
+                self._param("sink_logits", self.sink_logits_init, sinks_shape),
             ),
         )
 
     @nn.nowrap
-    def _param(self, present, name: str, init: Initializer, shape) -> Float[Array, "*shape"] | None:
+    def _param(self, name: str, init: Initializer, shape) -> Float[Array, "..."] | None:
+        if shape is None:
+            return None
         # A restored checkpoint may hold NumPy arrays.
-        return jnp.asarray(self.param(name, init, shape, self.param_dtype)) if present else None
+        return jnp.asarray(self.param(name, init, shape, self.param_dtype))
 
 
 def _dot_general(x: Array, sharding_of: Callable[[Array], NamedSharding | None]):

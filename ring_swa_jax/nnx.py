@@ -18,8 +18,9 @@ from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._attention_fn import attention_fn as attention_fn
 from ring_swa_jax._axis import AxisName
 from ring_swa_jax._cache import Cache
-from ring_swa_jax._layer import AttentionLayer, Learned
-from ring_swa_jax._layer_decode import decode, init_cache, prefill
+from ring_swa_jax._layer import AttentionLayer, KeysValues, Learned, Projected, SharedKeysValues
+from ring_swa_jax._layer_decode import decode, init_cache, keys_values, prefill
+from ring_swa_jax._query_scaling import QueryScaling
 from ring_swa_jax._rope import Rope
 
 __all__ = ["RingSlidingWindowAttention", "attention_fn"]
@@ -36,7 +37,8 @@ class RingSlidingWindowAttention(nnx.Module):
     (``rope``); `ring_swa_jax.ring_attention` defines the attention. The parameters are those of
     `flax.nnx.MultiHeadAttention`: ``query``, ``key``, ``value`` and ``out``, each with a
     ``kernel`` ([E, N, H], [E, K, H], [E, K, Hv], [N, Hv, out_features]) and a ``bias``; besides
-    them ``query_norm`` and ``key_norm`` where there is a norm, and ``sink_logits`` [N].
+    them ``query_norm`` and ``key_norm`` where there is a norm, ``sink_logits`` [N], and ``gate``
+    with a ``kernel`` ([E, N, 1] or [E, N, Hv]) where there is an output gate.
 
     Args:
         num_heads: N, the number of query heads.
@@ -56,9 +58,26 @@ class RingSlidingWindowAttention(nnx.Module):
         qk_norm: True: an RMSNorm of every head of q and k before the rotation, with a factor [H];
             "all_heads": one of all heads of a token together, with factors [N, H] and [K, H], as
             in OLMo 2 and 3. The factors multiply as they are: Gemma's weights are ``factor - 1``.
-        qk_norm_epsilon: added to the mean square.
+        qk_norm_epsilon: added to the mean square, of the other norms too.
+        qk_norm_scale: whether the norms of q and k have factors; False as in Llama 4.
+        qk_norm_after_rope: whether they come after the rotation, as in Hunyuan and Llama 4.
+        value_norm: an RMSNorm of every head of v, without factor, as in Gemma 3n and 4.
+        context_norm: an RMSNorm of every head of the attended values, without factor, before the
+            output gate.
         rope: rotary settings, `ring_swa_jax.Rope`; None: no rotation, as in Flax's own attention.
             No default, as either would be wrong in silence for the other half of all models.
+        query_scaling: a factor of the queries that grows with their position, after rotation and
+            norm, as in Ministral 3 and Llama 4; positions are those of the rotation.
+        attention_chunk_size: C; the query at position p of its document sees the keys from
+            ``p - p % C`` on, as in Llama 4's layers that rotate (`ring_swa_jax.chunk_segment_ids`).
+            Goes with ``window_size=None``.
+        key_as_value: the values are the keys before their norm and rotation, and there is no
+            ``value``, as in Gemma 4's layers without a window.
+        kv_shared: keys and values come from an earlier layer, with each call, and there is neither
+            ``key`` nor ``value``, as in the upper layers of Gemma 3n and 4.
+        output_gate: "elementwise": the attended values are multiplied by a gate computed from x,
+            one for each feature; "headwise": one for each head. None: no gate.
+        output_gate_activation: "sigmoid", or "softplus" as in Laguna.
         mesh: by default that of ``jax.set_mesh``.
         seq_axis: mesh axis or axes (a tuple, major first) that cut the sequence; None: it is not
             cut.
@@ -116,7 +135,17 @@ class RingSlidingWindowAttention(nnx.Module):
         scale: float | None = None,
         qk_norm: bool | Literal["all_heads"] = False,
         qk_norm_epsilon: float = 1e-6,
+        qk_norm_scale: bool = True,
+        qk_norm_after_rope: bool = False,
+        value_norm: bool = False,
+        context_norm: bool = False,
         rope: Rope | None,
+        query_scaling: QueryScaling | None = None,
+        attention_chunk_size: int | None = None,
+        key_as_value: bool = False,
+        kv_shared: bool = False,
+        output_gate: Literal["headwise", "elementwise"] | None = None,
+        output_gate_activation: Literal["sigmoid", "softplus"] = "sigmoid",
         mesh: Mesh | AbstractMesh | None = None,
         seq_axis: AxisName | None = "seq",
         batch_axis: AxisName | None = None,
@@ -160,7 +189,17 @@ class RingSlidingWindowAttention(nnx.Module):
             scale=scale,
             qk_norm=qk_norm,
             qk_norm_epsilon=qk_norm_epsilon,
+            qk_norm_scale=qk_norm_scale,
+            qk_norm_after_rope=qk_norm_after_rope,
+            value_norm=value_norm,
+            context_norm=context_norm,
             rope=rope,
+            query_scaling=query_scaling,
+            attention_chunk_size=attention_chunk_size,
+            key_as_value=key_as_value,
+            kv_shared=kv_shared,
+            output_gate=output_gate,
+            output_gate_activation=output_gate_activation,
             mesh=mesh,
             seq_axis=seq_axis,
             batch_axis=batch_axis,
@@ -175,16 +214,22 @@ class RingSlidingWindowAttention(nnx.Module):
         project = functools.partial(
             linear,
             layer.in_features,
-            use_bias=use_bias,
             kernel_init=kernel_init,
             bias_init=bias_init,
             promote_dtype=qkv_promote_dtype,
             kernel_metadata=kernel_metadata,
             bias_metadata=bias_metadata,
         )
-        self.query = project((layer.num_heads, layer.head_dim))
-        self.key = project((layer.num_kv_heads, layer.head_dim))
-        self.value = project((layer.num_kv_heads, layer.value_dim))
+
+        def projection(name):
+            if (shape := layer.projections[name]) is None:
+                return nnx.data(None)
+            return project(shape, use_bias=use_bias and name != "gate")
+
+        self.query = projection("query")
+        self.key = projection("key")
+        self.value = projection("value")
+        self.gate = projection("gate")
         self.out = linear(
             (layer.num_heads, layer.value_dim),
             layer.out_features,
@@ -197,17 +242,16 @@ class RingSlidingWindowAttention(nnx.Module):
             bias_metadata=out_bias_metadata or bias_metadata,
         )
 
-        def parameter(present, init, shape, metadata):
-            if not present:
+        def parameter(init, shape, metadata):
+            if shape is None:
                 return nnx.data(None)
             return nnx.Param(init(rngs.params(), shape, param_dtype), **metadata)
 
         query_shape, key_shape = layer.norm_shapes
-        self.query_norm = parameter(qk_norm, qk_norm_init, query_shape, query_norm_metadata)
-        self.key_norm = parameter(qk_norm, qk_norm_init, key_shape, key_norm_metadata)
-        self.sink_logits = parameter(
-            learned_sinks, sink_logits_init, (layer.num_heads,), sink_logits_metadata
-        )
+        sinks_shape = (layer.num_heads,) if learned_sinks else None
+        self.query_norm = parameter(qk_norm_init, query_shape, query_norm_metadata)
+        self.key_norm = parameter(qk_norm_init, key_shape, key_norm_metadata)
+        self.sink_logits = parameter(sink_logits_init, sinks_shape, sink_logits_metadata)
 
     def __call__(
         self,
@@ -215,6 +259,7 @@ class RingSlidingWindowAttention(nnx.Module):
         *,
         segment_ids: Int[AnyArray, "B S"] | None = None,
         positions: Int[AnyArray, "B S"] | None = None,
+        shared_kv: SharedKeysValues | None = None,
     ) -> Float[Array, "B S out_features"]:
         """Attends within whole rows.
 
@@ -223,6 +268,7 @@ class RingSlidingWindowAttention(nnx.Module):
             segment_ids: a new sequence starts where the id changes; a negative id is padding.
             positions: of the tokens, for the rotation alone; by default they start anew in every
                 sequence, or count from 0 where there are no ``segment_ids``.
+            shared_kv: `keys_values` of an earlier layer, for a layer with ``kv_shared``.
 
         Returns:
             The layer's output; a padding token's is the bias of ``out``.
@@ -233,9 +279,47 @@ class RingSlidingWindowAttention(nnx.Module):
         """
         x = self.layer.check_input(x)
         context = self.layer.forward(
-            *self._project(x), self._learned(), segment_ids=segment_ids, positions=positions
+            self._project(x),
+            self._learned(),
+            segment_ids=segment_ids,
+            positions=positions,
+            shared_kv=shared_kv,
         )
         return self._project_out(context, x)
+
+    def keys_values(
+        self,
+        x: Float[AnyArray, "B S E"],
+        *,
+        segment_ids: Int[AnyArray, "B S"] | None = None,
+        positions: Int[AnyArray, "B S"] | None = None,
+        cache: Cache | None = None,
+        valid: Bool[AnyArray, "B S"] | None = None,
+    ) -> KeysValues:
+        """Keys and values as this layer's queries meet them, for later layers with ``kv_shared``.
+
+        Beside the call on the same x, under jit, nothing is computed twice.
+
+        Args:
+            x: features, as in the call, `prefill` or `decode` beside.
+            segment_ids: as in a call.
+            positions: as in a call.
+            cache: beside `decode`: the one that it is given too.
+            valid: as in `decode`.
+
+        Raises:
+            ValueError: a layer that has no keys of its own.
+        """
+        x = self.layer.check_input(x)
+        return keys_values(
+            self.layer,
+            self._project(x),
+            self._learned(),
+            segment_ids=segment_ids,
+            positions=positions,
+            cache=cache,
+            valid=valid,
+        )
 
     def init_cache(
         self,
@@ -265,7 +349,7 @@ class RingSlidingWindowAttention(nnx.Module):
             batch_size,
             max_length=max_length,
             max_trim=max_trim,
-            dtype=dtype or self.key.dtype or self.key.param_dtype,
+            dtype=dtype or self.query.dtype or self.query.param_dtype,
             relative_positions=relative_positions,
         )
 
@@ -299,13 +383,13 @@ class RingSlidingWindowAttention(nnx.Module):
         Raises:
             ValueError: shapes or mesh axes that do not fit, a prompt longer than ``max_length``,
                 ``relative_positions`` with ``positions``, or with a long prompt that is cut over
-                devices.
+                devices; a layer with ``kv_shared``, which is called instead.
             TypeError: ids or positions that are not integers.
         """
         x = self.layer.check_input(x)
         context, cache = prefill(
             self.layer,
-            *self._project(x),
+            self._project(x),
             self._learned(),
             segment_ids=segment_ids,
             positions=positions,
@@ -322,6 +406,7 @@ class RingSlidingWindowAttention(nnx.Module):
         *,
         valid: Bool[AnyArray, "B T"] | None = None,
         positions: Int[AnyArray, "B T"] | None = None,
+        shared_kv: SharedKeysValues | None = None,
     ) -> tuple[Float[Array, "B T out_features"], Cache]:
         """Attends from the next tokens of each row: a call on the whole sequence, to rounding.
 
@@ -333,13 +418,17 @@ class RingSlidingWindowAttention(nnx.Module):
 
         Args:
             x: features of T >= 1 new tokens a row. No mesh axis may cut T.
-            cache: of this layer, after the tokens before.
+            cache: of this layer, after the tokens before. For a layer with ``kv_shared`` the
+                earlier layer's, as that layer's `decode` was given it.
             valid: False for padding, which is not counted; None: all are tokens.
             positions: of the new tokens, for the rotation alone; by default they go on counting.
+            shared_kv: `keys_values` of the earlier layer with that cache, for a layer with
+                ``kv_shared``.
 
         Returns:
             The layer's output (a padding token's is the bias of ``out``) and the cache with the
-            new tokens. Tokens past the cache's ``max_length`` get NaN.
+            new tokens, or the cache as it was for a layer with ``kv_shared``. Tokens past the
+            cache's ``max_length`` get NaN.
 
         Raises:
             ValueError: shapes that do not fit, a cache of another layer, or ``positions`` with a
@@ -348,22 +437,28 @@ class RingSlidingWindowAttention(nnx.Module):
         """
         x = self.layer.check_input(x)
         context, cache = decode(
-            self.layer, *self._project(x), self._learned(), cache, valid=valid, positions=positions
+            self.layer,
+            self._project(x),
+            self._learned(),
+            cache,
+            valid=valid,
+            positions=positions,
+            shared_kv=shared_kv,
         )
         return self._project_out(context, x), cache
 
     def _learned(self) -> Learned:
         return Learned(*map(_value, (self.query_norm, self.key_norm, self.sink_logits)))
 
-    def _project(
-        self, x: Float[Array, "B S E"]
-    ) -> tuple[Float[Array, "B S N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
-        """Queries, keys and values of x, not yet normalised nor rotated."""
+    def _project(self, x: Float[Array, "B S E"]) -> Projected:
+        """The projections of x, not yet normalised nor rotated."""
 
         def project(linear):
+            if linear is None:
+                return None
             return linear(x, out_sharding=self.layer.sharding_of_heads(x, linear.kernel[...]))
 
-        return project(self.query), project(self.key), project(self.value)
+        return Projected(*(project(getattr(self, name)) for name in Projected._fields))
 
     def _project_out(
         self, context: Float[Array, "B S N Hv"], x: Float[Array, "B S E"]

@@ -71,22 +71,24 @@ def parameters():
     return jax.tree.map(draw, nnx.to_pure_dict(abstract))
 
 
-def through_nnx(settings):
+def through_nnx(settings, method="__call__"):
     """f(parameters, x, **call) by the NNX module."""
     graph, abstract = nnx.split(nnx.eval_shape(lambda: make_nnx(**settings)))
 
     def apply(parameters, x, **call):
         state = jax.tree.map(lambda p: p, abstract)
         nnx.replace_by_pure_dict(state, parameters)
-        return nnx.merge(graph, state)(x, **call)
+        return getattr(nnx.merge(graph, state), method)(x, **call)
 
     return apply
 
 
-def through_linen(settings):
+def through_linen(settings, method=None):
     """The same by the Linen module."""
     module = make_linen(**settings)
-    return lambda parameters, x, **call: module.apply({"params": parameters}, x, **call)
+    return lambda parameters, x, **call: module.apply(
+        {"params": parameters}, x, method=method, **call
+    )
 
 
 FRAMEWORKS = pytest.mark.parametrize("through", [through_nnx, through_linen])

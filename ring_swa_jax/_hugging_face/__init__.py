@@ -1,0 +1,6 @@
+"""Attention layers from a config.json and weights in the form of Hugging Face's programs."""
+
+from ring_swa_jax._hugging_face.settings import settings_from_hugging_face
+from ring_swa_jax._hugging_face.weights import weights_from_hugging_face
+
+__all__ = ["settings_from_hugging_face", "weights_from_hugging_face"]
