@@ -14,7 +14,7 @@ S = 16
 RUNS = np.array([[0] * 5 + [1] * 3 + [-1] * 2 + [2] * 6, [-1] + [0] * 8 + [3] * 7])
 Q, K, V = jax.random.normal(jax.random.key(0), (3, 2, S, 2, 8))
 RIGHT = rsj.reference_attention(Q, K, V, window_size=4, segment_ids=RUNS.astype(np.int32))
-CU = [0, 5, 5, 11, 14]
+CU = np.array([0, 5, 5, 11, 14])
 PACKED = rsj.ring_sliding_window_attn_varlen(Q[0], K[0], V[0], window_size=4, cu_seqlens=CU)
 
 
