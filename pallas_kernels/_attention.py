@@ -5,7 +5,7 @@ and fetched sinks. One softmax spans all of them, and the backward pass uses its
 log-sum-exp, so launches may be cut wherever that hides communication:
 
 * A short halo is seen by few rows. The other rows go first, under the permute, then those rows
-  with all their keys in one launch: nothing partial leaves a kernel.
+  with all their keys in one launch: no partial result is written.
 * A long halo arrives in hops. All rows attend the shard's own keys first, then each hop's keys
   continue from the (out, lse) of the launch before, in the accumulator's precision.
 
@@ -35,10 +35,10 @@ from pallas_kernels._vmap import folds_vmap
 
 
 class Halo(Protocol):
-    """Keys before the shard that others hold, in hops from near to far. Hashable.
+    """Keys before the shard, which other devices hold; hop 0 is the nearest. Hashable.
 
-    ``lengths[c]`` is the number of keys of hop c, the last of which stands just before the keys
-    of the hop before it. Every hop but the last is as long as the shard.
+    ``lengths[c]`` is the number of keys of hop c. The keys of hop c end just before those of
+    hop c - 1. Every hop but the last is as long as the shard.
     """
 
     lengths: tuple[int, ...]
@@ -54,15 +54,18 @@ class Halo(Protocol):
     ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
         """The keys and values of a hop: every shard passes its own, and where its sequences start.
 
-        The message is sent once the number ``after`` exists. It holds zeros for padding, which the
-        shard that receives it does not know of.
+        The message is sent once the number ``after`` exists. The sender sets padding to zero,
+        because the receiver does not know which rows are padding.
         """
         ...
 
     def give_back(
         self, hop: int, dkey: Float[Array, "B S K H"], dvalue: Float[Array, "B S K Hv"]
     ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
-        """The transpose: gradients of a hop, to the shard that holds its keys (its last ones)."""
+        """The transpose of `fetch`.
+
+        Sends a hop's gradients to the device that holds these keys, the last ones of its shard.
+        """
         ...
 
 
@@ -268,7 +271,7 @@ def _forward(
     sink_logits: Float[Array, "N"] | None,
     start: Starts,
 ) -> tuple[State, _KeyValue | None]:
-    """The state of all rows, and the halo that the backward pass is to find, if kept."""
+    """The state of all rows, and the halo where the backward pass reuses it."""
     kernels = _implementations.kernels_of(implementation)
     arrays = (query, key, value, sinks, sink_logits, start)
     state, kept = _launch_all_forward(spec, halo, kernels, *arrays)
@@ -309,7 +312,7 @@ def _launch_all_forward(
     if len(lengths) == 1 and 2 * near <= rows:
         fetched = halo.fetch(0, *shared, after=None)
         state = launch(inputs, None, rows=(near, rows), out_dtype=query.dtype)
-        # What needs the halo waits for the launch, so that the halo travels under it.
+        # The rows that need the halo come after this launch: the transfer overlaps with it.
         done = state.lse[0, 0, -1] <= jnp.inf  # True, but no compiler may assume it
         far, far_value = (jnp.where(done, x, jnp.nan) for x in fetched)
         joined = inputs._replace(runs=(_hop_run(halo, 0, (far, far_value)), local))

@@ -1,6 +1,6 @@
-"""What the launches of the kernels say when they are differentiated.
+"""Derivative rules of the kernel launches.
 
-`attend` has a reverse-mode rule of its own, made of launches. Its first derivatives never
+`attend` has its own reverse-mode rule, which runs launches. Its first derivatives therefore never
 differentiate a launch; second derivatives do.
 """
 
@@ -15,16 +15,17 @@ from jaxtyping import Shaped
 
 
 def first_order(launch: Callable, *, has_forward_mode: bool) -> Callable:
-    """``launch`` with derivatives in forward mode if it has any, and none in reverse mode.
+    """``launch``, differentiable in forward mode only, or not at all.
 
-    Differentiating it otherwise raises NotImplementedError.
+    Derivatives in reverse mode raise NotImplementedError, and without ``has_forward_mode`` those in
+    forward mode too.
     """
     return _forward_mode_only(launch) if has_forward_mode else _no_derivatives(launch)
 
 
 def _no_derivatives(launch: Callable) -> Callable:
-    # The inputs are guarded, not the launch: JAX lowers no kernel of Mosaic GPU that writes in
-    # place inside a custom_jvp.
+    # The rule is on the inputs, not on the launch: inside a custom_jvp JAX cannot lower a Mosaic
+    # GPU kernel that writes in place.
     def guarded(*arrays):
         return launch(*jax.tree.map(_undifferentiable, arrays))
 

@@ -52,7 +52,9 @@ def choose(
 
 
 def kernels_of(name: str) -> Kernels:
-    """The backend of this name, imported when first used: a JAX may lack what another one needs.
+    """The backend of this name.
+
+    Imported on first use, because a JAX may lack what the module imports.
 
     Raises:
         NotImplementedError: this JAX or the device compiled for does not have what it needs.

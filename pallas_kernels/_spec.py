@@ -14,7 +14,7 @@ class Spec:
     """Static settings of one attention call.
 
     Attributes:
-        window: keys seen before a query: W back plus itself; None for all of its sequence.
+        window: W; a query sees the W keys before it and itself; None: all keys before it.
         num_sinks: first tokens of its sequence that a query always sees.
         scale: factor of ``q.k``.
         soft_cap: bound of ``cap * tanh(logit / cap)``, or None.

@@ -1,9 +1,10 @@
-"""Attention to the whole sequence of a share of the heads: exchange="all_to_all".
+"""Attention in which each device has whole sequences of some heads: exchange="all_to_all".
 
-Each device gives its chunk of most heads away, receives the other chunks of its own ones, attends,
-and gives the results back (DeepSpeed-Ulysses, arXiv:2309.14509). Without a window, where a device
-has several key/value heads, there are two launches, each of half of the heads: the second one's
-heads arrive under the first one, whose results leave under the second one.
+Before, a device has one chunk of all heads. It sends each other device that device's heads, and
+receives the other chunks of its own heads. It attends, and sends the results back
+(DeepSpeed-Ulysses, arXiv:2309.14509). Without a window, where the number of key/value heads on a
+device is even, there are two launches of half of the heads each. The inputs of the second launch
+arrive during the first launch; the results of the first launch leave during the second one.
 """
 
 import dataclasses
@@ -32,9 +33,9 @@ from ring_swa_jax._layout import from_dual_order, to_dual_order
 from ring_swa_jax._segments import whole_starts
 
 MOST_LAUNCHES = 2
-"""Without a window. Under one, the forward kernel for Hopper takes every multiprocessor from its
-beginning on: with an exchange beside it, two launches took 15 to 22% longer than one on four H100
-(65536 tokens, windows of 8191 to 32767)."""
+"""Most launches without a window. With a window there is one, because the forward kernel for Hopper
+takes every multiprocessor from its beginning: with an exchange at the same time, two launches took
+15 to 22% longer than one on four H100 (65536 tokens, windows of 8191 to 32767)."""
 
 
 class _Share(NamedTuple):
@@ -47,13 +48,13 @@ class _Share(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class HeadExchange:
-    """Between chunks of all heads and whole sequences of a share of them.
+    """Exchanges chunks of all heads for whole sequences of some heads, and back.
 
     Attributes:
         axis: mesh axis that cuts the sequence; its size P divides the N query heads.
         layout: order of the tokens in the caller's arrays.
         kv_heads: K, of which N is a multiple.
-        launches: in so many launches each device attends its heads.
+        launches: number of launches into which each device divides its heads.
     """
 
     axis: SequenceAxis
@@ -65,13 +66,13 @@ class HeadExchange:
     def of_heads(
         cls, axis: SequenceAxis, layout: str, kv_heads: int, most_launches: int
     ) -> "HeadExchange":
-        """With as many launches as divide the key/value heads of a device."""
+        """Launches: the largest divisor of ``most_launches`` that divides a device's kv heads."""
         launches = math.gcd(math.lcm(kv_heads, axis.size) // axis.size, most_launches)
         return cls(axis, layout, kv_heads, launches)
 
     @property
     def repeats(self) -> int:
-        """How often each key/value head is needed, so that there are lcm(K, P) of them."""
+        """How often each key/value head is repeated, so that there are lcm(K, P) of them."""
         return math.lcm(self.kv_heads, self.axis.size) // self.kv_heads
 
     def pipeline(
@@ -80,16 +81,16 @@ class HeadExchange:
         compute: Callable[[int, list[Array], Array], list[Array]],
         start: Array,
     ) -> list[Array]:
-        """All launches, with the exchange of one under the computation of another.
+        """Runs all launches; the exchange of one overlaps with the computation of another.
 
-        Of several messages XLA lets only the last one travel while a kernel runs.
+        If several messages are sent at once, XLA overlaps only the last one with a kernel.
 
         Args:
             inputs: arrays [B, T, N, H] of this device's chunk, the largest one last.
-            compute: function of a launch's number, of its heads of the inputs [B, S, n, H] and of
-                ``start``, that returns arrays [B, S, n, H], the largest one last.
-            start: what only ``compute`` reads; on its way there it waits for the messages that are
-                to travel meanwhile.
+            compute: function of a launch's number, of the inputs of its heads [B, S, n, H] and of
+                ``start``. Returns arrays [B, S, n, H], the largest one last.
+            start: an array that only ``compute`` reads. `pipeline` makes this array depend on the
+                messages that are to travel during the launch.
 
         Returns:
             The results for this device's chunk, all heads of each, [B, T, N, H].
@@ -107,7 +108,7 @@ class HeadExchange:
         return [self._joined(parts) for parts in zip(*returned, strict=True)]
 
     def sums_to_chunks(self, sums: list[Float[Array, "B n S"]]) -> Float[Array, "B N T"]:
-        """One number for each query and head, of what all launches have of them."""
+        """One number for each query and head, from those of all launches."""
         once = dataclasses.replace(self, launches=1)
         column = jnp.moveaxis(jnp.concatenate(sums, axis=1), 1, 2)[..., None]
         column = once._joined([once._returned(once._leaving(column))])
@@ -120,9 +121,9 @@ class HeadExchange:
         return jnp.split(jnp.moveaxis(column[..., 0], 2, 1), self.launches, axis=1)
 
     def sum_of_parts(self, x: Float[Array, "B T R H"], dtype) -> Float[Array, "B T K H"]:
-        """A gradient of keys from that of the repeated ones.
+        """The gradient of the keys from that of the repeated keys.
 
-        The parts that several devices have of a head are added by one sum, in their order.
+        One sum adds the parts that several devices computed of a head, in the devices' order.
         """
         return x.reshape(*x.shape[:2], self.kv_heads, -1, x.shape[-1]).sum(3).astype(dtype)
 
@@ -138,7 +139,7 @@ class HeadExchange:
     def _fetch(
         self, inputs: list[Array], launch: int, before: Array | None
     ) -> tuple[list[Array], Array]:
-        """What arrives of a launch's heads, one after the other, and the last message."""
+        """The inputs of a launch's heads, received one after the other, and the last message."""
         arrived: list[Array] = []
         for x in inputs:
             message = _after(self._outgoing(x, launch), before)
@@ -164,7 +165,7 @@ class HeadExchange:
         return jnp.moveaxis(self._exchange(leaving), 0, 2)
 
     def _exchange(self, x: Array) -> Array:
-        """Row d goes to device d; the rows that arrive stand in the order of their devices."""
+        """Sends row d to device d; row d of the result comes from device d."""
         return lax.all_to_all(x, self.axis.name, split_axis=0, concat_axis=0, tiled=True)
 
     def _joined(self, parts: Sequence[Float[Array, "B T P n H"]]) -> Float[Array, "B T N H"]:
@@ -173,17 +174,18 @@ class HeadExchange:
 
 
 def _after(x: Array, other: Array | None = None) -> Array:
-    """``x``, but not before the other exists.
+    """``x``, but only once ``other`` has been computed.
 
-    Without a latency-hiding scheduler XLA hides an exchange only where what is computed meanwhile
-    needs the message. The barrier alone would not do: compilers drop it before they order the
-    program. But until then it keeps them from finding the number elsewhere.
+    Without a latency-hiding scheduler, XLA overlaps an exchange with a kernel only if that kernel
+    depends on the message. A barrier alone is not enough, because the compiler drops it before it
+    orders the program. Until then the barrier keeps the compiler from reading the number from an
+    earlier array.
     """
     if other is None:
         return x
     number = lax.optimization_barrier(other)[(0,) * other.ndim]
-    exists = (number <= jnp.inf) | jnp.isnan(number)  # True, but no compiler says so
-    return jnp.where(exists, x, jnp.full_like(x, -1))  # no start is -1, so neither is dropped
+    exists = (number <= jnp.inf) | jnp.isnan(number)  # True, but the compiler cannot know
+    return jnp.where(exists, x, jnp.full_like(x, -1))  # no start is -1, so XLA keeps `exists`
 
 
 def attend(
@@ -236,8 +238,8 @@ def attend_heads(
         key: its keys; N is a multiple of lcm(K, P).
         value: its values.
         sink_logits: learned sinks; all inputs vary over the same manual mesh axes.
-        start: position of the first token of each query's sequence, of the whole sequence in the
-            order of its tokens.
+        start: for each query of the whole sequence, in the order of the tokens, the position of
+            the first token of the query's document.
     """
     arrays = (query, key, value, sink_logits, start)
     return _attend_heads_fwd(spec, exchange, implementation, *arrays)[0]
@@ -267,7 +269,7 @@ def _attend_heads_fwd(spec, exchange, implementation, query, key, value, sink_lo
 
 def _attend_heads_bwd(spec, exchange, implementation, residuals, dout):
     shares, sink_logits, start, out, lse = residuals
-    # Parts of a head's gradient stay as they were accumulated until they are added.
+    # Parts of a head's gradient keep the accumulator's precision until they are added.
     travel = lse.dtype if exchange.repeats > 1 else dout.dtype
     learned, sums = _learned(exchange, sink_logits), exchange.sums_to_heads(lse)
     dlearned: list[Any] = []

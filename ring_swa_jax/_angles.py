@@ -1,10 +1,10 @@
 r"""Angles :math:`p \cdot \theta` modulo 2 pi at any integer position p.
 
-A product of two float32 is off by 0.03 at :math:`p = 2^{20}` and noise at :math:`p = 2^{24}`. So
-angles are counted here in turns, as fixed-point fractions of one turn in unsigned words: sums and
-products of words wrap around, which drops whole turns and nothing else. A position is a sum of
-bytes, :math:`p = \sum_k 256^k p_k`, and the fraction of a turn that belongs to :math:`256^k` steps
-is computed on the host, once for each frequency, with Python's long integers.
+The float32 product is off by 0.03 at :math:`p = 2^{20}` and meaningless at :math:`p = 2^{24}`. So
+this module computes with fractions of a full circle, as fixed-point numbers in unsigned words. Sums
+and products of words wrap around, which drops full circles and nothing else. A position is a sum of
+bytes, :math:`p = \sum_k 256^k p_k`. For each frequency and k the host computes the fraction for
+:math:`256^k` steps once, with Python's long integers.
 """
 
 import functools
@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 
 _BITS = 256
 _PER_RADIAN = 0x28BE60DB9391054A7F09D5F47D4D377036D8A5664F10E4107F9458EAF7AEF158
-"""Turns in a radian, 1 / (2 pi), as a fixed-point number of 256 bits."""
+"""Full circles in a radian, 1 / (2 pi), as a fixed-point number of 256 bits."""
 
 
 def angles(
@@ -26,12 +26,12 @@ def angles(
 ) -> Float[Array, "*shape R"]:
     """``positions * frequencies`` modulo 2 pi, off by 7e-7 in float32 and by 1e-15 in float64.
 
-    Angles below 1 are plain products, whose error is relative.
+    Angles below 1 are plain products, so that the error of a small angle is small too.
 
     Args:
         positions: of any integer dtype, negative ones too.
-        frequencies: radians a step, taken as the exact float64 that they are.
-        dtype: float32 or float64, of the angles.
+        frequencies: radians per position, used as exact float64 numbers.
+        dtype: of the angles, float32 or float64.
     """
     word = jnp.uint64 if dtype == jnp.float64 else jnp.uint32
     bits = jnp.iinfo(word).bits
@@ -39,7 +39,7 @@ def angles(
     shape = (1,) * positions.ndim + (-1,)
     turns = jnp.zeros((), word)
     for shift in range(0, position_bits, 8):
-        # The last byte keeps its sign: arithmetic shifts repeat it, and words wrap around.
+        # The highest byte stays signed, which makes the sum right for negative positions.
         byte = positions >> shift
         byte = byte if shift + 8 == position_bits else byte & 255
         step = np.array(_fractions(tuple(frequencies), shift, bits), word).reshape(shape)
@@ -52,7 +52,7 @@ def angles(
 
 @functools.lru_cache(maxsize=512)
 def _fractions(frequencies: tuple[float, ...], shift: int, bits: int) -> tuple[int, ...]:
-    """What ``2**shift`` steps turn by, in turns rounded to ``bits`` bits, without whole turns."""
+    """The angles of ``2**shift`` positions: fractions of a circle, rounded to ``bits`` bits."""
     found = []
     for frequency in frequencies:
         numerator, denominator = frequency.as_integer_ratio()

@@ -38,11 +38,12 @@ def attention_fn(
 
     For `flax.nnx.MultiHeadAttention` and `flax.linen.MultiHeadDotProductAttention` as they are.
     The attention is **causal whatever the module says**: both modules say ``is_causal=False``, or
-    nothing, by default. Functions of the same settings are equal, so that jit knows them again.
+    nothing, by default. Functions made with the same settings compare equal, so jit does not
+    compile twice.
 
-    Flax's modules know neither rotations nor learned sinks: `RingSlidingWindowAttention` does.
-    Packed rows and padding go through their ``mask``, which may be integer ids [..., S]:
-    ``segment_ids`` of `ring_attention`, so that a negative id is padding.
+    Flax's modules have no rotations or learned sinks; `RingSlidingWindowAttention` has. For packed
+    rows and padding pass integer ids [..., S] as the module's ``mask``. They are the
+    ``segment_ids`` of `ring_attention`: a negative id is padding.
 
     Args:
         window_size: W; a token sees **W + 1 keys**: the W before it and itself, as
@@ -105,8 +106,8 @@ class AttentionFn:
     exchange: str | None
     implementation: str | None
 
-    # Linen passes only the arguments that it finds here by name, and drops the others unseen: what
-    # is refused must be named too.
+    # Linen silently drops arguments that this signature does not name, so refused ones are named
+    # too.
     def __call__(
         self,
         query: Float[AnyArray, "*batch S N H"],
@@ -129,7 +130,7 @@ class AttentionFn:
         attn_weights_value_einsum: object = None,
     ) -> Float[Array, "*batch S N Hv"]:
         """Attends; the arguments are those of Flax's `dot_product_attention`."""
-        # Fulfilled as they are: the softmax is in float32, the attention causal.
+        # These need nothing: the softmax is always float32, the attention always causal.
         del is_causal, force_fp32_for_softmax, broadcast_dropout, dropout_rng
         query = jnp.asarray(query)
         if mask is not None and not isinstance(mask, Array):
@@ -166,7 +167,7 @@ class AttentionFn:
 
 
 def _matmul_precision(precision: PrecisionLike):
-    """Lets the attention compute as precisely as Flax's module is told to, or as JAX is."""
+    """A context with the module's ``precision``, or JAX's default where it is None."""
     if precision is None:
         return contextlib.nullcontext()
     first, second = precision if isinstance(precision, tuple) else (precision, precision)

@@ -1,16 +1,20 @@
-"""Attention to all keys that pass by, all devices alike: exchange="ring".
+"""Ring attention without a window, with equal work on all devices: exchange="ring".
 
-Device r computes the queries of the half chunks r and 2P - 1 - r. Keys and values of two half
-chunks go round the ring in P - 1 hops, each under the launches of the hop before. Of the keys of
-device d, the second half of the queries always sees the first half chunk. Besides, where d is
-before r the first half of the queries sees it too, and where d is behind r the second half of the
-queries sees the second half chunk as well: two blocks of half a chunk by half a chunk in every hop.
-So that one program does either, the keys are turned until the visible ones are the last, and where
-each query's keys begin says how many these are.
+Device r computes the queries of the half chunks r and 2P - 1 - r. Each device's keys and values
+visit all devices in P - 1 hops; the transfer of a hop overlaps with the launches of the hop before.
+When device r has the keys of another device d, it computes two blocks of half a chunk by half a
+chunk:
 
-The hops are a loop, so that the program does not grow with the devices; keys that pass by take the
-memory of three chunks, gathered ones would take that of P. Partial results, and the gradients of
-keys and values that follow these around the ring, stay as they were accumulated.
+* The second half of the queries sees the first half of the keys, whatever d is.
+* Where d < r, the first half of the queries sees the first half of the keys.
+* Where d > r, the second half of the queries sees the second half of the keys.
+
+One program computes both cases: it shifts the keys so that the visible ones are the last, and the
+``start`` of each query says how many of the last keys the query sees.
+
+The hops are a loop, so that the program does not grow with the number of devices. The keys in
+flight take the memory of three chunks; gathered keys would take that of P. The partial results, and
+the gradients of keys and values, which travel with their keys, keep the accumulator's precision.
 """
 
 import dataclasses
@@ -39,14 +43,14 @@ from ring_swa_jax._segments import whole_starts
 
 
 class _Halves(NamedTuple):
-    """What belongs to the first half chunk of a device, and to the second one."""
+    """One array for each of the two half chunks of a device."""
 
     first: Array
     second: Array
 
 
 class _Launch(NamedTuple):
-    """The keys that a half of the queries attends in one launch, and where those of each begin."""
+    """The keys that one half of the queries attends in a launch, and each query's first key."""
 
     half: int
     run: KeyRun
@@ -55,12 +59,12 @@ class _Launch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class BalancedRing:
-    """The hops of a ring of P chunks, and what this device sees of each.
+    """The hops of a ring of P chunks, and which keys of each hop this device sees.
 
-    Arrays of a device hold its two half chunks one after the other; keys and values are one array,
-    and so are their gradients, so that they travel in one message. Where a chunk's length is odd,
-    half chunks with even numbers are one token longer; split in two, the shorter one is filled up
-    with a row of zeros.
+    A device's array holds its two half chunks one after the other. Keys and values are one array,
+    and so are their gradients, so that a hop is one message. Where a chunk's length is odd, half
+    chunks with even numbers are one token longer, and `split` pads the shorter half chunk with a
+    row of zeros.
     """
 
     axis: SequenceAxis
@@ -82,13 +86,13 @@ class BalancedRing:
         return x if self.layout == "dual_chunk" else self.halves.collect(x, axis)
 
     def pass_on(self, x: Array) -> Array:
-        """To the next device, from the one before."""
+        """Sends ``x`` to the next device; returns the array of the device before."""
         size = self.axis.size
         pairs = [(device, (device + 1) % size) for device in range(size)]
         return lax.ppermute(x, self.axis.name, pairs)
 
     def split(self, x: Array, axis: int = 1) -> _Halves:
-        """The two half chunks, both as long as the longer one."""
+        """The two half chunks, the shorter one padded to the length of the longer one."""
         half = self.halves.longest
         if self.chunk % 2 == 0:
             return _Halves(*jnp.split(x, 2, axis))
@@ -113,7 +117,7 @@ class BalancedRing:
         return lax.slice_in_dim(whole, 0, self.chunk, axis=axis)
 
     def starts(self, start: Int[Array, ""] | Int[Array, "B S"], batch: int) -> _Halves:
-        """Where the sequence of each query starts, by positions in the whole sequence."""
+        """For each query the position, in the whole sequence, where its document starts."""
         halves, found = self.halves, []
         for half in halves.of_device(self.axis.index()):
             rows = jnp.arange(halves.longest, dtype=jnp.int32)
@@ -122,14 +126,14 @@ class BalancedRing:
                 own = lax.dynamic_slice_in_dim(past, halves.begin(half), halves.longest, 1)
             else:
                 own = jnp.broadcast_to(start, (batch, halves.longest))
-            # The row that fills up is after all keys, as padding is.
+            # The row that `split` adds starts after all keys, as padding does.
             filled = rows >= halves.length(half)
             past_all = self.axis.size * self.chunk
             found.append(jnp.where(filled[None], past_all, own))
         return _Halves(*found)
 
     def without_padding(self, x: Float[Array, "B T R D"], starts: _Halves) -> Array:
-        """Zeros where a token of this device is padding, which no launch of a hop knows."""
+        """``x`` with zeros at this device's padding, which other devices do not know of."""
         rows = jnp.arange(self.halves.longest, dtype=jnp.int32)[None]
         numbers = self.halves.of_device(self.axis.index())
         real = [
@@ -139,7 +143,7 @@ class BalancedRing:
         return jnp.where(self.join(_Halves(*real))[..., None, None], x, jnp.zeros_like(x))
 
     def own_launches(self, keys: Array, starts: _Halves) -> list[_Launch]:
-        """Each half to its own keys, and the second one to the keys of the first."""
+        """Each half of the queries to its own keys; the second half also to the first half's."""
         numbers = self.halves.of_device(self.axis.index())
         launches = [
             _Launch(n, self._run(part, 0), start - self.halves.begin(number))
@@ -152,14 +156,14 @@ class BalancedRing:
     def hop_launches(
         self, distance: Int[Array, ""] | int, keys: Array, starts: _Halves
     ) -> tuple[_Launch, _Launch]:
-        """Each half to the keys of the device that is so far before this one."""
+        """Each half of the queries to the keys of the device ``distance`` places before."""
         index, halves = self.axis.index(), self.halves
         device = (index - distance) % self.axis.size
         begins = [halves.begin(half) for half in halves.of_device(device)]
         lengths = [halves.length(half) for half in halves.of_device(device)]
 
         def begin_from_end(start, n):
-            """Where the keys of half chunk n begin that queries see, counted from its end."""
+            """The first key that a query sees in half chunk n, counted from the half's end."""
             return jnp.clip(start - begins[n], 0, lengths[n]) - lengths[n]
 
         first = jnp.where(device < index, begin_from_end(starts.first, 0), 0)
@@ -170,19 +174,19 @@ class BalancedRing:
         return _Launch(0, run, first), _Launch(1, run, second)
 
     def turned_back(self, x: Array, distance: Int[Array, ""] | int) -> Array:
-        """What belongs to the keys of `hop_launches`, in the order of the keys that passed by."""
+        """Gradients of the shifted keys of `hop_launches`, in the order before the shift."""
         return self._turned(x, self.chunk - self._turn(distance))
 
     def _run(self, keys: Array, offset: int) -> KeyRun:
         return KeyRun(keys[..., : self.dim], keys[..., self.dim :], offset)
 
     def _turn(self, distance: Int[Array, ""] | int) -> Int[Array, ""]:
-        """How far the keys of a device are turned, so that those come last that are seen."""
+        """How far a device's keys are shifted, so that the visible keys are the last."""
         device = (self.axis.index() - distance) % self.axis.size
         return jnp.where(device > self.axis.index(), 0, self.halves.length(device))
 
     def _turned(self, x: Array, turn: Int[Array, ""]) -> Array:
-        """So many tokens moved from the front to the end."""
+        """``x`` with its first ``turn`` tokens moved to the end."""
         return lax.dynamic_slice_in_dim(jnp.concatenate([x, x], 1), turn, self.chunk, 1)
 
     def _first_length(self) -> Int[Array, ""]:
@@ -229,11 +233,11 @@ def attend_ring(
         ring: the hops.
         implementation: that of the kernels.
         query: queries of the device, in the caller's layout.
-        key: its keys; N is a multiple of K.
-        value: its values.
+        key: keys of the device; N is a multiple of K.
+        value: values of the device.
         sink_logits: learned sinks; all inputs vary over the same manual mesh axes.
-        start: position of the first token of each query's sequence, of the whole sequence in the
-            order of its tokens.
+        start: for each query of the whole sequence, in the order of the tokens, the position of
+            the first token of the query's document.
     """
     arrays = (query, key, value, sink_logits, start)
     return _attend_ring_fwd(spec, ring, implementation, *arrays)[0]
@@ -321,7 +325,7 @@ def _attend_ring_bwd(spec, ring, implementation, residuals, dout):
 
 
 class _Backward(NamedTuple):
-    """What the launches of the backward pass share."""
+    """The inputs that all launches of the backward pass share."""
 
     spec: Spec
     implementation: str
@@ -332,7 +336,11 @@ class _Backward(NamedTuple):
     def through(
         self, launches: Sequence[_Launch], dqueries: tuple[Array | None, Array | None]
     ) -> tuple[tuple[Array, Array], list[Array], list[Array]]:
-        """(gradients of both halves with those of launches added; of keys; deltas) by launches."""
+        """Runs launches: (sums of the queries' gradients, gradients of the keys, deltas).
+
+        The sums are ``dqueries`` plus the gradients of these launches, for each half of the
+        queries. Gradients of keys and deltas are listed by launch.
+        """
         halves: list[Any] = list(dqueries)
         dkeys, deltas = [], []
         for half, run, start in launches:

@@ -2,8 +2,8 @@
 
 The key of position p lies in slot ``p mod C`` of a buffer of C slots, so that a new token
 overwrites the one that has just left the window and nothing else moves. The first tokens lie
-apart, where nothing overwrites them. Heads come before slots: a step is then two batched matrix
-products that read the buffers where they are; slots first, XLA transposes all of them each time.
+apart, where nothing overwrites them. With heads first, a step is two batched matrix products on
+the buffers as they lie; with slots first, XLA transposes all buffers in every step.
 """
 
 import dataclasses
@@ -39,12 +39,12 @@ class Cache:
     Attributes:
         key: of the last C tokens, position p in slot ``p mod C``; slots without a token are unread.
         value: likewise.
-        sink_key: of the first ``num_sink_tokens`` tokens, in order; no slots where none of the
-            tokens that fit can leave the window.
+        sink_key: of the first ``num_sink_tokens`` tokens, in order. Empty where the window never
+            drops a token.
         sink_value: likewise.
         length: tokens seen by each row, which is the position of its next token. It stops at
-            2**31 - 1, beyond which results are NaN; with ``relative_positions`` it never gets
-            there, but falls back by a multiple of C after 2**30, which changes no result.
+            2**31 - 1, beyond which results are NaN. With ``relative_positions`` it is reduced by a
+            multiple of C after 2**30, which changes no result.
         trimmed: of each row's tokens that `trim_cache` took back, how many still occupy a slot.
         window_size: W, of **W + 1 keys**; None: all keys that fit.
         relative_positions: the keys are not rotated, see `decode_attention`.
@@ -142,9 +142,10 @@ def prefill_cache(
 ) -> Cache:
     """The cache after a prompt, by gathers of as many keys as it holds.
 
-    Its outputs come from elsewhere, e.g. `ring_attention` on the same keys. (Cache-relative
-    positions are those of the whole sequence up to ``num_sink_tokens + window_size``; a longer
-    prompt gets its outputs and its cache from `decode_attention`, in chunks.)
+    It computes no attention; the outputs come from another call, e.g. `ring_attention` on the same
+    keys. (Cache-relative positions are those of the whole sequence up to
+    ``num_sink_tokens + window_size``; a longer prompt gets its outputs and its cache from
+    `decode_attention`, in chunks.)
 
     Args:
         k: keys of whole rows, as `decode_attention` would get them: rotated by their positions
@@ -263,7 +264,10 @@ def append_sinks(
     v: Float[Array, "B T K Hv"],
     valid: Bool[Array, "B T"],
 ) -> Cache:
-    """The cache with those of T more tokens that are sinks; `append_window` is still to come."""
+    """Stores only those of T more tokens that are sinks.
+
+    Call `append_window` next, which stores the rest and counts all T.
+    """
     sinks = cache.sink_key.shape[2]
     positions = next_positions(cache, k.shape[1], valid)
     slots = _slots_or_none(valid & (positions < sinks), positions, sinks)
@@ -305,7 +309,7 @@ def append_window(
 
 
 def within_reach(cache: Cache, num_tokens: int, valid: Bool[Array, "B T"]) -> Bool[Array, "B T"]:
-    """Which of the next tokens neither ``max_length`` nor the count's int32 has run out for."""
+    """Which new tokens still fit into ``max_length`` and into the int32 of ``length``."""
     limit = MOST_TOKENS if cache.max_length is None else cache.max_length
     rank = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
     return rank < (limit - cache.length)[:, None]
@@ -327,7 +331,10 @@ def _gather(x: Float[Array, "B S K H"], index: Int[Array, "B C"]) -> Float[Array
 def _slots_or_none(
     kept: Bool[Array, "B T"], slots: Int[Array, "B T"], num_slots: int
 ) -> Int[Array, "B T"]:
-    """The slot of each token that is kept; the others get places past the buffer, all distinct."""
+    """The slot of each token that is kept.
+
+    Tokens that are not kept get distinct indices past the buffer, which the scatter drops.
+    """
     none = num_slots + jnp.arange(slots.shape[1], dtype=jnp.int32)[None]
     return jnp.where(kept, slots, none)
 

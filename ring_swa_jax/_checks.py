@@ -244,7 +244,7 @@ def check_segment_ids(segment_ids, shape: tuple[int, ...] | None = None) -> None
 
 
 def check_valid(valid: Shaped[Array, "..."], shape: tuple[int, ...]) -> None:
-    """Checks that it says of each new token whether it is one.
+    """Checks that ``valid`` is a boolean mask of this shape.
 
     Raises:
         ValueError: another shape.

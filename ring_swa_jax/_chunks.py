@@ -1,4 +1,4 @@
-"""Attention in chunks of a fixed size, as documents that end there."""
+"""Attention in chunks of a fixed size: each chunk becomes a document of its own."""
 
 import jax.numpy as jnp
 from jax import Array
@@ -14,8 +14,9 @@ def chunk_segment_ids(segment_ids: Int[AnyArray, "B S"], chunk_size: int) -> Int
     """``segment_ids`` that cut every document into chunks, for attention as in Llama 4.
 
     The query at position p of its document attends the keys from the chunk's first position
-    ``p - p % chunk_size`` on. Chunks count from each document's begin. Rotary positions stay those
-    of the documents, ``segment_positions(segment_ids)`` of the ids before.
+    ``p - p % chunk_size`` on. Each document starts with a new chunk. Rotary positions still count
+    from the document's first token: compute them from the original ids,
+    ``segment_positions(segment_ids)``.
 
     Args:
         segment_ids: of the documents; zeros where each row is one. A negative id is padding.

@@ -41,7 +41,7 @@ def decode_attention(
     attention_chunk_size: int | None = None,
     rotate: Rotate | None = None,
 ) -> tuple[Float[Array, "B T N Hv"], Cache]:
-    r"""Attention of the next T tokens of each row, as of the whole sequence, and the cache after.
+    r"""Attention of T new tokens a row to the cache and each other, and the cache with them.
 
     The query at position i of its row attends the key at j iff ``j <= i`` and
     (``i - j <= window_size`` or ``j < num_sink_tokens``):
@@ -50,8 +50,8 @@ def decode_attention(
 
     with :math:`s_{ij} = q_i \cdot k_j \cdot \mathrm{scale}`, softly capped, and :math:`e^z` only
     where there are ``sink_logits``. So token by token or in chunks, the results are those of
-    `ring_attention` to rounding. A step costs T times the cache's keys, and T squared in a chunk,
-    however long the sequence has grown.
+    `ring_attention` to rounding. A step costs O(T (C + T)) for C cached keys, however long the
+    sequence has grown.
 
     **Positions.** By default q and k come rotated by their positions in the sequence, which are
     `next_positions`. With *cache-relative positions* (StreamingLLM) they come unrotated, the cache
@@ -112,12 +112,12 @@ def decode_attention(
     else:
         valid = _checks.as_array("valid", valid)
         _checks.check_valid(valid, (batch, num_tokens))
-        # Weights of zero would not hide the NaN that a row's padding may hold.
+        # 0 * NaN is NaN, so padding's keys and values are set to zero.
         k, v = (jnp.where(valid[..., None, None], x, 0) for x in (k, v))
 
     positions = next_positions(cache, num_tokens, valid)
     lost = valid & ~within_reach(cache, num_tokens, valid)
-    # Where cache-relative positions end, and by how much those of the window lag behind.
+    # The largest cache-relative position, and the window's offset from absolute positions.
     last_index = num_sinks + (window or 0)  # fits into int32, as the cache has so many slots
     gap = 0 if window is None else jnp.maximum(cache.length - last_index, 0)[:, None]
 
@@ -147,7 +147,8 @@ def decode_attention(
     cache = append_sinks(cache, k, v, valid)
     if window is not None and cache.sink_key.shape[2]:
         runs.append(before_window(cache.sink_key, cache.sink_value, window))
-    if num_tokens == 1:  # what it overwrites is out of its window, so one run has all keys
+    if num_tokens == 1:
+        # One token overwrites the slot that just left its window, so it is stored first.
         cache = append_window(cache, k, v, valid)
         stored = stored + valid[:, 0].astype(jnp.int32)
     else:
@@ -156,14 +157,14 @@ def decode_attention(
     runs.append(in_window(cache.key, cache.value, slot_positions(stored, cache.num_slots)))
     out = _attend(runs, sink_logits, scale, cap).astype(q.dtype)
     if num_tokens > 1:
-        # Read, then written, in this order: XLA need not keep a copy for the reader.
+        # The barrier orders the read before the write, so XLA writes in place.
         cache, out = lax.optimization_barrier((cache, out))
         cache = append_window(cache, k, v, valid)
     return jnp.where(lost[..., None, None], jnp.nan, out), cache
 
 
 class _Run(NamedTuple):
-    """Some of the keys, any number of them, and the queries turned to meet them."""
+    """Some of the keys, and the queries, rotated for these keys' positions."""
 
     query: Float[Array, "B T N H"]
     key: Float[Array, "B K _ H"]

@@ -1,4 +1,4 @@
-"""How a layer over several devices comes by its keys: names, checks, and what None takes."""
+"""How devices exchange keys: the exchanges' names, their checks, and the default."""
 
 import math
 
@@ -11,10 +11,10 @@ EXCHANGES = ("halo", "all_to_all", "ring")
 
 
 def check_exchange(exchange: str | None) -> None:
-    """Checks that an exchange has this name.
+    """Checks that ``exchange`` is None or a known name.
 
     Raises:
-        ValueError: none has.
+        ValueError: an unknown name.
     """
     if exchange is not None and exchange not in EXCHANGES:
         raise ValueError(f"exchange={exchange!r} is none of {EXCHANGES} or None")
@@ -31,17 +31,17 @@ def choose_exchange(
 ) -> str:
     """The exchange of a call; on one device "halo", which then fetches nothing.
 
-    None takes "halo" for a window shorter than a chunk. For longer ones, and without a window, it
-    takes "all_to_all" where the devices divide the query heads and belong to one host, else "halo"
-    for a window, "ring" without one. On four H100 (65536 tokens, 32/8 heads of 128, forward and
-    backward) a halo took 0.96 times as long as an all-to-all for a window of half a chunk, 1.12
-    times for one chunk, 1.34 times for two.
+    None means "halo" for a window shorter than a chunk. For a longer window, and without a window,
+    None means "all_to_all" where the number of devices divides the query heads and one process has
+    all these devices. Elsewhere None means "halo" with a window and "ring" without one. On four
+    H100 (65536 tokens, 32/8 heads of 128, forward and backward) a halo took 0.96 times as long as
+    an all-to-all for a window of half a chunk, 1.12 times for one chunk, 1.34 times for two.
 
     Args:
         exchange: what the user says.
         axis: mesh axis that cuts the sequence.
-        chunk: tokens of a device.
-        heads: query heads of a device.
+        chunk: tokens on one device.
+        heads: query heads on one device.
         window_size: as the user gives it.
         num_sinks: first tokens of its sequence that a query always sees.
 
@@ -81,8 +81,9 @@ def choose_exchange(
 def within_one_host(axis: AxisName | None) -> bool:
     """Whether the devices along a mesh axis, or along several, belong to one process.
 
-    For several processes it takes the mesh's devices to be in the order of the processes, as
-    `jax.make_mesh` puts them: the axis and all minor ones must then divide a process's devices.
+    Assumes that the mesh's devices are in the order of the processes, as in `jax.make_mesh`. The
+    sizes of the axis and of all axes after it, multiplied, must then divide the devices of one
+    process.
     """
     if jax.process_count() == 1:
         return True

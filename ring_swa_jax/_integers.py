@@ -1,7 +1,7 @@
-"""Arrays of integers that users pass, of any width: exactly as they are, or a clear error.
+"""Converts users' integer arrays of any width; none is truncated silently.
 
-Without ``jax_enable_x64`` JAX drops the upper half of NumPy's 64-bit integers in silence. So NumPy
-arrays and lists are looked at here before JAX sees them. A JAX array, traced or not, is what it is.
+Without ``jax_enable_x64`` JAX silently drops the upper half of NumPy's 64-bit integers. So this
+module checks NumPy arrays and lists before JAX sees them. A JAX array needs no such check.
 """
 
 import jax
@@ -16,7 +16,9 @@ _INT32 = np.iinfo(np.int32)
 
 
 def as_segment_ids(ids, shape: tuple[int, ...] | None = None) -> Int[Array, "B S"]:
-    """Segment ids with the same changes and the same signs: int32, or a JAX array's wider dtype.
+    """Segment ids as int32, or in a JAX array's wider dtype.
+
+    NumPy ids beyond int32 are renumbered: they change, and are negative, at the same tokens.
 
     Raises:
         ValueError: another shape.
@@ -32,7 +34,7 @@ def as_segment_ids(ids, shape: tuple[int, ...] | None = None) -> Int[Array, "B S
 
 
 def as_cu_seqlens(cu_seqlens) -> Int[Array, "n"]:
-    """Ends of sequences as int32; entries past 2**31 - 1 are past every row and become that.
+    """Ends of sequences as int32; larger entries become 2**31 - 1, which is past every row.
 
     Raises:
         ValueError: not a vector of two or more.
@@ -44,7 +46,7 @@ def as_cu_seqlens(cu_seqlens) -> Int[Array, "n"]:
 
 
 def as_counts(name: str, counts) -> Int[Array, "..."]:
-    """Numbers of tokens as int32; larger ones become 2**31 - 1, which is more than there are.
+    """Numbers of tokens as int32; larger ones become 2**31 - 1, more than any row has.
 
     Raises:
         TypeError: not integers.
@@ -93,13 +95,13 @@ def _fits_int32(x: np.ndarray) -> bool:
 def _clipped(x: Array | np.ndarray) -> Array:
     if jnp.iinfo(x.dtype).bits >= 32 and x.dtype != np.int32:
         clip = np.clip if isinstance(x, np.ndarray) else jnp.clip
-        # Unsigned numbers have no negative ones to compare with.
+        # Unsigned dtypes cannot represent a negative lower bound.
         x = clip(x, max(_INT32.min, int(jnp.iinfo(x.dtype).min)), _INT32.max)
     return jnp.asarray(x.astype(np.int32))
 
 
 def _narrow(x: Array | np.ndarray) -> Array:
-    """As int32 what surely fits: NumPy arrays that were looked at, and narrower dtypes."""
+    """NumPy arrays, which the caller has checked, and narrower dtypes as int32."""
     if isinstance(x, np.ndarray) or jnp.iinfo(x.dtype).bits < 32:
         x = x.astype(np.int32)
     return jnp.asarray(x)

@@ -1,4 +1,4 @@
-"""The order in which devices hold the tokens, and how tokens change from one order to the other.
+"""The order in which devices hold the tokens, and conversions between the orders.
 
 "contiguous": device r of P holds chunk r. "dual_chunk": device r holds the half chunks r and
 2P - 1 - r, so that under a causal mask all devices attend equally many keys.
@@ -17,20 +17,20 @@ LAYOUTS = ("contiguous", "dual_chunk")
 
 
 def check_layout(layout: str) -> None:
-    """Checks that a layout has this name.
+    """Checks that ``layout`` is a known name.
 
     Raises:
-        ValueError: none has.
+        ValueError: an unknown name.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is none of {LAYOUTS}")
 
 
 def check_halves(layout: str, length: int, devices: int) -> None:
-    """Checks that a sequence has two half chunks of the same length for each device.
+    """Checks that a dual-chunk sequence divides into two equal half chunks for each device.
 
     Raises:
-        ValueError: it has not, and the layout needs them.
+        ValueError: the layout is "dual_chunk" and the length is not divisible.
     """
     if layout == "dual_chunk" and devices > 1 and length % (2 * devices):
         raise ValueError(
@@ -41,7 +41,7 @@ def check_halves(layout: str, length: int, devices: int) -> None:
 
 
 def to_dual_order(x: Array, devices: int, axis: int = 1) -> Array:
-    """A whole array in the order of its tokens, put into dual-chunk order along an axis."""
+    """Reorders a whole array from the order of its tokens to dual-chunk order along an axis."""
     shape = x.shape
     halves = x.reshape(*shape[:axis], 2 * devices, -1, *shape[axis + 1 :])
     first, second = jnp.split(halves, 2, axis)
@@ -60,8 +60,8 @@ def from_dual_order(x: Array, devices: int, axis: int = 1) -> Array:
 class HalfChunks:
     """The 2P half chunks of a sequence of P chunks.
 
-    Chunk c is the half chunks 2c and 2c + 1; the first one is one token longer where a chunk's
-    length is odd.
+    Chunk c consists of the half chunks 2c and 2c + 1. Where a chunk's length is odd, half chunk 2c
+    is one token longer.
     """
 
     axis: SequenceAxis
@@ -69,7 +69,7 @@ class HalfChunks:
 
     @property
     def longest(self) -> int:
-        """Tokens of a half chunk with an even number."""
+        """Length of the half chunks with even numbers."""
         return (self.chunk + 1) // 2
 
     def of_device(self, device: Array) -> tuple[Array, Array]:
@@ -81,13 +81,13 @@ class HalfChunks:
         return half // 2 * self.chunk + half % 2 * self.longest
 
     def length(self, half: Array) -> Int[Array, ""]:
-        """Tokens of a half chunk."""
+        """Length of a half chunk."""
         return self.longest - half % 2 * (2 * self.longest - self.chunk)
 
     def deal(self, x: Array, axis: int = 1) -> Array:
-        """This device's part of a contiguous array to that of the array in dual-chunk order.
+        """From this device's part of a contiguous array to its part in dual-chunk order.
 
-        The half chunks with even numbers travel in one permute, the others in another one.
+        One permute sends the half chunks with even numbers, a second one those with odd numbers.
         """
         even, odd = jnp.split(x, [self.longest], axis)
         even = self._permute(even, 0, lambda source, target: (source, target))
@@ -107,7 +107,11 @@ class HalfChunks:
         return jnp.concatenate([even, odd], axis)
 
     def _permute(self, x: Array, parity: int, pair: Callable[[int, int], tuple[int, int]]) -> Array:
-        """Moves the half chunks 2c + parity between chunk c's device and their own."""
+        """Sends each half chunk 2c + parity from its device in one layout to that in the other.
+
+        ``pair`` orders (device in the contiguous layout, device in the dual-chunk layout) as
+        (source, target).
+        """
         last = 2 * self.axis.size - 1
         pairs = []
         for source in range(self.axis.size):

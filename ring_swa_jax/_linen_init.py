@@ -1,4 +1,4 @@
-"""Linen's initialisation, which models run with one row or one token, whatever their mesh."""
+"""Linen's initialisation: models often run it with one row or token, which no mesh can cut."""
 
 import contextlib
 import math
@@ -15,9 +15,9 @@ from ring_swa_jax._repeated_work import RepeatedWorkWarning
 
 
 def initialising() -> bool:
-    """Whether a Linen module around this call is initialising its parameters.
+    """Whether a Linen module that calls this is initialising its parameters.
 
-    Flax has no public name for the module that is running.
+    Flax has no public API for the module that is running, so this reads a private one.
     """
     module = linen_module._context.module_stack[-1]
     return module is not None and module.is_initializing()
@@ -29,9 +29,9 @@ def axes_that_divide(
     seq_axis: AxisName | None,
     batch_axis: AxisName | None,
 ) -> dict[str, Any]:
-    """``seq_axis`` and ``batch_axis`` for [B, S, ...], None where B or S cannot be cut by them.
+    """``seq_axis`` and ``batch_axis`` for [B, S, ...], None where one does not divide S or B.
 
-    With them a layout that every length has.
+    The third setting is the contiguous layout, which any length allows.
     """
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
 
@@ -49,7 +49,7 @@ def axes_that_divide(
 
 @contextlib.contextmanager
 def repeated_work_is_meant() -> Iterator[None]:
-    """Axes that are dropped by `axes_that_divide` need no warning."""
+    """Silences `RepeatedWorkWarning`, for axes that `axes_that_divide` replaced by None."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RepeatedWorkWarning)
         yield

@@ -15,12 +15,13 @@ _BYTES = 65536
 def check_processes(mesh: Mesh, **settings: Any) -> None:
     """Checks that all processes have the same mesh and the same settings.
 
-    JAX runs what each process traced. Where they differ, in the order of the devices or in the
-    length of the sequence, say, the job may hang, or even finish with wrong numbers: the halo of
-    a window has the same size for sequences of any length. No function of this library can see
-    that by itself without waiting for the other processes in every step. So call this once, in
-    every process, after ``jax.distributed.initialize`` and before the first step. It waits for
-    all processes, and does nothing where there is but one.
+    If processes trace different programs, the job may hang or give wrong numbers, and JAX does not
+    notice. Programs differ, for example, if the order of the devices or the length of the sequence
+    does. (A window's halo has the same size for all lengths, so its exchange does not fail.) The
+    library's other functions do not check this, because they would have to wait for all processes
+    in every step. So call this function once, in every process, after
+    ``jax.distributed.initialize`` and before the first step. It waits for all processes, and does
+    nothing in a job of one process.
 
     Args:
         mesh: the mesh to run on; axis names, sizes, axis types and the order of the devices count.

@@ -1,4 +1,4 @@
-"""A factor of the queries that grows with their position."""
+"""A factor for queries that grows with the query's position."""
 
 import dataclasses
 import math
@@ -16,14 +16,14 @@ class QueryScaling:
 
     .. math:: 1 + \beta \log(1 + \lfloor (p + o) / L \rfloor)
 
-    Logits then do not flatten as the number of keys grows past the length of the training:
-    Ministral 3's ``llama_4_scaling_beta`` and, on layers that do not rotate, Llama 4's
+    The factor counters the flattening of the softmax as the number of keys grows past the training
+    length. It is Ministral 3's ``llama_4_scaling_beta`` and, on layers without rotation, Llama 4's
     ``attn_temperature_tuning``.
 
     Attributes:
         beta: how fast the factor grows.
-        original_length: L, the first position with more than a factor of one.
-        offset: o, added to the position; 1 in Llama 4, which counts tokens.
+        original_length: L; the factor is one where p + o < L.
+        offset: o, added to the position; 1 in Llama 4, which counts positions from one.
 
     References:
         Nakanishi, Scalable-Softmax Is Superior for Attention, arXiv:2501.19399.
@@ -48,7 +48,7 @@ class QueryScaling:
     def scale(
         self, x: Float[Array, "B S N H"], positions: Int[Array, "#B S"]
     ) -> Float[Array, "B S N H"]:
-        """Queries times the factor of their positions, in the dtype of x."""
+        """Queries x, each times the factor of its position, in the dtype of x."""
         wide = accumulator_dtype(x.dtype)
         periods = (positions + self.offset) // self.original_length
         factor = 1 + self.beta * jnp.log1p(periods.astype(wide))

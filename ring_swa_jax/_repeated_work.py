@@ -1,4 +1,4 @@
-"""A warning of mesh axes that nobody named, over which all devices do the same work."""
+"""A warning about mesh axes that no argument names, whose devices repeat the same work."""
 
 import warnings
 from collections.abc import Collection, Hashable
@@ -12,15 +12,15 @@ from ring_swa_jax._axis import vmapped_axes
 class RepeatedWorkWarning(UserWarning):
     """No argument names an Auto mesh axis of several devices, so all of them do the same work.
 
-    Once for each such mesh, as Python shows a warning once. Where it is meant:
+    Python shows it once for each such mesh. Where the repetition is meant, ignore it:
     ``warnings.simplefilter("ignore", ring_swa_jax.RepeatedWorkWarning)``.
     """
 
 
 def warn_of_unnamed_axes(mesh: Mesh | AbstractMesh, named: Collection[Hashable]) -> None:
-    """Warns of Auto axes that are neither named nor taken by a shard_map or vmap around the call.
+    """Warns about Auto axes that no argument names and no shard_map or vmap around the call uses.
 
-    On Explicit axes an array's type says that it is not cut, so that nothing happens in silence.
+    Explicit axes need no warning: there the array's type shows how the array is cut.
     """
     taken = {*named, *vmapped_axes(), *jax.sharding.get_abstract_mesh().manual_axes}
     unnamed = [

@@ -363,5 +363,5 @@ def _exchange_and_attend(
 
 def matmul_precision() -> str:
     """What ``jax.default_matmul_precision`` says, by default IEEE float32."""
-    # Type checkers do not see the settings that jax.config makes up as it runs.
+    # jax.config makes its attributes at run time, so type checkers do not know them.
     return jax.config.jax_default_matmul_precision or "highest"  # type: ignore[attr-defined]

@@ -1,9 +1,10 @@
-"""Taking tokens back from a cache, as speculative decoding does with drafts that are rejected.
+"""Removes the last tokens from a cache, such as the rejected drafts of speculative decoding.
 
-A token that is taken back leaves a slot whose key had been overwritten. The slot then counts as
-that of the token C before, and a cache of C = ``window_size + max_trim`` slots sees none of those:
-of ``max_trim`` such slots the nearest stands ``window_size + 1`` tokens before the next token.
-`Cache.trimmed` counts the slots until new tokens have taken them.
+A removed token has overwritten the key C positions before it, and its own key stays in the slot.
+`slot_positions` then gives the slot the position of the overwritten key, which must therefore be
+outside the window. A cache of C = ``window_size + max_trim`` slots ensures this: after ``max_trim``
+removed tokens the nearest such position is ``window_size + 1`` before the next token.
+`Cache.trimmed` counts these slots until new tokens overwrite them.
 """
 
 import dataclasses
@@ -21,13 +22,13 @@ def trim_cache(cache: Cache, num_tokens: int | Int[Array, "B"]) -> Cache:
     """The cache before the last tokens of each row, such as drafts that were not accepted.
 
     Args:
-        cache: after these tokens.
-        num_tokens: how many tokens a row gives back, one number for all rows or one each. Where
-            keys leave the window, the tokens that are given back without new ones decoded in their
-            place must not be more than ``max_trim`` of `init_cache`.
+        cache: the cache that holds these tokens.
+        num_tokens: how many tokens to remove, one number for all rows or one for each row. Where
+            keys leave the window, at most ``max_trim`` (of `init_cache`) removed tokens may be
+            without new tokens decoded in their place.
 
     Returns:
-        The cache. A row that gives back more than it may has **NaN** in all results from then on.
+        The cache. A row from which too many tokens were removed has **NaN** in all later results.
 
     Raises:
         ValueError: a negative number, a Python integer larger than the cache allows, or another

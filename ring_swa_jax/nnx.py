@@ -413,8 +413,8 @@ class RingSlidingWindowAttention(nnx.Module):
         The cost does not depend on how long the sequence has become. *Cache-relative positions*
         (StreamingLLM; ``relative_positions=True`` where the cache was made) are counted among the
         keys that a token still sees instead of in its whole sequence, so that none exceeds
-        ``num_sink_tokens + window_size``, and the rotation of no endless stream leaves what
-        training has covered. `ring_swa_jax.decode_attention` defines both.
+        ``num_sink_tokens + window_size``. However long the stream, angles stay in the range seen
+        in training. `ring_swa_jax.decode_attention` defines both kinds of positions.
 
         Args:
             x: features of T >= 1 new tokens a row. No mesh axis may cut T.

@@ -1,9 +1,9 @@
-"""Rows of padding among documents: they count as zeros, whatever they hold.
+"""Sets padding rows to zero in shared memory, whatever the arrays hold there.
 
-A padding row has ``start > i``, and masks give it no weight. But zero times NaN is NaN, so its
-queries, keys, values and gradients of outputs must be zeros before they are factors of a product.
-Tiles with padding are few. The warpgroups that read such a tile overwrite its padding in shared
-memory, each on its own: all of them write the same zeros.
+Row i is padding if ``start > i``; the masks give padding no weight. But zero times NaN is NaN, so
+the queries, keys, values and output gradients of padding must be zero before a matrix product reads
+them. Few tiles have padding. Each warpgroup that reads such a tile zeroes the tile's padding
+itself: several warpgroups may write the same zeros.
 """
 
 from typing import Any
@@ -24,11 +24,11 @@ from pallas_kernels._mosaic_gpu.primitives import (
 )
 
 FLAG_WIDTH = 32
-"""Copies of a tile's flag: TMA writes to multiples of 128 bytes."""
+"""Copies of each tile's flag in int32, because TMA needs multiples of 128 bytes."""
 
 
 SLICE_COLUMNS = 64
-"""Columns that are overwritten at a time: those of the widest swizzle."""
+"""Columns that `zero_padding` overwrites at a time: those of the widest swizzle."""
 
 
 def is_padding(start: Int[Array, "B T"]) -> Bool[Array, "B T"]:
@@ -45,7 +45,7 @@ def padding_flags(start: Int[Array, "B T"]) -> Int[Array, "B tiles 32"]:
 
 
 def zero_delta(start: Int[Array, "B T"], delta: Float[Array, "B N R"]) -> Float[Array, "B N R"]:
-    """``delta`` of the first R queries, zero for padding."""
+    """``delta`` of the first R queries, with zeros for padding."""
     padding = is_padding(start[:, : delta.shape[2]])
     return jnp.where(padding[:, None], 0, delta)
 
@@ -60,7 +60,7 @@ def zero_padding(tiles: list[Any], starts: Any, first: Int[Array, ""]) -> None:
     """
     starts = load_as(starts, COLUMN)
     for tile in tiles:
-        # Some columns at a time: registers are scarce.
+        # A slice of columns at a time, because registers are scarce.
         columns = SLICE_COLUMNS if tile.shape[1] % SLICE_COLUMNS == 0 else tile.shape[1]
         for column in range(0, tile.shape[1], columns):
             part = tile.at[:, pl.ds(column, columns)]

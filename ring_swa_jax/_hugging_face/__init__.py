@@ -1,4 +1,4 @@
-"""Attention layers from a config.json and weights in the form of Hugging Face's programs."""
+"""Attention settings and weights from Hugging Face's config.json and checkpoints."""
 
 from ring_swa_jax._hugging_face.settings import settings_from_hugging_face
 from ring_swa_jax._hugging_face.weights import weights_from_hugging_face

@@ -1,4 +1,4 @@
-"""Settings that a model type's own code gives its layers, from its own keys."""
+"""Layer settings that only some model types have, from the keys of their configs."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ from ring_swa_jax._query_scaling import QueryScaling
 
 
 def sinks(reader: Reader, index: int, layer_type: str) -> dict[str, Any]:
-    """A learned sink a head in every layer."""
+    """One learned sink for each head, in every layer."""
     return {"learned_sinks": True}
 
 
 def mimo(reader: Reader, index: int, layer_type: str) -> dict[str, Any]:
-    """Learned sinks and other key heads where the layer slides."""
+    """Sliding layers have learned sinks and another number of key heads."""
     slides = layer_type == types.SLIDING
     kv_heads = reader.need("num_key_value_heads")
     own = reader.get("swa_num_key_value_heads", 2 * kv_heads)
@@ -40,7 +40,7 @@ def mimo(reader: Reader, index: int, layer_type: str) -> dict[str, Any]:
 
 
 def gate(activation: str) -> Extras:
-    """``gating`` true or "per-head" is a gate for each head, else one for each feature."""
+    """A gate for each head where ``gating`` is true or "per-head", else for each feature."""
 
     def extras(reader: Reader, index: int, layer_type: str) -> dict[str, Any]:
         per_head = reader.get("gating", True) in (True, "per-head")
@@ -67,7 +67,7 @@ def lfm3(reader: Reader, index: int, layer_type: str) -> dict[str, Any]:
 
 
 def muse(reader: Reader, index: int, layer_type: str) -> dict[str, Any]:
-    """The factor of the normalised queries goes into the scale."""
+    """The model multiplies normalised queries by a factor; here it is part of the scale."""
     factor = reader.get("qk_scale_factor", 1.0)
     return {
         "output_gate": "elementwise",
@@ -85,7 +85,7 @@ def gemma3n(reader: Reader, index: int, layer_type: str) -> dict[str, Any]:
 
 
 def gemma4(reader: Reader, index: int, layer_type: str) -> dict[str, Any]:
-    """Wider heads without a window, and keys that serve as values there."""
+    """Full layers have wider heads, and may use their keys as values."""
     settings = gemma3n(reader, index, layer_type)
     if layer_type != types.FULL:
         return settings
@@ -103,7 +103,7 @@ def diffusion_gemma(reader: Reader, index: int, layer_type: str) -> dict[str, An
 
 
 def llama4(reader: Reader, index: int, layer_type: str) -> dict[str, Any]:
-    """Norms without factor after the rotation, or no rotation and a query scale by position."""
+    """Layers that rotate normalise q and k afterwards; the other layers scale q by position."""
     if types.no_rope_layers(reader)[index]:
         if not reader.get("use_qk_norm", True):
             return {}
@@ -115,7 +115,7 @@ def llama4(reader: Reader, index: int, layer_type: str) -> dict[str, Any]:
 
 
 def ministral3(reader: Reader, index: int, layer_type: str) -> dict[str, Any]:
-    """A query scale by position, which stands among the rotary settings."""
+    """Scales queries by position; the config has this under the rotary settings."""
     parameters = rope_parameters(reader, layer_type) or {}
     beta = parameters.get("llama_4_scaling_beta")
     if beta is None:
@@ -125,7 +125,7 @@ def ministral3(reader: Reader, index: int, layer_type: str) -> dict[str, Any]:
 
 
 def decoder_only(reader: Reader, index: int, layer_type: str) -> dict[str, Any]:
-    """Nothing more, of a decoder; an encoder is refused."""
+    """No settings; refuses an encoder."""
     if not reader.get("is_decoder", False):
         raise reader.refuse("is_decoder", "an encoder's windows are of both sides")
     return {}

@@ -1,6 +1,6 @@
 """Model types whose layers are known, each as a record.
 
-Read off transformers 5.24.0 and compared with it layer by layer (docs/migrating.md has the table).
+Taken from transformers 5.24.0 and compared with it layer by layer (table in docs/migrating.md).
 """
 
 import dataclasses
@@ -407,7 +407,7 @@ families: Mapping[str, Family] = MappingProxyType(
     }
 )
 
-# Known, and asking for what is not here.
+# Known model types whose attention is not supported.
 refused: Mapping[str, str] = MappingProxyType(
     {
         **dict.fromkeys(

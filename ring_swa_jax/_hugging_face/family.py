@@ -1,4 +1,4 @@
-"""What a model type's layers do that its config.json does not say, as a record."""
+"""A record of what a model type's layers do beyond what its config.json says."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -23,21 +23,22 @@ class Family:
     """The layers of a model type.
 
     Attributes:
-        layer_types: where the config has none.
-        window: keys that a sliding layer sees.
-        rotates: which layers do.
+        layer_types: the rule for the layers' types where the config does not list them.
+        window: the number of keys that a sliding layer sees.
+        rotates: which layers rotate queries and keys.
         interleaved: whether the rotation pairs neighbouring features.
-        bias: of q, k and v: a key, or what the model always does.
-        out_bias: of the output.
+        bias: whether q, k and v have a bias: the key that says so, or a constant.
+        out_bias: the same for the output projection.
         qk_norm: as in the modules.
-        norm_offset: of the checkpoint's factors of these norms.
+        norm_offset: added to the checkpoint's factors of the norms of q and k.
         extras: further settings of a layer.
-        local_theta: version 4's key of the base of sliding layers, which it does not scale.
-        full_slides: whether "full_attention" is windowed too.
-        defaults: what the config may leave out.
+        local_theta: transformers 4's key for the rotary base of sliding layers, whose rotation
+            is not scaled.
+        full_slides: whether layers of type "full_attention" have the window too.
+        defaults: values of keys that the config may leave out.
         aliases: other names of keys.
-        ignored: keys that look as if they decided, and do not.
-        notes: what is in dispute.
+        ignored: keys that seem to concern the attention but do not.
+        notes: known disagreements about the model.
     """
 
     layer_types: LayerTypes = types.uniform

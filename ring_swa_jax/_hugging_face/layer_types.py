@@ -1,6 +1,6 @@
-"""Which layer is of which type, where a config.json has no ``layer_types``.
+"""The types of a model's layers where its config.json has no ``layer_types``.
 
-The rules are those of transformers, model type by model type.
+Each rule is that of transformers for the model type.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from ring_swa_jax._hugging_face.reader import Reader
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 LayerTypes = Callable[[Reader, int], list[str]]
-# What `layer_types` takes the place of.
+# Older keys, which ``layer_types`` replaces.
 INSTEAD_OF_LAYER_TYPES = (
     "_sliding_window_pattern",
     "first_k_dense_replace",
@@ -23,19 +23,19 @@ INSTEAD_OF_LAYER_TYPES = (
 
 
 def window_of(reader: Reader) -> int | None:
-    """Keys that a sliding layer sees, its own among them; None: the model does not slide."""
+    """Keys that a query of a sliding layer sees, its own included; None: no window."""
     window = reader.get("sliding_window") or None
     return window if reader.get("use_sliding_window", True) else None
 
 
 def window_of_mimo(reader: Reader) -> int | None:
-    """One more than the model's own key says, as in transformers."""
+    """One more than the model's own key, as in transformers."""
     own = reader.get("sliding_window_size")
     return window_of(reader) if own is None else own + 1
 
 
 def window_of_modernbert_decoder(reader: Reader) -> int | None:
-    """Half of ``local_attention``, which is of both sides in the encoder."""
+    """Half of ``local_attention``, which in the encoder counts keys on both sides."""
     reader.ignore("sliding_window")
     return reader.need("local_attention") // 2
 
@@ -51,7 +51,7 @@ def full(reader: Reader, num_layers: int) -> list[str]:
 
 
 def every(period: int, *, at: int = -1, key: str = "sliding_window_pattern") -> LayerTypes:
-    """One full layer in each period, at the place given; a key may change the period."""
+    """Layer ``at`` of each period is full; the config's ``key`` may change the period."""
 
     def layer_types(reader: Reader, num_layers: int) -> list[str]:
         n = reader.get(key, period) if window_of(reader) else 1
@@ -63,7 +63,7 @@ def every(period: int, *, at: int = -1, key: str = "sliding_window_pattern") -> 
 
 
 def every_from_the_last(period: int) -> LayerTypes:
-    """The last layer is full, and so is each one a whole number of periods before."""
+    """Every ``period``-th layer is full, counted back from the last, which is full."""
 
     def layer_types(reader: Reader, num_layers: int) -> list[str]:
         return [FULL if (num_layers - 1 - i) % period == 0 else SLIDING for i in range(num_layers)]
@@ -79,14 +79,14 @@ def upper(reader: Reader, num_layers: int) -> list[str]:
 
 
 def lower_even(reader: Reader, num_layers: int) -> list[str]:
-    """Every other layer below ``max_window_layers`` slides, the first one too."""
+    """Layers with an even index below ``max_window_layers`` slide."""
     end = reader.get("max_window_layers", num_layers)
     slides = window_of(reader) is not None
     return [SLIDING if slides and i % 2 == 0 and i < end else FULL for i in range(num_layers)]
 
 
 def mimo(reader: Reader, num_layers: int) -> list[str]:
-    """The first layer is full and every sixth; the model's own key says it with ones and zeros."""
+    """The first and every sixth layer are full, unless the model's own key has a pattern."""
     slides = reader.get("hybrid_layer_pattern")
     if slides is not None:
         return [SLIDING if slide else FULL for slide in slides]
@@ -94,14 +94,14 @@ def mimo(reader: Reader, num_layers: int) -> list[str]:
 
 
 def flint(reader: Reader, num_layers: int) -> list[str]:
-    """Full are the first two layers, every fourth and the last."""
+    """The first two layers, every fourth layer and the last layer are full."""
     return [
         FULL if i < 2 or i % 4 == 1 or i == num_layers - 1 else SLIDING for i in range(num_layers)
     ]
 
 
 def cycle(*types: str, key: str | None = None) -> LayerTypes:
-    """The types given, again and again; a key may have other ones."""
+    """The given types in a cycle; the config's ``key`` may give other types."""
 
     def layer_types(reader: Reader, num_layers: int) -> list[str]:
         cycle = (reader.get(key) if key else None) or types
@@ -111,7 +111,7 @@ def cycle(*types: str, key: str | None = None) -> LayerTypes:
 
 
 def lfm3(reader: Reader, num_layers: int) -> list[str]:
-    """Convolutions, and every other layer attention in turns."""
+    """Odd layers and the first are convolutions; the rest alternate full and sliding."""
     return [
         FULL if i % 4 == 2 else SLIDING if i % 4 == 0 and i > 0 else "conv"
         for i in range(num_layers)
@@ -131,7 +131,7 @@ def with_rope_chunked(reader: Reader, num_layers: int) -> list[str]:
 
 
 def no_rope_layers(reader: Reader) -> list[bool]:
-    """For every layer whether it rotates; the key's 1 means that it does."""
+    """Whether each layer rotates; a 1 in ``no_rope_layers`` means that the layer does."""
     given = reader.get("no_rope_layers")
     if given:
         return [bool(rotates) for rotates in given]
@@ -140,7 +140,7 @@ def no_rope_layers(reader: Reader) -> list[bool]:
 
 
 def after_a_dense_prefix(reader: Reader, num_layers: int) -> list[str]:
-    """Cohere 2 with experts: the first, dense layers have a pattern of their own."""
+    """Cohere 2 with experts: the dense layers at the beginning have a separate pattern."""
     dense = reader.get("first_k_dense_replace", 0)
     own, rest = (
         reader.get(key, 4)
@@ -152,6 +152,6 @@ def after_a_dense_prefix(reader: Reader, num_layers: int) -> list[str]:
 
 
 def gemma4(reader: Reader, num_layers: int) -> list[str]:
-    """Every sixth layer is full, and the last one."""
+    """Every sixth layer and the last layer are full."""
     layer_types = every(6)(reader, num_layers)
     return [*layer_types[:-1], FULL]

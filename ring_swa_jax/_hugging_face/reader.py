@@ -1,4 +1,4 @@
-"""A config.json, read key by key, so that what was not understood can be refused."""
+"""Reads a config.json key by key and refuses keys that were not understood."""
 
 import re
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ _DECIDING = re.compile(
     r"attn|attention|window|rope|rotary|theta|head|kv|qk|query|sink|norm|gat(e|ing)\b|bidirection"
     r"|is_causal|position|v_dim|softcap|swa_|value_scale|layers_block|block_types"
 )
-# They have such a word, or stand in many a config, and do not touch an attention layer of text.
+# Keys with such a word, or common keys, that do not affect a text model's attention layers.
 _HARMLESS = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _attn_implementation_internal
@@ -38,9 +38,9 @@ class Reader:
     """The attention's part of a config.json.
 
     Args:
-        config: as the file has it, below ``text_config`` where the model has more than text.
-        defaults: what a key is worth that the file leaves out, as for the model type's own class.
-        aliases: another name of a key, which counts where the key itself is not there.
+        config: the file's mapping, or the ``text_config`` in it where the model has more than text.
+        defaults: values of keys that the file leaves out, those of the model type's own class.
+        aliases: from a key to another name, which is read where the key itself is missing.
     """
 
     def __init__(
@@ -58,9 +58,9 @@ class Reader:
         return self._config.get("model_type", "")
 
     def get(self, key: str, default: Any = None) -> Any:
-        """What the config says of a key, else the model type's default, else the one given.
+        """The config's value of a key, else the model type's default, else ``default``.
 
-        A null that is written there is no default: it is the value given here.
+        A null in the config gives ``default``, not the model type's default.
         """
         names = (key, self._aliases.get(key, key))
         self.ignore(*names)
@@ -78,7 +78,7 @@ class Reader:
         self._read.update(keys)
 
     def need(self, key: str) -> Any:
-        """The same of a key without which nothing can be built."""
+        """The value of a required key; ValueError where it has none."""
         value = self.get(key)
         if value is None:
             raise ValueError(
@@ -94,7 +94,7 @@ class Reader:
         )
 
     def refuse_unread(self, *, known_type: bool) -> None:
-        """Checks that no key is left that decides and that nobody has read.
+        """Checks that every key that may concern the attention was read.
 
         Raises:
             NotImplementedError: naming key and value.

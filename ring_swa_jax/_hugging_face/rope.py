@@ -1,4 +1,4 @@
-"""Rotary settings from a config.json, of transformers 4 or 5."""
+"""Rotary settings from a config.json of transformers 4 or 5."""
 
 import math
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from ring_swa_jax._rope_scaling import (
 )
 
 _LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
-# Keys of the newer form, and what else may stand there and decides nothing here.
+# Keys of transformers 5's form, and further keys in that place that change nothing here.
 _FORM = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _ELSEWHERE = {"max_position_embeddings", "llama_4_scaling_beta", "mrope_section"}
 
@@ -33,13 +33,13 @@ def rope_of(
 
     Args:
         reader: the config.
-        parameters: of a layer.
+        parameters: the rotary settings of a layer, as in version 5.
         head_dim: H.
-        max_length: the longest sequence to come, which chooses LongRoPE's factors.
+        max_length: the longest sequence that the layer will see; it selects LongRoPE's factors.
         interleaved: whether the model pairs neighbouring features.
 
     Raises:
-        NotImplementedError: a kind of scaling, or a key of one, that is not understood.
+        NotImplementedError: an unknown kind of scaling, or an unknown key of a scaling.
     """
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     part = parameters.get("partial_rotary_factor") or 1.0
@@ -80,7 +80,7 @@ def rope_parameters(
     Args:
         reader: the config.
         layer_type: as in ``layer_types``.
-        local_theta: key of version 4 for the base of sliding layers, which then are not scaled.
+        local_theta: version 4's key for the base of sliding layers, whose rotation is not scaled.
     """
     reader.ignore("original_max_position_embeddings")  # of scalings, which read it
     old = reader.says("rope_theta") or reader.says("rope_scaling")

@@ -38,7 +38,7 @@ def by_no_rope_layers(reader: Reader, index: int, layer_type: str) -> bool:
 
 
 def by_layer_rope_theta(otherwise: Rotates) -> Rotates:
-    """Layers to which ``layer_rope_theta`` gives a base; a rule where the config has none."""
+    """Layers to which ``layer_rope_theta`` gives a base; without that key, ``otherwise``."""
 
     def rotates(reader: Reader, index: int, layer_type: str) -> bool:
         thetas = reader.get("layer_rope_theta")

@@ -29,9 +29,9 @@ def settings_from_hugging_face(
 ) -> ModelLayers:
     """Attention settings of a model from its config.json.
 
-    The mapping is the file as it is, ``json.load(open("config.json"))``, of transformers 4 or 5.
-    Where the model has more than text, what stands below ``text_config`` counts. Keys that are
-    left out are worth what transformers' own class gives them. ``sliding_window = n`` becomes
+    ``config`` is the file of transformers 4 or 5, ``json.load(open("config.json"))``. Where the
+    model has more than text, its ``text_config`` is read. Keys that the file leaves out have the
+    defaults of transformers' class. ``sliding_window = n`` becomes
     ``window_size = n - 1``, which means **n keys**.
 
     Args:
@@ -40,16 +40,16 @@ def settings_from_hugging_face(
             the long factors of LongRoPE (Phi-3 128k, Phi-3.5, Phi-4-mini), once for all calls; by
             default the model's ``max_position_embeddings``. (transformers chooses anew for each
             call, by the greatest position in it.)
-        source: where the config is from, for the result's ``source``.
+        source: where the config comes from, as the result's ``source`` will say.
 
     Returns:
-        The kinds of layers, which layer is of which kind, and what a checkpoint asks for besides.
+        The kinds of layers, the kind of each layer, and how to read a checkpoint's weights.
 
     Raises:
-        NotImplementedError: a key that decides and is not understood, or asks for what is not
-            here; a model type that is not known, unless all its keys are.
-        ValueError: a key without which nothing can be built is not there.
-        TypeError: no mapping.
+        NotImplementedError: a key concerns the attention and is unknown, or its value is not
+            supported; the model type is unknown, and so is one of its keys.
+        ValueError: a required key is missing.
+        TypeError: ``config`` is no mapping.
     """
     if not isinstance(config, Mapping):
         raise TypeError(
@@ -84,7 +84,7 @@ def _of_text(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The config of the text decoder, with the outer model type where it has none of its own.
 
     Raises:
-        NotImplementedError: a model type that asks for what is not here.
+        NotImplementedError: the model type is not supported.
     """
     while True:
         model_type = config.get("model_type", "")
@@ -106,7 +106,7 @@ def _notes(family: Family, model_type: str, known: bool) -> str:
 
 
 def _layers(reader: Reader, family: Family, max_length: int | None):
-    """(type, layer whose keys and values it takes, settings or None) of every layer."""
+    """Each layer's type, the layer whose keys and values it uses or None, its settings or None."""
     num_layers = reader.need("num_hidden_layers")
     given = reader.get("layer_types")
     if given is None:
@@ -127,7 +127,11 @@ def _layers(reader: Reader, family: Family, max_length: int | None):
 
 
 def _kv_from(reader: Reader, layer_types: list[str]) -> tuple[int | None, ...]:
-    """The last ``num_kv_shared_layers`` take those of the last layer of their type before."""
+    """For each layer the earlier layer whose keys and values it uses; None: its own.
+
+    Each of the last ``num_kv_shared_layers`` uses those of the last layer of its type before these
+    layers.
+    """
     num_layers = len(layer_types)
     first = num_layers - reader.get("num_kv_shared_layers", 0)
 
@@ -152,7 +156,7 @@ def _settings(
     kv_from: int | None,
     max_length: int | None,
 ) -> dict[str, Any]:
-    """Keyword arguments of the module of one layer."""
+    """Keyword arguments of one layer's module."""
     num_heads = reader.need("num_attention_heads")
     in_features = reader.need("hidden_size")
     settings = {
@@ -199,7 +203,7 @@ def _norm(reader: Reader, family: Family, settings: Mapping[str, Any]) -> dict[s
     if {"qk_norm", "value_norm", "context_norm"} & (settings.keys() | own.keys()):
         own["qk_norm_epsilon"] = float(reader.get("rms_norm_eps", 1e-6))
     else:
-        reader.ignore("rms_norm_eps")  # of other norms then
+        reader.ignore("rms_norm_eps")  # here it belongs to other norms
     return own
 
 
@@ -218,7 +222,7 @@ def _mask(reader: Reader, family: Family, layer_type: str) -> dict[str, Any]:
 
 
 def _overrides(reader: Reader, index: int) -> dict[str, Any]:
-    """Of ``per_layer_config``, which has the layer's index as its key."""
+    """The layer's settings in ``per_layer_config``, whose keys are layer indices."""
     layers = reader.get("per_layer_config", {})
     own: Mapping[str, Any] = next((o for key, o in layers.items() if int(key) == index), {})
     unknown = {key: value for key, value in own.items() if key not in _OVERRIDES}
@@ -247,7 +251,7 @@ def _rope(
 
 
 def _names(layer_types: list[str], settings: list[dict[str, Any] | None]) -> list[str]:
-    """A name for each kind of settings: its type's, numbered from the second of that type on."""
+    """A name for each kind of settings: its layer type, with a number from the second kind on."""
     names: list[str] = []
     kinds: dict[str, list[dict[str, Any]]] = {}
     for layer_type, own in zip(layer_types, settings, strict=True):

@@ -1,4 +1,4 @@
-"""From the tensors of one attention layer to the parameters of the module."""
+"""Parameters of an attention module from the tensors of one layer in a checkpoint."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from einops import rearrange
 from ring_swa_jax._model_layers import ModelLayers
 
 Parameters = dict[str, Any]
-# Names that checkpoints give to one and the same tensor.
+# Names that different checkpoints give to the same tensor.
 _NAMES = {
     "query": ("q_proj",),
     "key": ("k_proj",),
@@ -29,14 +29,14 @@ def weights_from_hugging_face(
 ) -> Parameters:
     """Parameters of one attention layer from its tensors in a checkpoint.
 
-    ``kernel[e, n, h] = q_proj.weight[n * H + h, e]``, and likewise for the others; what the
-    checkpoint stores otherwise is undone: fused projections, norms less one (Gemma), a factor of
-    the values (MiMo).
+    ``kernel[e, n, h] = q_proj.weight[n * H + h, e]``, and likewise for the other projections. Fused
+    projections are split, norms stored less one get the one back (Gemma), and a factor of the
+    values is multiplied in (MiMo).
 
     Args:
         tensors: arrays by their names in the file without the layer's prefix, such as
             ``"q_proj.weight"`` for ``"model.layers.3.self_attn.q_proj.weight"``; safetensors'
-            ``load_file`` of its NumPy room gives them. All must be of this attention.
+            ``safetensors.numpy.load_file`` returns such a mapping. Pass no other layer's tensors.
         model_layers: of `settings_from_hugging_face` or `layer_settings`.
         layer: index of the layer in ``model_layers.layers``.
 
@@ -66,7 +66,7 @@ def weights_from_hugging_face(
 
 
 class _Tensors:
-    """The tensors, each taken once and with the shape that is expected."""
+    """The tensors of a layer; records which were taken and checks their shapes."""
 
     def __init__(self, tensors: Mapping[str, np.ndarray], where: str):
         self._tensors, self._where = tensors, where
@@ -77,7 +77,7 @@ class _Tensors:
         return any(name in self._tensors for name in names)
 
     def take(self, names: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
-        """The tensor of one of the names."""
+        """The tensor under one of the names, with its shape checked."""
         name = next((name for name in names if name in self._tensors), None)
         if name is None:
             raise ValueError(
@@ -93,7 +93,7 @@ class _Tensors:
         return tensor
 
     def check_all_taken(self) -> None:
-        """Checks that nothing was left over, which the settings would have no place for."""
+        """Checks that all tensors were taken: the settings have no parameter for the rest."""
         left = {
             name: np.shape(tensor)
             for name, tensor in self._tensors.items()
@@ -148,7 +148,7 @@ def _projection(
 def _fused(
     tensors: _Tensors, heads: Mapping[str, tuple[int, int]], features: int, use_bias: bool
 ) -> Parameters:
-    """Queries, keys and values one below the other in one tensor."""
+    """Splits a tensor that stacks the rows of queries, keys and values."""
     rows = [math.prod(shape) for shape in heads.values()]
     ends = np.cumsum(rows)[:-1]
     weights = np.split(tensors.take(_named("fused", "weight"), (sum(rows), features)), ends)
@@ -164,7 +164,7 @@ def _fused(
 
 
 def _norms(tensors: _Tensors, settings: Mapping[str, Any], offset: float) -> Parameters:
-    """Factors of the norms of q and k, of each head or of all heads together."""
+    """Factors of the norms of q and k, which span one head or all heads."""
     if not settings.get("qk_norm") or not settings.get("qk_norm_scale", True):
         return {}
     heads = {"query_norm": settings["num_heads"], "key_norm": settings["num_kv_heads"]}
