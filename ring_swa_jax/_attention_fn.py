@@ -43,7 +43,7 @@ def attention_fn(
 
     Flax's modules have no rotations or learned sinks; `RingSlidingWindowAttention` has. For packed
     rows and padding pass integer ids [..., S] as the module's ``mask``. They are the
-    ``segment_ids`` of `ring_attention`: a negative id is padding.
+    ``segment_ids`` of ``ring_attention``: a negative id is padding.
 
     Args:
         window_size: W; a token sees **W + 1 keys**: the W before it and itself, as

@@ -29,7 +29,8 @@ _FOLD_AT = 2**30
 class Cache:
     """Keys and values of one layer, as many as its next tokens can see. An immutable pytree.
 
-    `flax.serialization` takes it too, once `ring_swa_jax.nnx` or `ring_swa_jax.linen` is imported.
+    `flax.serialization` takes it too, once ``ring_swa_jax.nnx`` or ``ring_swa_jax.linen`` is
+    imported.
 
     There are C = ``window_size + max_trim`` slots, or ``max_length`` where no token can leave the
     window before. Made by `init_cache` or `prefill_cache`, consumed and returned by

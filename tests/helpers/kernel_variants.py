@@ -105,13 +105,15 @@ class Variant:
         return q, k, v, sink, ids, dout
 
     def program(self, q, k, v, sink, ids, dout):
-        """The output and all gradients."""
+        """The output and all gradients; a window's keys come as a halo, however long it is."""
+        windowed = self.devices > 1 and self.model.window is not None
+        exchange = "halo" if windowed else None
 
         def attend(q, k, v, sink):
             return rsj.ring_attention(
                 q, k, v, window_size=self.model.window, num_sink_tokens=self.sinks,
                 segment_ids=ids, sink_logits=sink, logits_soft_cap=self.model.softcap,
-                implementation=self.implementation,
+                exchange=exchange, implementation=self.implementation,
             )  # fmt: skip
 
         out, pull = jax.vjp(attend, q, k, v, sink)

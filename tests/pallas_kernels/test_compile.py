@@ -67,7 +67,7 @@ SPILLS = {
     ("gpt_oss_segments_mosaic", SHORT): (112, QUARTER),
     ("sinks_segments_ring_mosaic", FORWARD): (352, MASK),
     ("sinks_segments_ring_mosaic", FUSED): (344, MASK),
-    ("sinks_segments_ring_mosaic", SINKS): (360, KEPT),
+    ("sinks_segments_ring_mosaic", SINKS): (420, KEPT),
     ("default", FUSED): (136, GRADIENTS),
     ("float16_mosaic", FUSED): (136, GRADIENTS),
     ("mistral_7b_ring_mosaic", FUSED): (136, GRADIENTS),
@@ -137,13 +137,15 @@ def test_compiles_without_spills(name, record_property):
     assert ("mosaic_gpu" in program.hlo) == variant.takes_mosaic()
     assert {base_name(kernel) for kernel in program.kernels} == kernels
     if variant.devices > 1:
-        assert "collective-permute-start" in program.hlo
+        assert "collective-permute" in program.hlo
         assert "all-gather" not in program.hlo or variant.segments
         for kernel in kernels - variant.launched_once():
             assert program.launches.count(kernel) >= 2, "one for the halo, one for the chunk"
         for kernel in variant.launched_once():
             assert program.launches.count(kernel) == 1
-    if variant.devices > 1 and variant.model.window < variant.chunk and not variant.sinks:
+    # What XLA lets travel under a kernel was looked at on Hopper only.
+    overlaps = variant.devices > 1 and variant.target == "h100"
+    if overlaps and variant.model.window < variant.chunk and not variant.sinks:
         steps = program.steps()
         starts, ends = ([n for n, x in enumerate(steps) if x == y] for y in ("start", "done"))
         assert len(starts) == len(ends) == 2, "the halo, and its gradients"

@@ -53,8 +53,18 @@ def speculate(window, sinks, max_trim, relative, prompt, rounds, max_length=None
 ROUNDS = [(4, (1, 4)), (4, (0, 2)), (1, (0, 1)), (5, (1, 5)), (5, (5, 3)), (3, (0, 0)), (2, (2, 1))]
 
 
-@pytest.mark.parametrize("relative", [False, True], ids=["absolute", "relative"])
-@pytest.mark.parametrize(("window", "sinks"), [(7, 0), (3, 2), (0, 1)])
+@pytest.mark.parametrize(
+    ("window", "sinks", "relative"),
+    [
+        (3, 2, False),
+        (3, 2, True),
+        *(
+            pytest.param(*case, relative, marks=pytest.mark.slow)
+            for case in ((7, 0), (0, 1))
+            for relative in (False, True)
+        ),
+    ],
+)
 def test_rejected_drafts_leave_no_trace(window, sinks, relative):
     got, at = speculate(window, sinks, 5, relative, prompt=9, rounds=ROUNDS)
     if not relative:

@@ -4,7 +4,9 @@
 """
 
 import dataclasses
+import itertools
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -98,7 +100,7 @@ def test_sinks_where_nothing_is_fetched():
     _, case = CASES["sinks"]
     inputs, dout = case.arrays()
     function, _ = ROUTES["one_device"](case, "mosaic_gpu")
-    with simulated():
+    with jax.disable_jit(), simulated():
         result = Result(*with_gradients(function)(*inputs, None, dout))
         assert set(launches) == SOME
     compare(result, case.expected, case.dtype, case)
@@ -138,8 +140,15 @@ SPLIT = {
 }
 
 
-@pytest.mark.parametrize(("parts", "all_tasks"), [(2, True), (2, False), (None, True)])
-@pytest.mark.parametrize("name", SPLIT)
+FEW_SPLITS = [("window_rows", 2, True), ("hops_rows", None, True), ("no_window", 2, False)]
+ALL_SPLITS = itertools.product(SPLIT, (2, None), (True, False))
+MORE_SPLITS = [x for x in ALL_SPLITS if x not in FEW_SPLITS and x[1:] != (None, False)]
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "all_tasks"),
+    [*FEW_SPLITS, *(pytest.param(*x, marks=pytest.mark.slow) for x in MORE_SPLITS)],
+)
 def test_programs_that_split_a_task(name, parts, all_tasks, monkeypatch):
     """In parts of several heads, or of one head each."""
     kernels, case = CASES[name]
