@@ -255,8 +255,9 @@ def sink_logits_gradient(
     """A learned sink is a key with the value zero: its logit's gradient is ``-p * delta``."""
     has_keys = lse > -jnp.inf
     learned = sink_logits.astype(lse.dtype)[None, :, None]
-    weights = jnp.exp(learned - jnp.where(has_keys, lse, 0))
-    weights = jnp.where(has_keys, weights, 0)
+    zero = jnp.zeros((), lse.dtype)
+    weights = jnp.exp(learned - jnp.where(has_keys, lse, zero))
+    weights = jnp.where(has_keys, weights, zero)
     return -(weights * delta).sum((0, 2)).astype(sink_logits.dtype)
 
 

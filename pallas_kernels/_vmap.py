@@ -27,8 +27,9 @@ def folds_vmap(function: Callable) -> Callable:
     @folded.def_vmap
     def rule(size, is_mapped, *arrays):
         def fold(mapped, x):
-            if not mapped and x.ndim == 0:
-                return x
+            if x.ndim == mapped:
+                # A scalar is mapped only where it was made to wait for an array that is.
+                return x[0] if mapped else x
             x = x if mapped else jnp.broadcast_to(x, (size, *x.shape))
             return x.reshape(-1, *x.shape[2:])
 
