@@ -172,7 +172,8 @@ def main() -> None:
             name = f"{dims[0]}-{dims[1]} W {window} {'both' if job.both else 'forward'}"
             shown = f"{found[job]:9.3f} ms" if job in found else reason
             print(f"{name:<24}{job.contender:<8}{shown}", flush=True)
-    report = {"jax": jax.__version__, "device": device, "length": length, "rows": records}
+    machine = {"device": device, "jax": jax.__version__}
+    report = {"machine": machine, "length": length, "rows": records}
     arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
