@@ -77,6 +77,7 @@ def test_unknown_gpus_get_the_least():
     assert _device.gpu_of_kind("AMD Instinct MI300X").capability == 0
 
 
+@pytest.mark.slow
 def test_every_input_has_a_plan_on_every_gpu_that_runs_triton():
     """So None takes Triton there, and Mosaic never refuses for a fallback that it may not need."""
     gpus = {_device.gpu_of_kind(name) for name in MODERN} | {_device.UNKNOWN}

@@ -122,7 +122,13 @@ STAGED = {
 }
 
 
-@pytest.mark.parametrize("name", STAGED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("window", "ids") else pytest.mark.slow)
+        for name in STAGED
+    ],
+)
 def test_vmap_with_a_mesh_axis(name):
     """Pipeline stages: the mapped axis is cut over a mesh axis, and nobody is warned of it."""
     options = STAGED[name]
