@@ -109,7 +109,9 @@ def apply_rope(
     turned = [first * cos - second * sin, second * cos + first * sin]
     if interleaved:
         turned = [jnp.stack(turned, axis=-1).reshape(*x.shape[:3], dim)]
-    return jnp.concatenate([*turned, x[..., dim:].astype(dtype)], axis=-1).astype(x.dtype)
+    # An empty slice of an array on a mesh that is not set fails in jax 0.10.
+    rest = [x[..., dim:].astype(dtype)] if dim < x.shape[-1] else []
+    return jnp.concatenate([*turned, *rest], axis=-1).astype(x.dtype)
 
 
 def _check_scaling(scaling) -> None:
