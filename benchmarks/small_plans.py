@@ -104,7 +104,7 @@ def build(lowered: Any) -> Any:
         return lowered
     try:
         return lowered.compile()
-    except Exception as error:
+    except Exception as error:  # the table says how a plan or a peer fails
         return f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
 
 
@@ -112,7 +112,7 @@ def try_lower(job: Job, length: int) -> Any:
     """As `lower`, or why that fails."""
     try:
         return lower(job, length)
-    except Exception as error:
+    except Exception as error:  # the table says how a plan or a peer fails
         return f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
 
 
