@@ -63,7 +63,8 @@ def install() -> None:
         return
     loaded = {name: version(name) for name in LOADED_ONCE if name in sys.modules}
     print("installing for", accelerator() or "the CPU", flush=True)
-    subprocess.run(command(), check=True)
+    # pip warns on stderr, which a notebook shows as if the cell had failed.
+    subprocess.run(command(), check=True, stderr=subprocess.STDOUT)
     importlib.invalidate_caches()
     stale = [name for name, before in loaded.items() if version(name) != before]
     if stale:
