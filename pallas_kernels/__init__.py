@@ -5,6 +5,8 @@ from pallas_kernels._attention import attend as attend
 from pallas_kernels._attention import attend_keys as attend_keys
 from pallas_kernels._attention import attend_keys_backward as attend_keys_backward
 from pallas_kernels._attention import sink_logits_gradient as sink_logits_gradient
+from pallas_kernels._both_sides import Sides as Sides
+from pallas_kernels._both_sides import attend_both_sides as attend_both_sides
 from pallas_kernels._implementations import NAMES as IMPLEMENTATIONS
 from pallas_kernels._implementations import choose as choose
 from pallas_kernels._spec import KeyRun as KeyRun
@@ -18,11 +20,13 @@ __all__ = [
     "IMPLEMENTATIONS",
     "Halo",
     "KeyRun",
+    "Sides",
     "SinkRun",
     "Spec",
     "State",
     "accumulator_dtype",
     "attend",
+    "attend_both_sides",
     "attend_keys",
     "attend_keys_backward",
     "choose",

@@ -29,7 +29,7 @@ from jaxtyping import Float
 from pallas_kernels import _implementations
 from pallas_kernels._derivatives import first_order
 from pallas_kernels._kernels import BackwardInputs, ForwardInputs, Gradients, Kernels
-from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State, accumulator_dtype
+from pallas_kernels._spec import Ends, KeyRun, SinkRun, Spec, Starts, State, accumulator_dtype
 from pallas_kernels._varying import vary_as
 from pallas_kernels._vmap import folds_vmap
 
@@ -132,7 +132,7 @@ def _attend_bwd(
     dtype, rows = lse.dtype, query.shape[1]
     local = KeyRun(key, value, 0)
     travel = dtype if len(halo.lengths) > 1 else key.dtype
-    launch = partial(_launch_backward, spec, kernels, dkey_dtype=travel)
+    launch = partial(launch_backward, spec, kernels, dkey_dtype=travel)
     inputs = BackwardInputs(query, (local,), sinks, start, out, dout, lse)
     joined = inputs
     if kept is not None:
@@ -151,10 +151,10 @@ def _attend_bwd(
             of_hop = inputs._replace(runs=(_hop_run(halo, hop, far),), sinks=None)
             found = launch(of_hop, dquery, rows=halo.lengths[hop], dquery_dtype=dtype)
             dquery = found.dquery
-            home = _add_last(halo.give_back(hop, *found.dkeys[0]), home)
+            home = add_last(halo.give_back(hop, *found.dkeys[0]), home)
             done.append(home[0][0, -1, 0, 0])
         gradients = launch(inputs, dquery, rows=rows, dquery_dtype=query.dtype)
-    dkey, dvalue = _add_last(gradients.dkeys[-1], home)
+    dkey, dvalue = add_last(gradients.dkeys[-1], home)
     dsink_logits = None
     if sink_logits is not None:
         dsink_logits = sink_logits_gradient(sink_logits, lse, gradients.delta)
@@ -178,6 +178,7 @@ def attend_keys(
     run: KeyRun,
     sink_logits: Float[Array, "N"] | None,
     start: Starts,
+    end: Ends,
     state: State | None,
     out_dtype: jnp.dtype,
 ) -> State:
@@ -187,9 +188,11 @@ def attend_keys(
         spec: static settings.
         implementation: one of ``IMPLEMENTATIONS``, as `choose` returns it.
         query: queries of the shard.
-        run: keys that they attend.
+        run: keys that they attend, with the position of the first one relative to the shard.
         sink_logits: learned sinks; they enter the softmax in this launch, so give them to one.
         start: where each query's sequence starts, relative to the shard.
+        end: where each query's sequence ends, likewise; None where ``run`` has no key after the
+            query but those of its sequence.
         state: attention to the keys of earlier launches, or None.
         out_dtype: of the output; the accumulator's unless this is the only launch.
 
@@ -202,10 +205,12 @@ def attend_keys(
     if sink_logits is not None:
         dtype = accumulator_dtype(query.dtype)
         sink_logits = jnp.broadcast_to(sink_logits[None], (batch, heads)).astype(dtype)
-    inputs = ForwardInputs(query, (run,), None, sink_logits, start)
+    inputs = ForwardInputs(
+        query, (spec.moved_run(run),), None, sink_logits, *spec.moved(start, end)
+    )
     kernels = _implementations.kernels_of(implementation)
     resume = state is not None
-    return _launch_forward(
+    return launch_forward(
         spec, kernels, inputs, state, rows=(0, rows), out_dtype=out_dtype, resume=resume
     )
 
@@ -216,6 +221,7 @@ def attend_keys_backward(
     query: Float[Array, "B T N H"],
     run: KeyRun,
     start: Starts,
+    end: Ends,
     final: State,
     dout: Float[Array, "B T N Hv"],
     dquery: Float[Array, "B T N H"] | None,
@@ -230,6 +236,7 @@ def attend_keys_backward(
         query: queries of the shard.
         run: keys of this launch.
         start: where each query's sequence starts, relative to the shard.
+        end: where each query's sequence ends, as in `attend_keys`.
         final: attention to the keys of all launches, its output in the dtype of ``query``.
         dout: the output's cotangent.
         dquery: gradient of the queries through the keys of other launches, in the accumulator's
@@ -241,9 +248,11 @@ def attend_keys_backward(
         dquery with this launch's part added, dkey, dvalue and ``delta = rowsum(out * dout)``,
         which `sink_logits_gradient` takes.
     """
-    inputs = BackwardInputs(query, (run,), None, start, final.out, dout, final.lse)
+    start, end = spec.moved(start, end)
+    run = spec.moved_run(run)
+    inputs = BackwardInputs(query, (run,), None, start, final.out, dout, final.lse, end)
     kernels, rows = _implementations.kernels_of(implementation), query.shape[1]
-    dquery, ((dkey, dvalue),), _, delta = _launch_backward(
+    dquery, ((dkey, dvalue),), _, delta = launch_backward(
         spec, kernels, inputs, dquery, rows=rows, dquery_dtype=dquery_dtype, dkey_dtype=dkey_dtype
     )
     return dquery, dkey, dvalue, delta
@@ -295,7 +304,7 @@ def _launch_all_forward(
     dtype = accumulator_dtype(query.dtype)
     lengths = halo.lengths
     local = KeyRun(key, value, 0)
-    launch = partial(_launch_forward, spec, kernels)
+    launch = partial(launch_forward, spec, kernels)
     if sink_logits is not None:
         sink_logits = jnp.broadcast_to(sink_logits, (batch, heads)).astype(dtype)
     inputs = ForwardInputs(query, (local,), sinks, sink_logits, start)
@@ -331,7 +340,7 @@ def _launch_all_forward(
     return State(state.out.astype(query.dtype), state.lse), kept
 
 
-def _add_last(longer: _KeyValue, shorter: _KeyValue | None) -> _KeyValue:
+def add_last(longer: _KeyValue, shorter: _KeyValue | None) -> _KeyValue:
     """Adds keys' gradients to those of the last keys of a longer run."""
     if shorter is None:
         return longer
@@ -340,6 +349,15 @@ def _add_last(longer: _KeyValue, shorter: _KeyValue | None) -> _KeyValue:
     if begin == 0:  # as .at[0:] it would crash the compiler of jax 0.11.2, inside shard_map
         return key + last_key, value + last_value
     return key.at[:, begin:].add(last_key), value.at[:, begin:].add(last_value)
+
+
+def add_first(longer: _KeyValue, shorter: _KeyValue) -> _KeyValue:
+    """Adds keys' gradients to those of the first keys of a longer run."""
+    (key, value), (first_key, first_value) = longer, shorter
+    end = first_key.shape[1]
+    if end == key.shape[1]:
+        return key + first_key, value + first_value
+    return key.at[:, :end].add(first_key), value.at[:, :end].add(first_value)
 
 
 def _hop_run(halo: Halo, hop: int, fetched: _KeyValue) -> KeyRun:
@@ -359,7 +377,7 @@ def _fetch(
     return halo.fetch(hop, key, value, start, after=done[-2] if len(done) > 1 else None)
 
 
-def _launch_forward(
+def launch_forward(
     spec: Spec,
     kernels: Kernels,
     inputs: ForwardInputs,
@@ -369,13 +387,15 @@ def _launch_forward(
     out_dtype: jnp.dtype,
     resume: bool = False,
 ) -> State:
+    """`Kernels.forward`, under vmap and inside other transformations too."""
+
     def launch(inputs, state):
         return kernels.forward(spec, inputs, state, rows=rows, resume=resume, out_dtype=out_dtype)
 
     return _differentiable(launch, kernels)(inputs, state)
 
 
-def _launch_backward(
+def launch_backward(
     spec: Spec,
     kernels: Kernels,
     inputs: BackwardInputs,

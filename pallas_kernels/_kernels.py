@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State
+from pallas_kernels._spec import Ends, KeyRun, SinkRun, Spec, Starts, State
 
 
 class ForwardInputs(NamedTuple):
@@ -21,7 +21,8 @@ class ForwardInputs(NamedTuple):
         runs: keys and values, each run with its position; K divides N.
         sinks: the first tokens of the sequence that crosses into the shard, or None.
         sink_logits: learned sinks, in the accumulator's dtype; None in all launches but one.
-        start: where the sequence of each query starts, relative to the shard.
+        start: where the sequence of each query starts, as `_masks` has it.
+        end: where it ends, likewise.
     """
 
     query: Float[Array, "B T N H"]
@@ -29,6 +30,7 @@ class ForwardInputs(NamedTuple):
     sinks: SinkRun | None
     sink_logits: Float[Array, "B N"] | None
     start: Starts
+    end: Ends = None
 
 
 class BackwardInputs(NamedTuple):
@@ -38,10 +40,11 @@ class BackwardInputs(NamedTuple):
         query: all queries of the shard.
         runs: keys and values, each run with its position; K divides N.
         sinks: the first tokens of the sequence that crosses into the shard, or None.
-        start: where the sequence of each query starts, relative to the shard.
+        start: where the sequence of each query starts, as `_masks` has it.
         out: the output of the whole forward pass, in the dtype of ``query``.
         dout: its cotangent, in the same dtype.
         lse: log-sum-exp over *all* keys of a query, in the accumulator's dtype.
+        end: where the sequence of each query ends, as `_masks` has it.
     """
 
     query: Float[Array, "B T N H"]
@@ -51,6 +54,7 @@ class BackwardInputs(NamedTuple):
     out: Float[Array, "B T N Hv"]
     dout: Float[Array, "B T N Hv"]
     lse: Float[Array, "B N T"]
+    end: Ends = None
 
 
 class Queries(NamedTuple):
@@ -61,7 +65,8 @@ class Queries(NamedTuple):
         dout: cotangent of the output.
         lse: log-sum-exp over all keys of a query.
         delta: ``rowsum(out * dout)``.
-        start: where the sequence of each query starts, relative to the shard.
+        start: where the sequence of each query starts, as `_masks` has it.
+        end: where it ends, likewise.
     """
 
     query: Float[Array, "B T N H"]
@@ -69,6 +74,7 @@ class Queries(NamedTuple):
     lse: Float[Array, "B N T"]
     delta: Float[Array, "B N R"]
     start: Starts
+    end: Ends = None
 
 
 class Gradients(NamedTuple):

@@ -1,8 +1,11 @@
 """Which keys a query sees: the one place that says it, for all kernels.
 
 Positions count from the first query of the shard, so keys before the shard have negative
-positions. ``start`` is the position of the first token of a query's own sequence; a padding query
-has ``start > i`` and sees nothing.
+positions. Keys may be moved to the front, see `Spec`: then a window ends with the query whether or
+not the query sees keys after itself. ``start`` is the position of the first key of a query's own
+sequence, ``end`` that behind its last key. ``end`` is None where no key before a query's own
+position is behind its sequence: where keys are not moved. A padding query sees nothing: it has
+``start > i``, or with ends ``start == end``.
 """
 
 import jax.numpy as jnp
@@ -26,13 +29,22 @@ def in_window(i: Positions, j: Positions, start: Positions | None, window: int |
 
 
 def is_sink(i: Positions, j: Positions, start: Positions, num_sinks: int) -> Pairs:
-    """Key j is one of the first ``num_sinks`` tokens of query i's sequence, and not after i."""
+    """Key j is one of the first ``num_sinks`` tokens of query i's sequence, and not after i.
+
+    Where keys are moved, some sinks after the query count too: their positions are not after i, and
+    the window holds them anyway.
+    """
     return (start <= j) & (j <= i) & (j - start < num_sinks)
 
 
-def is_real(i: Positions, start: Positions) -> Pairs:
+def is_real(i: Positions, start: Positions, end: Positions | None = None) -> Pairs:
     """Token i, whose sequence starts at ``start``, is no padding."""
-    return start <= i
+    return start <= i if end is None else start < end
+
+
+def is_before_end(j: Positions, end: Positions | None, seen: Pairs) -> Pairs:
+    """``seen``, and key j is not behind the query's sequence."""
+    return seen if end is None else seen & (j < end)
 
 
 def sees(
@@ -43,6 +55,7 @@ def sees(
     num_sinks: int,
     *,
     packed: bool,
+    end: Positions | None = None,
 ) -> Pairs:
     """Query i attends key j of its shard or halo.
 
@@ -53,7 +66,7 @@ def sees(
     if num_sinks:
         assert start is not None
         seen |= is_sink(i, j, start, num_sinks)
-    return seen
+    return is_before_end(j, end, seen)
 
 
 def sees_behind_halo(
@@ -64,17 +77,33 @@ def sees_behind_halo(
     num_sinks: int,
     *,
     packed: bool,
+    first_key: int = 0,
+    end: Positions | None = None,
 ) -> Pairs:
-    """As `sees`, without sinks before the shard, which only `sees_fetched_sink` counts."""
+    """As `sees`, without sinks before the shard, which only `sees_fetched_sink` counts.
+
+    ``first_key`` is the position of the shard's first key.
+    """
     seen = in_window(i, j, start if packed else None, window)
-    return seen | (is_sink(i, j, start, num_sinks) & (j >= 0)) if num_sinks else seen
+    if num_sinks:
+        seen |= is_sink(i, j, start, num_sinks) & (j >= first_key)
+    return is_before_end(j, end, seen)
 
 
 def sees_fetched_sink(
-    i: Positions, j: Positions, start: Positions, window: int | None, num_sinks: int
+    i: Positions,
+    j: Positions,
+    start: Positions,
+    window: int | None,
+    num_sinks: int,
+    *,
+    first_key: int = 0,
 ) -> Pairs:
-    """Query i attends key j as a fetched sink: one before the shard and before i's window."""
-    return sees_beyond_window(i, j, start, window, num_sinks) & (j < 0)
+    """Query i attends key j as a fetched sink: one before the shard and before i's window.
+
+    ``first_key`` is the position of the shard's first key.
+    """
+    return sees_beyond_window(i, j, start, window, num_sinks) & (j < first_key)
 
 
 def sees_beyond_window(
@@ -111,12 +140,13 @@ def sees_near(
     reach: int,
     *,
     packed: bool,
+    end: Positions | None = None,
 ) -> Pairs:
     """As `sees`, but a query ``reach`` or more after its sequence's start sees its window alone."""
     seen = in_window(i, j, start if packed else None, window)
     if num_sinks:
         seen |= is_sink(i, j, start, num_sinks) & (i - start < reach)
-    return seen
+    return is_before_end(j, end, seen)
 
 
 def sees_far_sink(

@@ -9,36 +9,12 @@ from jax import Array
 from jaxtyping import Float, Int
 
 
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """Static settings of one attention call.
-
-    Attributes:
-        window: W; a query sees the W keys before it and itself; None: all keys before it.
-        num_sinks: first tokens of its sequence that a query always sees.
-        scale: factor of ``q.k``.
-        soft_cap: bound of ``cap * tanh(logit / cap)``, or None.
-        precision: of float32 matrix products, as ``jax.lax.dot_general`` names it.
-    """
-
-    window: int | None
-    num_sinks: int
-    scale: float
-    soft_cap: float | None
-    precision: str | None
-
-    def sinks_in(self, offset: int) -> int:
-        """Sinks to look for in the run at ``offset``: only the shard's own keys hold any.
-
-        Those before the shard come as a `SinkRun`; the halo holds window keys.
-        """
-        return self.num_sinks if offset == 0 else 0
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeyRun:
-    """Keys and values at the consecutive positions ``offset, offset + 1, ...`` of a shard.
+    """Keys and values at the consecutive positions ``offset, offset + 1, ...``.
+
+    Positions count from the shard's first query, see `Spec`.
 
     Those of one row of the batch, which some kernels take by itself, have no axis B.
     """
@@ -71,7 +47,59 @@ class State(NamedTuple):
 
 
 Starts = Int[Array, ""] | Int[Array, "B T"]
-"""Position of the first token of each query's sequence: one for all, or one a query."""
+"""Position of the first key of each query's sequence: one for all, or one a query."""
+
+Ends = Int[Array, ""] | Int[Array, "B T"] | None
+"""Position behind the last key of each query's sequence; None: no key is behind that."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """Static settings of one attention call.
+
+    Kernels know only windows that end with the query. Where a query sees keys after itself, keys
+    are counted from ``lookahead`` positions earlier: the shard's key j has the position
+    ``j - lookahead``. So the L keys before a query, itself and the R after it are at the positions
+    of the ``L + R`` keys before the query and of its own, with ``lookahead=R``.
+
+    Attributes:
+        window: W; a query sees the keys at its own position and at the W before it; None: at all
+            positions before it.
+        num_sinks: first tokens of its sequence that a query always sees.
+        scale: factor of ``q.k``.
+        soft_cap: bound of ``cap * tanh(logit / cap)``, or None.
+        precision: of float32 matrix products, as ``jax.lax.dot_general`` names it.
+        lookahead: how many positions keys are moved to the front.
+    """
+
+    window: int | None
+    num_sinks: int
+    scale: float
+    soft_cap: float | None
+    precision: str | None
+    lookahead: int = 0
+
+    @property
+    def first_key(self) -> int:
+        """Position of the shard's own first key."""
+        return -self.lookahead
+
+    def sinks_in(self, offset: int) -> int:
+        """Sinks to look for in the run at ``offset``: only the shard's own keys hold any.
+
+        Those before the shard come as a `SinkRun`; the halo holds window keys.
+        """
+        return self.num_sinks if offset == self.first_key else 0
+
+    def moved_run(self, run: KeyRun) -> KeyRun:
+        """A run whose position is relative to the shard, at the position that kernels give it."""
+        return dataclasses.replace(run, offset=run.offset - self.lookahead)
+
+    def moved(self, start: Starts, end: Ends) -> tuple[Starts, Ends]:
+        """Starts and ends that are relative to the shard, at the positions of the moved keys."""
+        if not self.lookahead:
+            return start, end
+        return start - self.lookahead, None if end is None else end - self.lookahead
 
 
 def accumulator_dtype(dtype) -> jnp.dtype:

@@ -1,7 +1,8 @@
 """Which tiles of keys a tile of queries sees, and which tiles of queries see a tile of keys.
 
-Positions and ``start`` are those of `_masks`. Both ``start`` and the first key in the window,
-``max(start, i - W)``, never decrease along the queries. So the keys of a query tile form one
+Positions, ``start`` and ``end`` are those of `_masks`. ``start``, ``end``, the first key in the
+window, ``max(start, i - W)``, and the last one, ``min(i, end - 1)``, never decrease along the
+queries. So the keys of a query tile form one
 contiguous range, plus one range of sinks before it; and so do the queries of a key tile, whether
 sequences are packed or not. A plan holds these ranges, in tiles, for every tile of a launch; within
 its range, a *clear* tile is one whose every query sees every key, so that it needs no mask.
@@ -14,6 +15,7 @@ from jaxtyping import Bool, Int
 
 from pallas_kernels import _device
 from pallas_kernels._masks import is_real
+from pallas_kernels._spec import Ends
 
 
 def key_span(
@@ -24,13 +26,16 @@ def key_span(
     *,
     offset: int,
     length: int,
+    last_end: Int[Array, "..."] | None = None,
 ) -> tuple[Int[Array, "..."], Int[Array, "..."]]:
     """First and last of the keys of a run that queries ``first..last`` may see in their windows.
 
     Both count from the run's own first key; a last key before the first one says that there is
-    none. ``first_start`` is the start of query ``first``'s sequence.
+    none. ``first_start`` is the start of query ``first``'s sequence, ``last_end`` the end of query
+    ``last``'s.
     """
     low = jnp.maximum(_windows_begin(first, first_start, window) - offset, 0)
+    last = _windows_end(last, last_end)
     return low, jnp.maximum(jnp.minimum(last - offset, length - 1), low - 1)
 
 
@@ -44,6 +49,7 @@ def key_plan(
     offset: int,
     length: int,
     key_tile: int,
+    end: Ends = None,
 ) -> Int[Array, "... tiles 6"]:
     """Key tiles of a run at positions ``offset..offset+length-1``, for each tile of queries.
 
@@ -55,20 +61,22 @@ def key_plan(
     """
     first, last = _tile_edges(rows, query_tile)
     first_start, last_start = _at(start, first), _at(start, last)
-    low, high = _windows_begin(first, first_start, window) - offset, last - offset
+    first_end, last_end = (None if end is None else _at(end, x) for x in (first, last))
+    low = _windows_begin(first, first_start, window) - offset
+    high = _windows_end(last, last_end) - offset
     low, high = jnp.maximum(low, 0), jnp.minimum(high, length - 1)
-    begin, end = _tiles_of(low, high, key_tile)
+    begin, stop = _tiles_of(low, high, key_tile)
 
     clear_low = jnp.maximum(_windows_begin(last, last_start, window) - offset, 0)
-    clear_begin = jnp.clip(-(-clear_low // key_tile), begin, end)
-    clear_stop = jnp.minimum(first - offset + 1, length) // key_tile
-    clear_end = jnp.clip(clear_stop, clear_begin, end)
+    clear_begin = jnp.clip(-(-clear_low // key_tile), begin, stop)
+    clear_stop = jnp.minimum(_windows_end(first, first_end) - offset + 1, length) // key_tile
+    clear_end = jnp.clip(clear_stop, clear_begin, stop)
 
     sink_low = jnp.maximum(first_start - offset, 0)
     sink_high = jnp.minimum(first_start + num_sinks - 1, last) - offset
     sink_begin, sink_end = _tiles_of(sink_low, sink_high, key_tile)
     sink_begin, sink_end = jnp.minimum(sink_begin, begin), jnp.minimum(sink_end, begin)
-    ranges = (sink_begin, sink_end, begin, clear_begin, clear_end, end)
+    ranges = (sink_begin, sink_end, begin, clear_begin, clear_end, stop)
     return jnp.stack(jnp.broadcast_arrays(*ranges), axis=-1).astype(jnp.int32)
 
 
@@ -83,6 +91,7 @@ def query_plan(
     length: int,
     key_tile: int,
     reach: int,
+    end: Ends = None,
 ) -> Int[Array, "... tiles 4"]:
     """Query tiles, among the first ``rows`` queries, that see each tile of keys of a run.
 
@@ -102,31 +111,36 @@ def query_plan(
         last_seeing = last + window
         if num_sinks:
             # The last key's sequence is the last to have a sink in the tile, if there is one.
-            last_start = _at(start, jnp.clip(last, 0, rows - 1))
+            last_start = _at(start, jnp.clip(last - offset if offset else last, 0, rows - 1))
             holds_sink = last_start + num_sinks - 1 >= first
             near = jnp.where(holds_sink, last_start + reach - 1, last_seeing)
             last_seeing = jnp.maximum(last_seeing, near)
         high = jnp.minimum(high, last_seeing)
         clear_stop = jnp.minimum(clear_stop, first + window + 1)
-    low = jnp.maximum(first, 0)
-    begin, end = _tiles_of(low, jnp.minimum(high, rows - 1), query_tile)
-    clear_begin = jnp.clip(-(-jnp.maximum(last, 0) // query_tile), begin, end)
+    low = _first_seeing(first, end, rows)
+    begin, stop = _tiles_of(low, jnp.minimum(high, rows - 1), query_tile)
+    clear_begin = jnp.clip(-(-_first_seeing(last, end, rows) // query_tile), begin, stop)
     whole = (last - first + 1 == key_tile) & (clear_stop > 0)
     clear_end = jnp.where(whole, jnp.minimum(clear_stop, rows) // query_tile, 0)
-    ranges = (begin, clear_begin, jnp.clip(clear_end, clear_begin, end), end)
+    ranges = (begin, clear_begin, jnp.clip(clear_end, clear_begin, stop), stop)
     return jnp.stack(jnp.broadcast_arrays(*ranges), axis=-1).astype(jnp.int32)
 
 
 def with_padding(
-    plan: Int[Array, "... tiles n"], start: Int[Array, "B T"], begin, end, tile: int
+    plan: Int[Array, "... tiles n"],
+    start: Int[Array, "B T"],
+    begin,
+    stop,
+    tile: int,
+    end: Int[Array, "B T"] | None = None,
 ) -> Int[Array, "... tiles n+1"]:
-    """A plan with one column more: whether tokens ``begin * tile..end * tile - 1`` have padding."""
-    padding = ~is_real(jnp.arange(start.shape[1], dtype=jnp.int32)[None], start)
+    """A plan and one column: whether tokens ``begin * tile..stop * tile - 1`` have padding."""
+    padding = ~is_real(jnp.arange(start.shape[1], dtype=jnp.int32)[None], start, end)
     blocks = -(-start.shape[1] // tile)
     padding = jnp.pad(padding, ((0, 0), (0, blocks * tile - start.shape[1])))
     count = jnp.cumsum(padding.reshape(-1, blocks, tile).any(-1), axis=1, dtype=jnp.int32)
     count = jnp.pad(count, ((0, 0), (1, 0)))
-    before_begin, before_end = (jnp.take_along_axis(count, x, axis=1) for x in (begin, end))
+    before_begin, before_end = (jnp.take_along_axis(count, x, axis=1) for x in (begin, stop))
     found = (before_end > before_begin).astype(jnp.int32)
     return jnp.concatenate((plan, found[..., None]), axis=-1)
 
@@ -144,12 +158,15 @@ def fetched_sink_count(
     window: int,
     *,
     length: int,
+    first_key: int = 0,
 ) -> Int[Array, "..."]:
     """How many fetched sinks a tile of queries sees whose last query is ``last``.
 
     ``first_start`` is the start of its first query, ``crossing`` that of the shard's first.
+    ``first_key`` is the position of the shard's first key.
     """
-    before_window = jnp.minimum(last - window - crossing, -crossing)
+    before_shard = first_key - crossing if first_key else -crossing
+    before_window = jnp.minimum(last - window - crossing, before_shard)
     slots = jnp.clip(before_window, 0, length)
     return jnp.where(first_start == crossing, slots, 0)
 
@@ -162,10 +179,13 @@ def fetched_sink_key_plan(
     query_tile: int,
     length: int,
     key_tile: int,
+    first_key: int = 0,
 ) -> Int[Array, "... tiles"]:
     """How many tiles of fetched sinks each tile of queries sees."""
     first, last = _tile_edges(rows, query_tile)
-    slots = fetched_sink_count(last, _at(start, first), _crossing(start), window, length=length)
+    slots = fetched_sink_count(
+        last, _at(start, first), _crossing(start), window, length=length, first_key=first_key
+    )
     return (-(-slots // key_tile)).astype(jnp.int32)
 
 
@@ -194,6 +214,7 @@ def sink_chunk_plan(
     *,
     rows: int,
     chunk: int,
+    offset: int,
     length: int,
     key_tile: int,
 ) -> Int[Array, "... tiles 2"]:
@@ -202,9 +223,9 @@ def sink_chunk_plan(
     Returns:
         Half-open ranges of chunks.
     """
-    first, last = _tile_edges((0, length), key_tile)
+    first, last = _tile_edges((offset, offset + length), key_tile)
     chunks, _ = _tile_edges((0, rows), chunk)
-    sinks = jnp.maximum(_at(start, chunks), 0)
+    sinks = jnp.maximum(_at(start, chunks), offset)
     sinks = jnp.broadcast_to(sinks, (*start.shape[:-1], chunks.size))
     begin = _count_up_to(sinks + num_sinks, first)
     end = _count_up_to(sinks, last)
@@ -232,6 +253,21 @@ def _windows_begin(
     query: Int[Array, "..."], start: Int[Array, "..."], window: int | None
 ) -> Int[Array, "..."]:
     return start if window is None else jnp.maximum(start, query - window)
+
+
+def _windows_end(query: Int[Array, "..."], end: Int[Array, "..."] | None) -> Int[Array, "..."]:
+    """The last key that a query sees."""
+    return query if end is None else jnp.minimum(query, end - 1)
+
+
+def _first_seeing(keys: Int[Array, "tiles"], end: Ends, rows: int) -> Int[Array, "..."]:
+    """The first query whose window ends at or after a key."""
+    low = jnp.maximum(keys, 0)
+    if end is None:
+        return low
+    if not end.ndim:
+        return jnp.where(end > keys, low, rows)
+    return jnp.maximum(low, _count_up_to(end, keys).astype(jnp.int32))
 
 
 def _queries_from(

@@ -30,7 +30,7 @@ from pallas_kernels import (
 )
 from ring_swa_jax._axis import SequenceAxis, same_varying
 from ring_swa_jax._layout import from_dual_order, to_dual_order
-from ring_swa_jax._segments import whole_starts
+from ring_swa_jax._segments import whole_bounds
 
 MOST_LAUNCHES = 2
 """Most launches without a window. With a window there is one, because the forward kernel for Hopper
@@ -212,9 +212,9 @@ def attend(
     query = jnp.zeros((*whole, heads // share, dim), q.dtype)
     value = jnp.zeros((*whole, kv_share, v.shape[-1]), v.dtype)
     name = choose(implementation, spec, query, value)
-    start = whole_starts(axis, chunk, cu_seqlens, segment_ids)
-    q, k, v, sink_logits, start = same_varying(axis, q, k, v, sink_logits, start)
-    return attend_heads(spec, exchange, name, q, k, v, sink_logits, start)
+    bounds = whole_bounds(axis, chunk, cu_seqlens, segment_ids, ends=spec.lookahead > 0)
+    q, k, v, sink_logits, bounds = same_varying(axis, q, k, v, sink_logits, bounds)
+    return attend_heads(spec, exchange, name, q, k, v, sink_logits, *bounds)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -227,6 +227,7 @@ def attend_heads(
     value: Float[Array, "B T K Hv"],
     sink_logits: Float[Array, "N"] | None,
     start: Int[Array, ""] | Int[Array, "B S"],
+    end: Int[Array, "B S"] | None,
 ) -> Float[Array, "B T N Hv"]:
     """Attention of a chunk's queries to the whole sequence.
 
@@ -240,12 +241,14 @@ def attend_heads(
         sink_logits: learned sinks; all inputs vary over the same manual mesh axes.
         start: for each query of the whole sequence, in the order of the tokens, the position of
             the first token of the query's document.
+        end: likewise, the position behind the last token of the query's document, where the window
+            reaches past the query and there are documents.
     """
-    arrays = (query, key, value, sink_logits, start)
+    arrays = (query, key, value, sink_logits, start, end)
     return _attend_heads_fwd(spec, exchange, implementation, *arrays)[0]
 
 
-def _attend_heads_fwd(spec, exchange, implementation, query, key, value, sink_logits, start):
+def _attend_heads_fwd(spec, exchange, implementation, query, key, value, sink_logits, start, end):
     repeated = [jnp.repeat(x, exchange.repeats, axis=2) for x in (key, value)]
     learned = _learned(exchange, sink_logits)
     shares, sums = [], []
@@ -255,7 +258,7 @@ def _attend_heads_fwd(spec, exchange, implementation, query, key, value, sink_lo
         shares.append(share)
         keys = KeyRun(share.key, share.value, 0)
         state = attend_keys(
-            spec, implementation, share.query, keys, learned[launch], start, None, query.dtype
+            spec, implementation, share.query, keys, learned[launch], start, end, None, query.dtype
         )
         _, state = same_varying(exchange.axis, query, state)
         sums.append(state.lse)
@@ -264,11 +267,11 @@ def _attend_heads_fwd(spec, exchange, implementation, query, key, value, sink_lo
     (out,) = exchange.pipeline([*repeated, query], compute, start)
     out = checkpoint_name(out, "context")
     lse = checkpoint_name(exchange.sums_to_chunks(sums), "context")
-    return out, (shares, sink_logits, start, out, lse)
+    return out, (shares, sink_logits, start, end, out, lse)
 
 
 def _attend_heads_bwd(spec, exchange, implementation, residuals, dout):
-    shares, sink_logits, start, out, lse = residuals
+    shares, sink_logits, start, end, out, lse = residuals
     # Parts of a head's gradient keep the accumulator's precision until they are added.
     travel = lse.dtype if exchange.repeats > 1 else dout.dtype
     learned, sums = _learned(exchange, sink_logits), exchange.sums_to_heads(lse)
@@ -278,8 +281,9 @@ def _attend_heads_bwd(spec, exchange, implementation, residuals, dout):
         share, (out, dout) = shares[launch], arrived
         keys, final = KeyRun(share.key, share.value, 0), State(out, sums[launch])
         dquery, *dkeys, delta = attend_keys_backward(
-            spec, implementation, share.query, keys, start, final, dout, None, dout.dtype, travel
-        )
+            spec, implementation, share.query, keys, start, end,
+            final, dout, None, dout.dtype, travel,
+        )  # fmt: skip
         if learned[launch] is not None:
             dlearned.append(sink_logits_gradient(learned[launch], final.lse, delta))
         return [*dkeys, dquery]
@@ -289,7 +293,7 @@ def _attend_heads_bwd(spec, exchange, implementation, residuals, dout):
     dsink_logits = None
     if sink_logits is not None:
         dsink_logits = exchange.among_all_heads(jnp.stack(dlearned)).astype(sink_logits.dtype)
-    return dquery, dkey, dvalue, dsink_logits, None
+    return dquery, dkey, dvalue, dsink_logits, None, None
 
 
 def _learned(exchange: HeadExchange, sink_logits: Array | None) -> list[Array | None]:

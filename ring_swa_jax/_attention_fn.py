@@ -18,11 +18,12 @@ from ring_swa_jax._exchange import check_exchange
 from ring_swa_jax._layout import check_layout
 from ring_swa_jax._linen_init import axes_that_divide, initialising, repeated_work_is_meant
 from ring_swa_jax._sharded import ring_attention
+from ring_swa_jax._window import WindowSize, static_window
 
 
 def attention_fn(
     *,
-    window_size: int | None,
+    window_size: WindowSize,
     num_sink_tokens: int = 0,
     logits_soft_cap: float | None = None,
     scale: float | None = None,
@@ -76,7 +77,7 @@ def attention_fn(
     check_layout(layout)
     check_exchange(exchange)
     return AttentionFn(
-        window_size=_checks.static_window(window_size),
+        window_size=static_window(window_size),
         num_sink_tokens=_checks.static_sinks(num_sink_tokens),
         logits_soft_cap=_checks.static_soft_cap(logits_soft_cap),
         scale=scale,
@@ -94,7 +95,7 @@ def attention_fn(
 class AttentionFn:
     """What `attention_fn` returns."""
 
-    window_size: int | None
+    window_size: WindowSize
     num_sink_tokens: int
     logits_soft_cap: float | None
     scale: float | None

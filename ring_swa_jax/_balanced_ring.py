@@ -39,7 +39,7 @@ from pallas_kernels import (
 )
 from ring_swa_jax._axis import SequenceAxis, same_varying
 from ring_swa_jax._layout import HalfChunks
-from ring_swa_jax._segments import whole_starts
+from ring_swa_jax._segments import whole_bounds
 
 
 class _Halves(NamedTuple):
@@ -210,7 +210,7 @@ def attend(
     ring = BalancedRing(axis, layout, q.shape[1], q.shape[-1])
     half = slice(ring.halves.longest)
     name = choose(implementation, spec, q[:, half], v[:, half])
-    start = whole_starts(axis, ring.chunk, cu_seqlens, segment_ids)
+    start, _ = whole_bounds(axis, ring.chunk, cu_seqlens, segment_ids)
     q, k, v, sink_logits, start = same_varying(axis, q, k, v, sink_logits, start)
     return attend_ring(spec, ring, name, q, k, v, sink_logits, start)
 
@@ -267,7 +267,7 @@ def _forward(spec, ring, implementation, query, keys, sink_logits, starts):
         for half, run, start in launches:
             learned = sink_logits if states[half] is None else None
             states[half] = attend_keys(
-                spec, implementation, queries[half], run, learned, start, states[half], dtype
+                spec, implementation, queries[half], run, learned, start, None, states[half], dtype
             )
         return tuple(states)
 
@@ -346,7 +346,7 @@ class _Backward(NamedTuple):
         for half, run, start in launches:
             dtype = self.finals[half].lse.dtype
             halves[half], dkey, dvalue, delta = attend_keys_backward(
-                self.spec, self.implementation, self.queries[half], run, start,
+                self.spec, self.implementation, self.queries[half], run, start, None,
                 self.finals[half], self.douts[half], halves[half], dtype, dtype,
             )  # fmt: skip
             dkeys.append(jnp.concatenate([dkey, dvalue], -1))

@@ -19,6 +19,7 @@ from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._axis import explicit_axes, mesh_of, reshard, spec_of
 from ring_swa_jax._integers import as_segment_ids
 from ring_swa_jax._segments import segment_starts
+from ring_swa_jax._window import static_causal_window
 
 MOST_TOKENS = 2**31 - 1  # that `Cache.length` can count
 _FOLD_AT = 2**30
@@ -360,7 +361,7 @@ def effective_window(window: int | None, num_sinks: int, max_length: int | None)
 
 def _plan(window_size, num_sink_tokens, max_length, max_trim) -> tuple[int | None, int, int]:
     """(effective window, slots of the rolling buffer, slots of the sinks)."""
-    window = _checks.static_window(window_size)
+    window = static_causal_window(window_size, "a cache")
     sinks = _checks.static_sinks(num_sink_tokens)
     max_trim = _checks.static_size("max_trim", max_trim)
     if max_length is not None:

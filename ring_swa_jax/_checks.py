@@ -80,38 +80,6 @@ def check_dtype(names: str, dtype) -> None:
         )
 
 
-def static_window(window_size) -> int | None:
-    """``window_size`` as a non-negative Python int, or None for no window.
-
-    A pair (L, 0), as FlashAttention writes a causal window, is L.
-
-    Raises:
-        TypeError: not a static integer, nor a pair of them.
-        ValueError: negative, or keys after the query.
-    """
-    if not isinstance(window_size, (tuple, list)):
-        return _static_bound(window_size)
-    if len(window_size) != 2:
-        raise ValueError(
-            "window_size must be W, for the W keys before a query and itself, or a pair (W, 0), "
-            f"got {window_size!r}"
-        )
-    before, after = map(_static_bound, window_size)
-    if after != 0:
-        raise ValueError(
-            "window_size must not reach past the query, which attends the keys before it: write "
-            f"{before!r} or ({before!r}, 0), got {window_size!r}"
-        )
-    return before
-
-
-def _static_bound(bound) -> int | None:
-    if bound is None:
-        return None
-    mend = "; for no bound, which FlashAttention writes as -1, write None"
-    return static_count("window_size", bound, mend)
-
-
 def static_sinks(num_sink_tokens) -> int:
     """``num_sink_tokens`` as a non-negative Python int.
 

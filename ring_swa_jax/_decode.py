@@ -22,6 +22,7 @@ from ring_swa_jax._cache import (
     within_reach,
 )
 from ring_swa_jax._ring import matmul_precision
+from ring_swa_jax._window import static_causal_window
 
 Rotate = Callable[[Float[Array, "B S N H"], Int[Array, "B S"]], Float[Array, "B S N H"]]
 
@@ -95,7 +96,7 @@ def decode_attention(
     """
     q, k, v = (_checks.as_array(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     _checks.check_heads(q, k, v)
-    window = _checks.static_window(window_size)
+    window = static_causal_window(window_size, "decoding")
     num_sinks = _checks.static_sinks(num_sink_tokens)
     cap = _checks.static_soft_cap(logits_soft_cap)
     scale = _checks.static_scale(scale, q.shape[-1])

@@ -6,6 +6,7 @@ import jax
 
 from ring_swa_jax import _checks
 from ring_swa_jax._axis import AxisName, SequenceAxis
+from ring_swa_jax._window import Window
 
 EXCHANGES = ("halo", "all_to_all", "ring")
 
@@ -26,7 +27,7 @@ def choose_exchange(
     *,
     chunk: int,
     heads: int,
-    window_size: int | None,
+    window: Window,
     num_sinks: int,
 ) -> str:
     """The exchange of a call; on one device "halo", which then fetches nothing.
@@ -42,7 +43,7 @@ def choose_exchange(
         axis: mesh axis that cuts the sequence.
         chunk: tokens on one device.
         heads: query heads on one device.
-        window_size: as the user gives it.
+        window: as the user gives it.
         num_sinks: first tokens of its sequence that a query always sees.
 
     Raises:
@@ -52,17 +53,18 @@ def choose_exchange(
     size = axis.size
     if size == 1:
         return "halo"
-    reaches_all = window_size is None or window_size >= size * chunk - 1
+    reaches_all = window.reaches_all(size * chunk)
     if exchange is None:
         exchange = "ring" if reaches_all else "halo"
-        long = window_size is None or window_size >= chunk
+        long = reaches_all or max(window.left or 0, window.right or 0) >= chunk
         if long and heads % size == 0 and within_one_host(axis.name):
             exchange = "all_to_all"
     if exchange == "halo":
-        if window_size is None:
+        if None in (window.left, window.right):
             raise ValueError(
-                "exchange='halo' fetches the keys that a window reaches, but window_size=None "
-                "reaches all keys; use exchange='all_to_all', 'ring' or None"
+                "exchange='halo' fetches the keys that a window reaches, but "
+                f"window_size={window.setting} reaches all keys on a side; use "
+                "exchange='all_to_all', 'ring' or None"
             )
         _checks.check_sinks_fit(num_sinks, chunk, size)
     if exchange == "all_to_all" and heads % size:
@@ -72,8 +74,9 @@ def choose_exchange(
         )
     if exchange == "ring" and not reaches_all:
         raise ValueError(
-            f"exchange='ring' is for layers without a window, but window_size={window_size} is "
-            f"shorter than the sequence of {size * chunk} tokens; use 'halo', 'all_to_all' or None"
+            "exchange='ring' is for windows that lack a bound, but "
+            f"window_size={window.setting} ends within the sequence of {size * chunk} tokens on "
+            "both sides; use 'halo', 'all_to_all' or None"
         )
     return exchange
 

@@ -1,6 +1,7 @@
 """Attention to the keys that windows reach: exchange="halo".
 
-What moves between devices are the keys before a chunk, and the sinks of the sequence it is in.
+What moves between devices are the keys before a chunk, those after it where windows reach there,
+and the sinks of the sequence that the chunk begins in.
 """
 
 import dataclasses
@@ -18,22 +19,31 @@ from ring_swa_jax._segments import Bounds, bounds_of
 
 @dataclasses.dataclass(frozen=True)
 class RingHalo:
-    """The ``min(W, (devices - 1) * T)`` keys before a chunk of T, each hop one permute.
+    """The ``min(W, (devices - 1) * T)`` keys before or after a chunk of T, each hop one permute.
 
-    Hop c comes straight from the device c + 1 chunks before, and only the keys that a window
-    reaches travel, keys and values in one message. A device with nobody that far before it
-    receives zeros, which no query sees: their positions lie before the sequence.
+    Hop c comes straight from the device c + 1 chunks away, and only the keys that a window
+    reaches travel, keys and values in one message. A device with no device that far away receives
+    zeros, which no query sees: their positions lie outside the sequence.
+
+    Attributes:
+        axis: mesh axis that cuts the sequence.
+        lengths: keys of each hop.
+        is_after: whether the keys are after the chunk.
     """
 
     axis: SequenceAxis
     lengths: tuple[int, ...]
+    is_after: bool = False
 
     @classmethod
-    def of_window(cls, axis: SequenceAxis, chunk: int, window: int | None) -> "RingHalo":
-        """The halo of a window, None for all keys."""
+    def of_window(
+        cls, axis: SequenceAxis, chunk: int, window: int | None, *, is_after: bool = False
+    ) -> "RingHalo":
+        """The halo of W keys on a side, None for all keys."""
         reach = (axis.size - 1) * chunk
         reach = reach if window is None else min(window, reach)
-        return cls(axis, tuple(min(chunk, reach - begin) for begin in range(0, reach, chunk)))
+        lengths = tuple(min(chunk, reach - begin) for begin in range(0, reach, chunk))
+        return cls(axis, lengths, is_after)
 
     def fetch(
         self,
@@ -44,28 +54,35 @@ class RingHalo:
         *,
         after: Float[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
-        """The last ``lengths[hop]`` keys and values of the device ``hop + 1`` chunks before.
+        """The nearest ``lengths[hop]`` keys and values of the device ``hop + 1`` chunks away.
 
         Padding, where ``start`` is behind the token, travels as zeros.
         With ``after`` the message is not made before that number is known. An optimization
         barrier would not do: compilers drop it before they order the program.
         """
-        begin = key.shape[1] - self.lengths[hop]
-        pairs = [(r, r + hop + 1) for r in range(self.axis.size - hop - 1)]
-        key, value = key[:, begin:], value[:, begin:]
+        length = self.lengths[hop]
+        begin = 0 if self.is_after else key.shape[1] - length
+        key, value = key[:, begin : begin + length], value[:, begin : begin + length]
         if start.ndim:
-            real = start[:, begin:] <= begin + jnp.arange(self.lengths[hop], dtype=jnp.int32)[None]
+            start = start[:, begin : begin + length]
+            real = start <= begin + jnp.arange(length, dtype=jnp.int32)[None]
             key, value = (
                 jnp.where(real[..., None, None], x, jnp.zeros_like(x)) for x in (key, value)
             )
-        return self._send(key, value, pairs, after)
+        return self._send(key, value, self._pairs(hop), after)
 
     def give_back(
         self, hop: int, dkey: Float[Array, "B S K H"], dvalue: Float[Array, "B S K Hv"]
     ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
         """Sends the gradients of ``fetch``'s result to where it came from."""
-        pairs = [(r + hop + 1, r) for r in range(self.axis.size - hop - 1)]
-        return self._send(dkey, dvalue, pairs)
+        return self._send(dkey, dvalue, [(dst, src) for src, dst in self._pairs(hop)])
+
+    def _pairs(self, hop: int) -> list[tuple[int, int]]:
+        """(sending device, receiving device) of a hop's messages."""
+        chunks = range(self.axis.size - hop - 1)
+        if self.is_after:
+            return [(r + hop + 1, r) for r in chunks]
+        return [(r, r + hop + 1) for r in chunks]
 
     def _send(
         self,
@@ -127,7 +144,7 @@ def attend(
     """Attention of a chunk; half chunks in another layout are first put in the order of tokens."""
     chunk = q.shape[1]
     name = pallas_kernels.choose(implementation, spec, q, v)
-    bounds = bounds_of(axis, chunk, cu_seqlens, segment_ids)
+    bounds = bounds_of(axis, chunk, cu_seqlens, segment_ids, ends=spec.lookahead > 0)
     q, k, v, sink_logits, bounds = same_varying(axis, q, k, v, sink_logits, bounds)
     dual, halves = layout == "dual_chunk" and axis.size > 1, HalfChunks(axis, chunk)
     if dual:
@@ -135,6 +152,15 @@ def attend(
     sinks = None
     if spec.num_sinks and axis.size > 1:
         sinks = fetch_sinks(axis, k, v, bounds, spec.num_sinks)
-    halo = RingHalo.of_window(axis, chunk, spec.window)
-    out = pallas_kernels.attend(spec, halo, name, q, k, v, sinks, sink_logits, bounds.start)
+    arrays = (q, k, v, sinks, sink_logits, bounds.start)
+    if spec.lookahead:
+        before = None if spec.window is None else spec.window - spec.lookahead
+        sides = pallas_kernels.Sides(
+            RingHalo.of_window(axis, chunk, before),
+            RingHalo.of_window(axis, chunk, spec.lookahead, is_after=True),
+        )
+        out = pallas_kernels.attend_both_sides(spec, sides, name, *arrays, bounds.end)
+    else:
+        halo = RingHalo.of_window(axis, chunk, spec.window)
+        out = pallas_kernels.attend(spec, halo, name, *arrays)
     return halves.deal(out) if dual else out

@@ -22,6 +22,7 @@ from ring_swa_jax._query_scaling import QueryScaling
 from ring_swa_jax._rope import Rope, apply_rope
 from ring_swa_jax._segments import dual_chunk_positions, segment_positions
 from ring_swa_jax._sharded import only, ring_attention, sequence_devices
+from ring_swa_jax._window import WindowSize, static_window
 
 ACTIVATIONS = {"sigmoid": jax.nn.sigmoid, "softplus": jax.nn.softplus}
 
@@ -64,7 +65,7 @@ class AttentionLayer:
     head_dim: int
     value_dim: int
     out_features: int
-    window_size: int | None
+    window_size: WindowSize
     num_sink_tokens: int
     learned_sinks: bool
     logits_soft_cap: float | None
@@ -134,7 +135,7 @@ class AttentionLayer:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
             )
-        _checks.static_window(self.window_size)
+        static_window(self.window_size)
         _checks.static_sinks(self.num_sink_tokens)
         _checks.static_soft_cap(self.logits_soft_cap)
         _checks.static_scale(self.scale, self.head_dim)

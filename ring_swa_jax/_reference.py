@@ -9,8 +9,10 @@ from jaxtyping import Float, Int
 from pallas_kernels import accumulator_dtype
 from ring_swa_jax import _checks
 from ring_swa_jax._arrays import AnyArray
+from ring_swa_jax._axis import SequenceAxis
 from ring_swa_jax._integers import as_segment_ids
-from ring_swa_jax._segments import segment_starts
+from ring_swa_jax._segments import bounds_of
+from ring_swa_jax._window import Window, WindowSize
 
 
 def reference_attention(
@@ -18,7 +20,7 @@ def reference_attention(
     k: Float[AnyArray, "B S K H"],
     v: Float[AnyArray, "B S K Hv"],
     *,
-    window_size: int | None = None,
+    window_size: WindowSize = None,
     num_sink_tokens: int = 0,
     segment_ids: Int[AnyArray, "B S"] | None = None,
     sink_logits: Float[AnyArray, "N"] | None = None,
@@ -27,8 +29,8 @@ def reference_attention(
 ) -> Float[Array, "B S N Hv"]:
     r"""What every implementation computes, by an [S, S] matrix of logits.
 
-    Query i attends key j of its own sequence, which starts at s, iff ``j <= i`` and
-    (``i - j <= window_size`` or ``j - s < num_sink_tokens``):
+    Query i attends key j of its own sequence, which starts at s, iff ``i - j <= L`` and
+    ``j - i <= R`` for ``window_size=(L, R)``, or ``j <= i`` and ``j - s < num_sink_tokens``:
 
     .. math:: o_i = \frac{\sum_j e^{s_{ij}} v_j}{e^{z} + \sum_j e^{s_{ij}}}
 
@@ -40,7 +42,9 @@ def reference_attention(
             others in float32.
         k: keys; N is a multiple of K.
         v: values.
-        window_size: W; a query sees **W + 1 keys**: the W before it and itself. None: all.
+        window_size: W; a query sees **W + 1 keys**: the W before it and itself. A pair (L, R): the
+            L before it, itself, and the R after it. None, alone or in a pair: no bound; alone it
+            is (None, 0), causal.
         num_sink_tokens: how many first tokens of its sequence every query sees.
         segment_ids: of any integer dtype; a new sequence starts where the id changes; a negative
             id is padding.
@@ -57,7 +61,7 @@ def reference_attention(
     """
     q, k, v = (_checks.as_array(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     _checks.check_heads(q, k, v)
-    window = _checks.static_window(window_size)
+    window = Window.of(window_size)
     num_sinks = _checks.static_sinks(num_sink_tokens)
     cap = _checks.static_soft_cap(logits_soft_cap)
     length, heads = q.shape[1:3]
@@ -66,12 +70,15 @@ def reference_attention(
 
     positions = jnp.arange(length, dtype=jnp.int32)
     i, j = positions[None, :, None], positions[None, None]
-    start = jnp.zeros((1, length), jnp.int32)
+    start, end = jnp.zeros((1, length), jnp.int32), jnp.full((1, length), length, jnp.int32)
     if segment_ids is not None:
-        start = segment_starts(as_segment_ids(segment_ids, q.shape[:2]))
-    start = start[:, :, None]
-    near = i - j <= (length if window is None else min(window, length))
-    seen = (start <= j) & (j <= i) & (near | (j - start < min(num_sinks, length)))
+        ids = as_segment_ids(segment_ids, q.shape[:2])
+        bounds = bounds_of(SequenceAxis(None, 1), length, None, ids, ends=True)
+        start, end = bounds.start, bounds.end
+    start, end = start[:, :, None], end[:, :, None]
+    before, after = (length if x is None else min(x, length) for x in (window.left, window.right))
+    near = (i - j <= before) & (j - i <= after)
+    seen = (start <= j) & (j < end) & (near | (j <= i) & (j - start < min(num_sinks, length)))
 
     q, k, v = (x.astype(dtype) for x in (q, k, v))
     group = heads // k.shape[2]

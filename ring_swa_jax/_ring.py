@@ -8,12 +8,13 @@ from jax import Array
 from jaxtyping import Float, Int
 
 import pallas_kernels
-from ring_swa_jax import _all_to_all, _balanced_ring, _checks, _halo
+from ring_swa_jax import _all_to_all, _balanced_ring, _checks, _full_ring, _halo
 from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._axis import AxisName, SequenceAxis
 from ring_swa_jax._exchange import choose_exchange
 from ring_swa_jax._integers import as_cu_seqlens
 from ring_swa_jax._layout import HalfChunks
+from ring_swa_jax._window import Window, WindowSize
 
 
 def ring_sliding_window_attn(
@@ -21,7 +22,7 @@ def ring_sliding_window_attn(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K Hv"],
     *,
-    window_size: int | None,
+    window_size: WindowSize,
     axis_name: AxisName | None = None,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
@@ -92,7 +93,7 @@ def ring_streaming_llm_attn(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K Hv"],
     *,
-    window_size: int | None,
+    window_size: WindowSize,
     num_sink_tokens: int = 1,
     axis_name: AxisName | None = None,
     scale: float | None = None,
@@ -160,7 +161,7 @@ def ring_sliding_window_attn_varlen(
     k: Float[Array, "T K H"],
     v: Float[Array, "T K Hv"],
     *,
-    window_size: int | None,
+    window_size: WindowSize,
     cu_seqlens: Int[AnyArray, "n"],
     axis_name: AxisName | None = None,
     scale: float | None = None,
@@ -224,7 +225,7 @@ def ring_streaming_llm_attn_varlen(
     k: Float[Array, "T K H"],
     v: Float[Array, "T K Hv"],
     *,
-    window_size: int | None,
+    window_size: WindowSize,
     cu_seqlens: Int[AnyArray, "n"],
     num_sink_tokens: int = 1,
     axis_name: AxisName | None = None,
@@ -295,7 +296,7 @@ def attend_chunk(
     axis: SequenceAxis,
     cu_seqlens: Int[Array, "n"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
-    window_size: int | None,
+    window_size: WindowSize,
     num_sink_tokens: int,
     scale: float | None,
     logits_soft_cap: float | None,
@@ -307,18 +308,19 @@ def attend_chunk(
     """What the per-shard functions and ring_attention share: checks, exchange, attention."""
     chunk, heads = q.shape[1:3]
     length = axis.size * chunk
-    window = _checks.static_window(window_size)
+    window = Window.of(window_size)
     num_sinks = _checks.static_sinks(num_sink_tokens)
     if sink_logits is not None:
         sink_logits = _checks.as_array("sink_logits", sink_logits)
     _checks.check_sink_logits(sink_logits, heads)
     exchange = choose_exchange(
-        exchange, axis, chunk=chunk, heads=heads, window_size=window, num_sinks=num_sinks
+        exchange, axis, chunk=chunk, heads=heads, window=window, num_sinks=num_sinks
     )
-    window = None if window is None or window >= length - 1 else window
+    before, after = window.reach(length)
     spec = pallas_kernels.Spec(
-        window=window,
-        num_sinks=0 if window is None else min(num_sinks, length),
+        window=None if before is None else before + after,
+        lookahead=after,
+        num_sinks=0 if before is None else min(num_sinks, length),
         scale=_checks.static_scale(scale, q.shape[-1]),
         soft_cap=_checks.static_soft_cap(logits_soft_cap),
         precision=matmul_precision(),
@@ -354,7 +356,8 @@ def _exchange_and_attend(
     """Attention with checked settings."""
     if layout == "dual_chunk" and axis.size > 1 and segment_ids is not None:
         segment_ids = HalfChunks(axis, q.shape[1]).collect(segment_ids)
-    attend = {"halo": _halo.attend, "all_to_all": _all_to_all.attend, "ring": _balanced_ring.attend}
+    ring = _full_ring if spec.lookahead else _balanced_ring
+    attend = {"halo": _halo.attend, "all_to_all": _all_to_all.attend, "ring": ring.attend}
     return attend[exchange](
         q, k, v, sink_logits, cu_seqlens, segment_ids,
         axis=axis, layout=layout, spec=spec, implementation=implementation,

@@ -1,4 +1,4 @@
-"""Where the sequence of each token starts, from cu_seqlens or segment_ids, on one chunk of many."""
+"""Where each token's sequence starts and ends on one chunk of many, by cu_seqlens or segment_ids."""
 
 import dataclasses
 
@@ -17,17 +17,20 @@ from ring_swa_jax._layout import from_dual_order, to_dual_order
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """Starts of the sequences of one chunk.
+    """Starts and ends of the sequences of one chunk.
 
     Attributes:
         start: position of the first token of each token's sequence, relative to the chunk; one
             number where the whole row is one sequence. A padding token i has ``i + 1``.
+        end: position behind the last token of each token's sequence, likewise; a padding token i
+            has ``i + 1``. None: nobody asked for ends, or the row is one sequence on one device.
         crossing: global start of the sequence that the first token of each chunk is in; rows of
             a batch may share it (B or 1).
         chunk: number of tokens of the chunk.
     """
 
     start: Int[Array, ""] | Int[Array, "B T"]
+    end: Int[Array, ""] | Int[Array, "B T"] | None
     crossing: Int[Array, "devices #B"]
     chunk: int = dataclasses.field(metadata={"static": True})
 
@@ -36,29 +39,43 @@ class Bounds:
         return self.start[:, -1] if self.start.ndim else self.start[None]
 
 
-def one_sequence(axis: SequenceAxis, chunk: int) -> Bounds:
+def one_sequence(axis: SequenceAxis, chunk: int, *, ends: bool = False) -> Bounds:
     """Bounds of rows that are one sequence from end to end."""
     start = -axis.index() * chunk
-    return Bounds(start, jnp.zeros((axis.size, 1), jnp.int32), chunk)
+    end = start + axis.size * chunk if ends and axis.size > 1 else None
+    return Bounds(start, end, jnp.zeros((axis.size, 1), jnp.int32), chunk)
 
 
-def from_cu_seqlens(axis: SequenceAxis, chunk: int, cu_seqlens: Int[Array, "n"]) -> Bounds:
+def from_cu_seqlens(
+    axis: SequenceAxis, chunk: int, cu_seqlens: Int[Array, "n"], *, ends: bool = False
+) -> Bounds:
     """Bounds of one packed row; sequence s holds positions ``cu_seqlens[s]..cu_seqlens[s+1]-1``.
 
     Positions outside all sequences are padding. Nothing moves: every device knows all bounds.
     """
     begin = axis.index() * chunk
 
-    def start_at(position):
+    def sequence_of(position):
+        """(which entry is the first behind each position, whether a sequence holds it)."""
         after = jnp.searchsorted(cu_seqlens, position, side="right", method="scan_unrolled")
         after = after.astype(jnp.int32)
+        return after, (after > 0) & (after < cu_seqlens.size)
+
+    def start_at(position):
+        after, inside = sequence_of(position)
         start = cu_seqlens[jnp.clip(after - 1, 0, cu_seqlens.size - 1)]
-        inside = (after > 0) & (after < cu_seqlens.size)
         return jnp.where(inside, jnp.clip(start, 0, position), position + 1)
 
-    start = start_at(begin + jnp.arange(chunk, dtype=jnp.int32)) - begin
+    def end_at(position):
+        after, inside = sequence_of(position)
+        end = cu_seqlens[jnp.clip(after, 0, cu_seqlens.size - 1)]
+        return jnp.where(inside, jnp.clip(end, position + 1, axis.size * chunk), position + 1)
+
+    positions = begin + jnp.arange(chunk, dtype=jnp.int32)
+    start = start_at(positions) - begin
+    end = (end_at(positions) - begin)[None] if ends else None
     crossing = start_at(jnp.arange(axis.size, dtype=jnp.int32) * chunk)
-    return Bounds(start[None], crossing[:, None], chunk)
+    return Bounds(start[None], end, crossing[:, None], chunk)
 
 
 def segment_starts(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
@@ -110,34 +127,81 @@ def dual_chunk_positions(segment_ids: Int[AnyArray, "B S"], devices: int) -> Int
     return positions if mesh is None else reshard(positions, mesh, P(batch, seq))
 
 
-def from_segment_ids(axis: SequenceAxis, segment_ids: Int[Array, "B T"]) -> Bounds:
-    """Bounds of packed rows cut over the axis; three integers a row and device are gathered."""
+def from_segment_ids(
+    axis: SequenceAxis, segment_ids: Int[Array, "B T"], *, ends: bool = False
+) -> Bounds:
+    """Bounds of packed rows cut over the axis.
+
+    Three integers a row and device are gathered, or four with ``ends``.
+    """
     chunk = segment_ids.shape[1]
     positions = jnp.arange(chunk, dtype=jnp.int32)[None]
     changes = _changes(segment_ids)
-    last_change = jnp.max(jnp.where(changes, positions, 0), axis=1)
+    edges = [segment_ids[:, 0], segment_ids[:, -1], jnp.where(changes, positions, 0).max(axis=1)]
+    if ends:
+        edges.append(jnp.where(changes, positions, chunk).min(axis=1))
     # 32 bits of an unsigned id do as well: they are only compared.
     narrow = jnp.iinfo(segment_ids.dtype).bits <= 32
     wide = jnp.dtype(jnp.int32) if narrow else segment_ids.dtype
-    ends = (segment_ids[:, 0], segment_ids[:, -1], last_change)
-    summary = jnp.stack([x.astype(wide) for x in ends])
+    summary = jnp.stack([x.astype(wide) for x in edges])
     if axis.name is None:
-        first, last, change = summary[:, None]
+        gathered = summary[:, None]
     else:
-        first, last, change = jnp.moveaxis(lax.all_gather(summary, axis.name), 1, 0)
-    change = change.astype(jnp.int32)
-    chunk_begins = jnp.arange(axis.size, dtype=jnp.int32)[:, None] * chunk
+        gathered = jnp.moveaxis(lax.all_gather(summary, axis.name), 1, 0)
+    first, last, *change = gathered
     begins_new = jnp.pad(first[1:] != last[:-1], ((1, 0), (0, 0)), constant_values=True)
-    new_start = jnp.where(change > 0, chunk_begins + change, jnp.where(begins_new, chunk_begins, 0))
-    start_of_last = lax.cummax(new_start, axis=0)
-    carried = jnp.concatenate([jnp.zeros_like(start_of_last[:1]), start_of_last[:-1]])
-    crossing = jnp.where(begins_new, chunk_begins, carried)
+    crossing = _crossing(begins_new, change[0].astype(jnp.int32), chunk)
 
     index = axis.index()
     here = crossing[index] - index * chunk
     starts = jnp.where(changes, positions, here[:, None])
-    starts = jnp.where(segment_ids < 0, positions + 1, lax.cummax(starts, axis=1))
-    return Bounds(starts, crossing, chunk)
+    padding = segment_ids < 0
+    starts = jnp.where(padding, positions + 1, lax.cummax(starts, axis=1))
+    if not ends:
+        return Bounds(starts, None, crossing, chunk)
+    end = _end_of_last(begins_new, change[1].astype(jnp.int32), chunk)[index] - index * chunk
+    following = jnp.where(changes, positions, end[:, None])
+    following = jnp.concatenate([following[:, 1:], end[:, None]], axis=1)
+    found = jnp.where(padding, positions + 1, lax.cummin(following, axis=1, reverse=True))
+    return Bounds(starts, found, crossing, chunk)
+
+
+def _crossing(
+    begins_new: Bool[Array, "devices B"], last_change: Int[Array, "devices B"], chunk: int
+) -> Int[Array, "devices B"]:
+    """Global start of the sequence that the first token of each chunk is in.
+
+    Args:
+        begins_new: whether a chunk begins a sequence.
+        last_change: the last token of each chunk, but its first, that begins a sequence, or 0.
+        chunk: number of tokens of a chunk.
+    """
+    chunk_begins = jnp.arange(begins_new.shape[0], dtype=jnp.int32)[:, None] * chunk
+    new_start = jnp.where(begins_new, chunk_begins, 0)
+    new_start = jnp.where(last_change > 0, chunk_begins + last_change, new_start)
+    start_of_last = lax.cummax(new_start, axis=0)
+    carried = jnp.concatenate([jnp.zeros_like(start_of_last[:1]), start_of_last[:-1]])
+    return jnp.where(begins_new, chunk_begins, carried)
+
+
+def _end_of_last(
+    begins_new: Bool[Array, "devices B"], first_change: Int[Array, "devices B"], chunk: int
+) -> Int[Array, "devices B"]:
+    """Global end of the sequence that the last token of each chunk is in.
+
+    Args:
+        begins_new: whether a chunk begins a sequence.
+        first_change: the first token of each chunk, but its first, that begins a sequence, or
+            ``chunk``.
+        chunk: number of tokens of a chunk.
+    """
+    devices = begins_new.shape[0]
+    length = devices * chunk
+    chunk_begins = jnp.arange(devices, dtype=jnp.int32)[:, None] * chunk
+    begin = jnp.where(first_change < chunk, chunk_begins + first_change, length)
+    begin = jnp.where(begins_new, chunk_begins, begin)
+    begin = lax.cummin(begin, axis=0, reverse=True)
+    return jnp.concatenate([begin[1:], jnp.full_like(begin[:1], length)])
 
 
 def bounds_of(
@@ -145,23 +209,40 @@ def bounds_of(
     chunk: int,
     cu_seqlens: Int[Array, "n"] | None,
     segment_ids: Int[Array, "B T"] | None,
+    *,
+    ends: bool = False,
 ) -> Bounds:
-    """Bounds of one chunk, by what says where the sequences are; neither: rows are one sequence."""
+    """Bounds of one chunk, by what says where the sequences are; neither: rows are one sequence.
+
+    Ends are wanted where a window reaches past a query.
+    """
     if cu_seqlens is not None:
-        return from_cu_seqlens(axis, chunk, cu_seqlens)
+        return from_cu_seqlens(axis, chunk, cu_seqlens, ends=ends)
     if segment_ids is not None:
-        return from_segment_ids(axis, segment_ids)
-    return one_sequence(axis, chunk)
+        return from_segment_ids(axis, segment_ids, ends=ends)
+    return one_sequence(axis, chunk, ends=ends)
 
 
-def whole_starts(
+def whole_bounds(
     axis: SequenceAxis,
     chunk: int,
     cu_seqlens: Int[Array, "n"] | None,
     segment_ids: Int[Array, "B T"] | None,
-) -> Int[Array, ""] | Int[Array, "B S"]:
-    """Where each token's sequence starts, of whole rows; only what segment_ids say is gathered."""
+    *,
+    ends: bool = False,
+) -> tuple[Int[Array, ""] | Int[Array, "B S"], Int[Array, "B S"] | None]:
+    """(start, end) of each token's sequence in whole rows; only what segment_ids say is gathered.
+
+    ``end`` is None where nobody asks for it, and where the row is one sequence.
+    """
     if segment_ids is None:
-        return bounds_of(SequenceAxis(None, 1), axis.size * chunk, cu_seqlens, None).start
-    starts = from_segment_ids(axis, segment_ids).start + axis.index() * chunk
-    return lax.all_gather(starts, axis.name, axis=1, tiled=True)
+        whole = SequenceAxis(None, 1)
+        bounds = bounds_of(whole, axis.size * chunk, cu_seqlens, None, ends=ends)
+        return bounds.start, bounds.end
+    bounds = from_segment_ids(axis, segment_ids, ends=ends)
+
+    def gathered(positions):
+        positions = positions + axis.index() * chunk
+        return lax.all_gather(positions, axis.name, axis=1, tiled=True)
+
+    return gathered(bounds.start), None if bounds.end is None else gathered(bounds.end)

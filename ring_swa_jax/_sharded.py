@@ -22,6 +22,7 @@ from ring_swa_jax._integers import as_segment_ids
 from ring_swa_jax._layout import check_halves, check_layout
 from ring_swa_jax._repeated_work import warn_of_unnamed_axes
 from ring_swa_jax._ring import attend_chunk
+from ring_swa_jax._window import WindowSize, static_window
 
 
 def ring_attention(
@@ -29,7 +30,7 @@ def ring_attention(
     k: Float[AnyArray, "B S K H"],
     v: Float[AnyArray, "B S K Hv"],
     *,
-    window_size: int | None = None,
+    window_size: WindowSize = None,
     num_sink_tokens: int = 0,
     segment_ids: Int[AnyArray, "B S"] | None = None,
     sink_logits: Float[AnyArray, "N"] | None = None,
@@ -118,7 +119,7 @@ def ring_attention(
         segment_ids,
         sink_logits,
         axes=axes,
-        window_size=_checks.static_window(window_size),
+        window_size=static_window(window_size),
         num_sink_tokens=_checks.static_sinks(num_sink_tokens),
         logits_soft_cap=_checks.static_soft_cap(logits_soft_cap),
         scale=_checks.static_scale(scale, q.shape[-1]),

@@ -25,6 +25,7 @@ from ring_swa_jax._layer_decode import decode, init_cache, keys_values, prefill
 from ring_swa_jax._linen_init import axes_that_divide, repeated_work_is_meant
 from ring_swa_jax._query_scaling import QueryScaling
 from ring_swa_jax._rope import Rope
+from ring_swa_jax._window import WindowSize
 
 __all__ = ["RingSlidingWindowAttention", "attention_fn"]
 
@@ -71,7 +72,7 @@ class RingSlidingWindowAttention(nn.Module):
     head_dim: int | None = None
     value_dim: int | None = None
     out_features: int | None = None
-    window_size: int | None
+    window_size: WindowSize
     num_sink_tokens: int = 0
     learned_sinks: bool = False
     logits_soft_cap: float | None = None

@@ -22,6 +22,7 @@ from ring_swa_jax._layer import AttentionLayer, KeysValues, Learned, Projected, 
 from ring_swa_jax._layer_decode import decode, init_cache, keys_values, prefill
 from ring_swa_jax._query_scaling import QueryScaling
 from ring_swa_jax._rope import Rope
+from ring_swa_jax._window import WindowSize
 
 __all__ = ["RingSlidingWindowAttention", "attention_fn"]
 
@@ -128,7 +129,7 @@ class RingSlidingWindowAttention(nnx.Module):
         head_dim: int | None = None,
         value_dim: int | None = None,
         out_features: int | None = None,
-        window_size: int | None,
+        window_size: WindowSize,
         num_sink_tokens: int = 0,
         learned_sinks: bool = False,
         logits_soft_cap: float | None = None,

@@ -20,11 +20,14 @@ from pallas_kernels._spec import KeyRun, Spec
 from pallas_kernels._tile_ranges import query_plan, sink_chunk_plan, with_padding
 from pallas_kernels._triton.blocks import (
     batch_block,
+    bounds_blocks,
+    bounds_operands,
     div,
     dot,
     exp2_scaled,
     head_parts,
     inner,
+    load_bounds,
     load_rows,
     load_vector,
     log2_sums,
@@ -83,13 +86,19 @@ def backward_dkv(
     start, packed = queries.start, queries.start.ndim > 0
     head_blocks = group // tiles.heads
     num_sinks, reach = (0, 0) if far is None else (spec.num_sinks, far.reach)
-    plan = _plan(spec, start, run, rows, tiles, num_sinks, reach)
+    plan = _plan(spec, queries, run, rows, tiles, num_sinks, reach)
     arrays, blocks = query_operands(queries, group)
     arrays |= {"plan": plan if packed else plan[None], "keys": key_value}
     blocks |= {"plan": batch_block(arrays["plan"]), "keys": tuple(map(key_block, key_value))}
     if far is not None and far.parts is not None:
         chunks = sink_chunk_plan(
-            start, num_sinks, rows=rows, chunk=far.chunk, length=length, key_tile=tiles.key
+            start,
+            num_sinks,
+            rows=rows,
+            chunk=far.chunk,
+            offset=run.offset,
+            length=length,
+            key_tile=tiles.key,
         )
         arrays["chunks"] = chunks if packed else chunks[None]
         arrays["far"] = [x for x, want in zip(far.parts, wanted, strict=True) if want]
@@ -110,13 +119,15 @@ def backward_dkv(
         keys = [load_rows(ref, key_rows, exists) for ref in refs["keys"]]
         j = run.offset + local[:, None]
 
-        def seen(i, start):
-            return sees_near(i, j, start, spec.window, num_sinks, reach, packed=packed)
+        def seen(i, start, end):
+            return sees_near(i, j, start, spec.window, num_sinks, reach, packed=packed, end=end)
 
         def over(begin, end, acc, masked, padded=False):
             def body(begin, block, acc):
                 mask = seen if masked else None
-                tile = load_queries(refs, tiles, begin, rows, block, mask, padded=padded)
+                tile = load_queries(
+                    refs, tiles, begin, rows, block, mask, packed=packed, padded=padded
+                )
                 return add_gradients(spec, keys, tile, acc, wanted, interpret)
 
             return _over_query_tiles(begin, end, tiles.query, head_blocks, body, acc)
@@ -140,9 +151,9 @@ def backward_dkv(
         if "far" in refs:
             assert far is not None
 
-            results = _add_far_sinks(refs, far, local, num_sinks, results)
+            results = _add_far_sinks(refs, far, run.offset, local, num_sinks, results)
         if packed:
-            real = real_keys(refs["start"], run.offset, local, exists)[:, None]
+            real = real_keys(refs, spec, run.offset, local, exists)[:, None]
             results = [[jnp.where(real, x, 0.0) for x in result] for result in results]
         for out_ref, result in zip(out_refs, results, strict=True):
             store_rows(out_ref, key_rows, result, exists)
@@ -161,7 +172,7 @@ def backward_dkv(
 
 def _plan(
     spec: Spec,
-    start: Array,
+    queries: Queries,
     run: KeyRun,
     rows: int,
     tiles: TritonTiles,
@@ -169,6 +180,7 @@ def _plan(
     reach: int,
 ) -> Array:
     """`query_plan`, and whether the queries include padding where they may."""
+    start, end = queries.start, queries.end
     plan = query_plan(
         start,
         spec.window,
@@ -179,10 +191,11 @@ def _plan(
         length=run.key.shape[1],
         key_tile=tiles.key,
         reach=reach,
+        end=end,
     )
     if not start.ndim:
         return plan
-    return with_padding(plan, start, plan[..., 0], plan[..., 3], tiles.query)
+    return with_padding(plan, start, plan[..., 0], plan[..., 3], tiles.query, end)
 
 
 def _over_query_tiles(begin, end, size: int, head_blocks: int, body: Callable, acc):
@@ -204,13 +217,14 @@ def _over_query_tiles(begin, end, size: int, head_blocks: int, body: Callable, a
     return lax.fori_loop(0, count * head_blocks, step, acc)
 
 
-def _add_far_sinks(refs, far: FarSinks, local: Array, num_sinks: int, results):
+def _add_far_sinks(refs, far: FarSinks, offset: int, local: Array, num_sinks: int, results):
     """Adds what chunks of far queries found for the sinks among the keys ``local``."""
     index, packed = pl.program_id(0), refs["start"].shape[0] > 1
 
     def add_chunk(c, results):
         chunk_start = refs["start"][c * far.chunk if packed else 0]
-        row = local - jnp.maximum(chunk_start, 0)
+        first_sink = chunk_start - offset if offset else chunk_start
+        row = local - jnp.maximum(first_sink, 0)
         own = (row >= 0) & (row < num_sinks)
         parts = (load_rows(ref, (c, jnp.clip(row, 0, num_sinks - 1)), own) for ref in refs["far"])
         return [
@@ -231,14 +245,19 @@ def query_operands(queries: Queries, group: int) -> tuple[dict[str, Any], dict[s
     def values(x):
         return pl.BlockSpec((None, group, x.shape[2]), lambda t, n, b: (b, n, 0))
 
-    start = queries.start if queries.start.ndim else queries.start.reshape(1, 1)
-    arrays = {**queries._asdict(), "start": start}
+    arrays = {
+        "query": queries.query,
+        "dout": queries.dout,
+        "lse": queries.lse,
+        "delta": queries.delta,
+        **bounds_operands(queries.start, queries.end),
+    }
     blocks = {
         "query": heads(queries.query),
         "dout": heads(queries.dout),
         "lse": values(queries.lse),
         "delta": values(queries.delta),
-        "start": batch_block(start),
+        **bounds_blocks(arrays),
     }
     return arrays, blocks
 
@@ -265,11 +284,12 @@ class QueryTile(NamedTuple):
 
 
 def load_queries(
-    refs, tiles: TritonTiles, begin, end, block, seen, *, padded: bool = False
+    refs, tiles: TritonTiles, begin, end, block, seen, *, packed: bool, padded: bool = False
 ) -> QueryTile:
     """Loads the queries at ``begin`` of a block of heads, none at or behind ``end``.
 
-    ``seen(i, start)`` is the mask, None where all is seen. Padding counts as zeros if ``padded``.
+    ``seen(i, start, end)`` is the mask, None where all is seen. Padding counts as zeros if
+    ``padded``.
     """
     size, heads = tiles.query, tiles.heads
     if heads == 1:
@@ -283,15 +303,11 @@ def load_queries(
     valid = positions < end if seen is not None and ragged else None
     mask = None
     if seen is not None:
-        packed = refs["start"].shape[0] > 1
-        start = refs["start"][0]
-        if packed:
-            starts = load_vector(refs["start"], (positions,), valid)
-            start = starts[None, :]
-        mask = seen(positions[None, :], start)
+        start, end = load_bounds(refs, positions, valid, packed=packed)
+        mask = seen(positions[None, :], _as_row(start), None if end is None else _as_row(end))
         mask = mask if valid is None else mask & valid[None, :]
         if padded:
-            real = is_real(positions, starts)
+            real = is_real(positions, start, end)
             valid = real if valid is None else real & valid
     return QueryTile(
         load_rows(refs["query"], rows, valid),
@@ -300,6 +316,11 @@ def load_queries(
         load_vector(refs["delta"], flat, valid),
         mask,
     )
+
+
+def _as_row(x: Array) -> Array:
+    """[Q] as [1, Q]; a scalar as it is."""
+    return x[None, :] if x.ndim else x
 
 
 def zero_gradients(size: int, key_value: tuple[Any, Any], wanted: tuple[bool, bool]):

@@ -39,7 +39,7 @@ def backward_dq(
     interpret: bool,
 ) -> tuple[Array, Array]:
     """Gradient of the first ``rows`` queries, ``dquery`` of the first R of them added; delta."""
-    query, *_, out, dout, lse = inputs
+    query, out, dout, lse = inputs.query, inputs.out, inputs.dout, inputs.lse
     batch, _, heads, dim = query.shape
     loop = KeyLoop(spec, inputs, (0, rows), tiles)
     shapes = (
@@ -66,7 +66,7 @@ def backward_dq(
         delta = jnp.zeros((loop.size,), jnp.float32)
         for x, y in zip(outs, douts, strict=True):
             delta += (x.astype(jnp.float32) * y.astype(jnp.float32)).sum(axis=1)
-        real = is_real(tile.positions, tile.start) if loop.packed else None
+        real = is_real(tile.positions, tile.start, tile.end) if loop.packed else None
         if real is not None:
             delta = jnp.where(real, delta, 0.0)
         plgpu.store(delta_ref.at[tile.flat], delta, mask=tile.valid)

@@ -46,8 +46,9 @@ def backward_own_sinks(
         return sees_far_sink(i, j, start, spec.num_sinks, reach)
 
     def locate(chunk_start):
-        first = jnp.maximum(chunk_start, 0)
-        return first, first, chunk_start + spec.num_sinks - first
+        first = jnp.maximum(chunk_start, spec.first_key)
+        row = first - spec.first_key if spec.lookahead else first
+        return row, first, chunk_start + spec.num_sinks - first
 
     parts = _by_chunks(
         spec, queries, (run.key, run.value), rows, reach, seen, locate, tiles, chunk, interpret
@@ -69,10 +70,11 @@ def backward_fetched_sinks(
     window, chunk = spec.window, _chunk(tiles)
 
     def seen(i, j, start):
-        return sees_fetched_sink(i, j, start, window, spec.num_sinks)
+        return sees_fetched_sink(i, j, start, window, spec.num_sinks, first_key=spec.first_key)
 
     def locate(chunk_start):
-        return 0, chunk_start, jnp.minimum(-chunk_start, spec.num_sinks)
+        before_shard = spec.first_key - chunk_start if spec.lookahead else -chunk_start
+        return 0, chunk_start, jnp.minimum(before_shard, spec.num_sinks)
 
     return _by_chunks(
         spec, queries, key_value, rows, window + 1, seen, locate, tiles, chunk, interpret
@@ -130,12 +132,15 @@ def _by_chunks(
         key_rows = (pl.ds(row + first_slot, tiles.key),)
         keys = [load_rows(ref, key_rows, exists) for ref in refs["keys"]]
 
-        def seen_by(i, start):
+        def seen_by(i, start, end):
+            del end  # a sink of a query's sequence is before its end
             return seen(i, position + slots[:, None], start) & exists[:, None]
 
         def step(n, acc):
             begin = (first_tile + div(n, head_blocks)) * tiles.query
-            tile = load_queries(refs, tiles, begin, end_query, rem(n, head_blocks), seen_by)
+            tile = load_queries(
+                refs, tiles, begin, end_query, rem(n, head_blocks), seen_by, packed=packed
+            )
             return add_gradients(spec, keys, tile, acc, BOTH, interpret)
 
         first_tile, end_tile = refs["plan"][index, 0], refs["plan"][index, 1]

@@ -11,7 +11,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels._logits import LOG2_E
 from pallas_kernels._masks import is_real
-from pallas_kernels._spec import Spec
+from pallas_kernels._spec import Ends, Spec
 
 
 def head_parts(dim: int) -> tuple[tuple[int, int], ...]:
@@ -69,14 +69,41 @@ def load_vector(ref: Any, index: Rows, valid=None) -> Array:
     return plgpu.load(ref.at[index], mask=valid, other=0)
 
 
-def real_keys(start_ref: Any, offset: int, local: Array, exists) -> Array:
+def bounds_operands(start: Array, end: Ends) -> dict[str, Array]:
+    """Where the queries' sequences start, and end where that is given, as [B, T] or [1, 1]."""
+    bounds = {"start": start} if end is None else {"start": start, "end": end}
+    return {name: x if x.ndim else x.reshape(1, 1) for name, x in bounds.items()}
+
+
+def bounds_blocks(operands: dict[str, Any]) -> dict[str, pl.BlockSpec]:
+    """The blocks of `bounds_operands`."""
+    return {name: batch_block(operands[name]) for name in ("start", "end") if name in operands}
+
+
+def load_bounds(
+    refs: dict[str, Any], positions: Array, valid, *, packed: bool
+) -> tuple[Array, Array | None]:
+    """(start, end) of the sequences of queries at these positions; numbers unless ``packed``."""
+
+    def load(ref):
+        return load_vector(ref, (positions,), valid) if packed else ref[0]
+
+    return load(refs["start"]), load(refs["end"]) if "end" in refs else None
+
+
+def real_keys(refs: dict[str, Any], spec: Spec, offset: int, local: Array, exists) -> Array:
     """Which keys of a run at ``offset`` are no padding, by their indices in the run.
 
-    A query sees keys before its shard only if its sequence crosses into the shard.
+    A query sees keys before its shard only if its sequence crosses into the shard, and keys after
+    it only if its sequence is the last one's.
     """
-    if offset:
-        return offset + local >= start_ref[0]
-    return is_real(local, load_vector(start_ref, (local,), exists))
+    if offset < spec.first_key:
+        return offset + local >= refs["start"][0]
+    if offset > spec.first_key:
+        return offset + local < refs["end"][refs["end"].shape[0] - 1]
+    start = load_vector(refs["start"], (local,), exists)
+    end = load_vector(refs["end"], (local,), exists) if "end" in refs else None
+    return is_real(local, start, end)
 
 
 def dot(spec: Spec, x: Array, y: Array) -> Array:

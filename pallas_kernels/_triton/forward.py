@@ -39,7 +39,7 @@ def forward(
     interpret: bool,
 ) -> State:
     """As `Kernels.forward`, by tiles of this size."""
-    query, runs, _, sink_logits, _ = inputs
+    query, runs, sink_logits = inputs.query, inputs.runs, inputs.sink_logits
     batch, length, heads, _ = query.shape
     value_dim = runs[0].value.shape[-1]
     loop = KeyLoop(spec, inputs, rows, tiles)

@@ -87,7 +87,7 @@ class TritonKernels:
         dkey_dtype: jnp.dtype,
     ) -> Gradients:
         """As `Kernels.backward`."""
-        query, runs, sinks, start, _, dout, lse = inputs
+        query, runs, sinks = inputs.query, inputs.runs, inputs.sinks
         plan = self._plan(spec, query, runs[0].value)
         interpret = _support.interprets("triton")
         dquery, delta = backward_dq(
@@ -99,7 +99,7 @@ class TritonKernels:
             tiles=plan.dquery,
             interpret=interpret,
         )
-        queries = Queries(query, dout, lse, delta, start)
+        queries = Queries(query, inputs.dout, inputs.lse, delta, inputs.start, inputs.end)
         dsinks = None
         if sinks is not None:
             assert plan.sinks is not None

@@ -9,13 +9,16 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels._kernels import BackwardInputs, ForwardInputs
 from pallas_kernels._masks import sees, sees_fetched_sink, sees_sink_before
-from pallas_kernels._spec import KeyRun, Spec
+from pallas_kernels._spec import Ends, KeyRun, Spec
 from pallas_kernels._tile_ranges import fetched_sink_key_plan, key_plan, with_padding
 from pallas_kernels._triton.blocks import (
     Rows,
     batch_block,
+    bounds_blocks,
+    bounds_operands,
     column,
     div,
+    load_bounds,
     load_rows,
     load_vector,
     real_keys,
@@ -37,6 +40,7 @@ class QueryTile(NamedTuple):
     positions: Array
     valid: Array | None
     start: Array
+    end: Array | None
 
 
 class KeyLoop:
@@ -63,14 +67,14 @@ class KeyLoop:
         self.num_tiles = pl.cdiv(rows[1] - rows[0], tiles.query)
         self.grid = (self.num_tiles, query.shape[2] // self.heads, query.shape[0])
         self.packed = start.ndim > 0
-        plans = [self._plan(start, run) for run in runs]
+        plans = [self._plan(start, inputs.end, run) for run in runs]
         self.arrays: dict[str, Any] = {
-            "start": start if self.packed else start.reshape(1, 1),
+            **bounds_operands(start, inputs.end),
             "plans": [plan if self.packed else plan[None] for plan in plans],
             "keys": [(run.key, run.value) for run in runs],
         }
         self.blocks: dict[str, Any] = {
-            "start": batch_block(self.arrays["start"]),
+            **bounds_blocks(self.arrays),
             "plans": [batch_block(plan) for plan in self.arrays["plans"]],
             "keys": [tuple(self._key_block(x, group) for x in kv) for kv in self.arrays["keys"]],
         }
@@ -83,6 +87,7 @@ class KeyLoop:
                 query_tile=tiles.query,
                 length=sinks.key.shape[1],
                 key_tile=self._sink_tile(),
+                first_key=spec.first_key,
             )
             self.arrays["sink_plan"] = plan if self.packed else plan[None]
             # Fetched sinks hold values of the keys' dtype, so this cast loses nothing.
@@ -90,7 +95,7 @@ class KeyLoop:
             self.blocks["sink_plan"] = batch_block(self.arrays["sink_plan"])
             self.blocks["sinks"] = tuple(self._key_block(x, group) for x in sinks)
 
-    def _plan(self, start: Array, run: KeyRun) -> Array:
+    def _plan(self, start: Array, end: Ends, run: KeyRun) -> Array:
         """`key_plan`, and whether the keys include padding where they may: in the shard's own."""
         plan = key_plan(
             start,
@@ -101,10 +106,11 @@ class KeyLoop:
             offset=run.offset,
             length=run.key.shape[1],
             key_tile=self.tiles.key,
+            end=end,
         )
-        if not self.packed or run.offset:
+        if not self.packed or run.offset != self.spec.first_key:
             return plan
-        return with_padding(plan, start, plan[..., 2], plan[..., 5], self.tiles.key)
+        return with_padding(plan, start, plan[..., 2], plan[..., 5], self.tiles.key, end)
 
     def head_block(self, x: Any) -> pl.BlockSpec:
         """All rows of the heads of a tile, of [B, rows, N, dim]."""
@@ -141,10 +147,8 @@ class KeyLoop:
             rows, flat = (positions, head), (head, positions)
         ragged = (self.rows[1] - self.rows[0]) % self.tiles.query
         valid = positions < self.rows[1] if ragged else None
-        start = refs["start"][0]
-        if self.packed:
-            start = load_vector(refs["start"], (positions,), valid)
-        return QueryTile(index, rows, flat, positions, valid, start)
+        start, end = load_bounds(refs, positions, valid, packed=self.packed)
+        return QueryTile(index, rows, flat, positions, valid, start, end)
 
     def head_values(self, ref) -> Array:
         """One value a row of the tile, from [N]; a scalar for a tile of one head."""
@@ -168,11 +172,12 @@ class KeyLoop:
     def _run_keys(self, refs, plan_ref, offset, key_value, tile: QueryTile, body, carry):
         size, length = self.tiles.key, key_value[0].shape[0]
         num_sinks = self.spec.sinks_in(offset)
+        is_own = offset == self.spec.first_key
 
         def real(local, exists):
-            return real_keys(refs["start"], offset, local, exists)
+            return real_keys(refs, self.spec, offset, local, exists)
 
-        def step(t, carry, masked=True, padded=bool(offset) and self.packed):
+        def step(t, carry, masked=True, padded=self.packed and not is_own):
             begin = t * size
             if not masked:
                 rows = (pl.ds(begin, size),)
@@ -181,14 +186,15 @@ class KeyLoop:
                 key_value, begin, size, length, real if padded else None
             )
             i, start = column(tile.positions), column(tile.start)
+            end = None if tile.end is None else column(tile.end)
             j = offset + local[None, :]
-            seen = sees(i, j, start, self.spec.window, num_sinks, packed=self.packed)
+            seen = sees(i, j, start, self.spec.window, num_sinks, packed=self.packed, end=end)
             return body(carry, keys, values, seen if exists is None else seen & exists[None, :])
 
         begin, clear_begin, clear_end, end = (plan_ref[tile.number, n] for n in range(2, 6))
         if num_sinks:
             carry = self._run_own_sinks(refs, begin * size, key_value, tile, body, carry)
-        if self.packed and not offset:
+        if self.packed and is_own:
             # Keys whose loads wait for their starts arrive late: only where there is padding.
             stop = jnp.where(plan_ref[tile.number, 6] > 0, end, begin)
             carry = lax.fori_loop(begin, stop, lambda t, c: step(t, c, padded=True), carry)
@@ -202,24 +208,30 @@ class KeyLoop:
         return lax.fori_loop(begin, end, step, carry)
 
     def _run_own_sinks(self, refs, end, key_value, tile: QueryTile, body, carry):
-        """The sinks before key ``end``: of the first query's sequence, as the plan says."""
-        size = self._sink_tile()
+        """The sinks before own key ``end``: of the first query's sequence, as the plan says."""
+        size, first_key = self._sink_tile(), self.spec.first_key
         row = self.rows[0] + tile.number * self.tiles.query if self.packed else 0
-        first = jnp.maximum(refs["start"][row], 0)
-        stop = jnp.minimum(refs["start"][row] + self.spec.num_sinks, end)
+        first_start = self._own_key(refs["start"][row])
+        first = jnp.maximum(first_start, 0)
+        stop = jnp.minimum(first_start + self.spec.num_sinks, end)
         stop = jnp.minimum(stop, key_value[0].shape[0])
 
         def step(t, carry):
-            j = first + t * size + jnp.arange(size, dtype=jnp.int32)
+            local = first + t * size + jnp.arange(size, dtype=jnp.int32)
             keys, values = (
-                load_rows(ref, (pl.ds(first + t * size, size),), j < stop) for ref in key_value
+                load_rows(ref, (pl.ds(first + t * size, size),), local < stop) for ref in key_value
             )
             i, start = column(tile.positions), column(tile.start)
-            seen = sees_sink_before(i, j[None, :], start, self.spec.num_sinks, stop)
+            j, stop_position = (x + first_key if first_key else x for x in (local, stop))
+            seen = sees_sink_before(i, j[None, :], start, self.spec.num_sinks, stop_position)
             return body(carry, keys, values, seen)
 
         count = div(jnp.maximum(stop - first, 0) + size - 1, size)
         return lax.fori_loop(0, count, step, carry)
+
+    def _own_key(self, position):
+        """The index of the shard's own key at a position."""
+        return position + self.spec.lookahead if self.spec.lookahead else position
 
     def _run_fetched_sinks(self, refs, tile: QueryTile, body, carry):
         size, length = self._sink_tile(), refs["sinks"][0].shape[0]
@@ -227,7 +239,7 @@ class KeyLoop:
 
         def fetched(slots, exists):
             del exists
-            return crossing + slots < 0
+            return crossing + slots < self.spec.first_key
 
         def step(t, carry):
             keys, values, slots, exists = _load_tile(
@@ -235,7 +247,9 @@ class KeyLoop:
             )
             i, start = column(tile.positions), column(tile.start)
             j = crossing + slots[None, :]
-            seen = sees_fetched_sink(i, j, start, self.spec.window, self.spec.num_sinks)
+            seen = sees_fetched_sink(
+                i, j, start, self.spec.window, self.spec.num_sinks, first_key=self.spec.first_key
+            )
             return body(carry, keys, values, seen if exists is None else seen & exists[None, :])
 
         return lax.fori_loop(0, refs["sink_plan"][tile.number], step, carry)

@@ -26,7 +26,7 @@ class Case:
 
     chunk: int
     devices: int
-    window: int | None
+    window: int | tuple | None
     sinks: int = 0
     documents: tuple | None = None
     packed: bool = False

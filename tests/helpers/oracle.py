@@ -44,14 +44,19 @@ def starts_from_cu_seqlens(cu_seqlens, length):
 
 
 def visible(starts, window_size, num_sink_tokens=0):
-    """mask[i, j]: query i attends key j. [S] -> [S, S] bool."""
+    """mask[i, j]: query i attends key j. [S] -> [S, S] bool. A pair is (keys before, keys after)."""
     i = np.arange(len(starts))[:, None]
     j = np.arange(len(starts))[None, :]
     start = starts[:, None]
     same_sequence = (start == starts[None, :]) & (start != PADDING)
-    in_window = (i - j <= window_size) if window_size is not None else np.full((1, 1), True)
-    is_sink = j - start < num_sink_tokens
-    return same_sequence & (j <= i) & (in_window | is_sink)
+    left, right = window_size if isinstance(window_size, tuple) else (window_size, 0)
+    in_window = np.full((1, 1), True)
+    if left is not None:
+        in_window = in_window & (i - j <= left)
+    if right is not None:
+        in_window = in_window & (j - i <= right)
+    is_sink = (j <= i) & (j - start < num_sink_tokens)
+    return same_sequence & (in_window | is_sink)
 
 
 def attention(q, k, v, dout, mask, *, scale=None, logits_soft_cap=None, sink_logits=None):

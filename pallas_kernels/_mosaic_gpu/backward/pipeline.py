@@ -78,7 +78,7 @@ class BackwardPipeline:
         self.batch, _, self.heads, self.dim = query.shape
         self.packed = start.ndim > 0
         schedule = _schedule(spec, query, run, rows=rows, key_tile=key_tile, packed=self.packed)
-        self.schedule = split_last_tasks(schedule, run.offset, num_sms)
+        self.schedule = split_last_tasks(schedule, num_sms)
         plan = query_plan(
             start, spec.window, 0, rows=rows, query_tile=QUERY_TILE,
             offset=run.offset, length=run.key.shape[1], key_tile=key_tile, reach=0,
@@ -317,7 +317,6 @@ def _schedule(
     batch, _, heads, _ = query.shape
     _, num_keys, num_kv_heads, _ = run.value.shape
     has_own_keys = run.offset + num_keys > 0
-    assert not has_own_keys or run.offset % key_tile == 0
     num_key_tiles = pl.cdiv(num_keys, key_tile)
     return BackwardSchedule(
         num_kv_heads=num_kv_heads,
@@ -327,6 +326,7 @@ def _schedule(
         num_keys=num_keys,
         num_key_tiles=num_key_tiles,
         num_query_tiles=pl.cdiv(rows, QUERY_TILE),
+        offset=run.offset,
         halo_key_tiles=-run.offset // key_tile if has_own_keys else num_key_tiles,
         packed=packed,
         window=spec.window,

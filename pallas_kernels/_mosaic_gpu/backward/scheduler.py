@@ -76,6 +76,7 @@ class BackwardSchedule:
         num_keys: all keys.
         num_key_tiles: their tiles.
         num_query_tiles: tiles of queries.
+        offset: position of the first key.
         halo_key_tiles: how many of the tiles of keys are a halo's; they come before the own ones.
         packed: whether there are documents.
         window: keys before a query that it sees, or None.
@@ -90,6 +91,7 @@ class BackwardSchedule:
     num_keys: int
     num_key_tiles: int
     num_query_tiles: int
+    offset: int
     halo_key_tiles: int
     packed: bool
     window: int | None
@@ -140,17 +142,16 @@ class BackwardSchedule:
             number=number,
         )
 
-    def steps_per_head(self, offset: int, *, halo_is_seen: bool = True) -> list[int]:
+    def steps_per_head(self, *, halo_is_seen: bool = True) -> list[int]:
         """How many tiles of queries see each task's keys if there are no documents.
 
         Args:
-            offset: position of the first key.
             halo_is_seen: False for a ring's first device, whose halo belongs to no sequence.
 
         Returns:
             A number for each task, in their order.
         """
-        tiles = range(self.num_key_tiles)
+        tiles, offset = range(self.num_key_tiles), self.offset
         ends = [min((n + 1) * self.key_tile, self.num_keys) + offset for n in tiles]
         begins = [max(n * self.key_tile + offset, 0) // QUERY_TILE for n in tiles]
         steps = [
@@ -249,10 +250,9 @@ class ProgramSchedule:
         launch = self.launch
         if launch.longest_first:
             return self.key_block
-        # The last keys that a tile of queries sees are at its own positions. Those of a halo are
-        # all before it.
-        diagonal = lax.div(query_block, jnp.int32(launch.query_tiles_per_key_tile))
-        last_block = launch.halo_key_tiles + diagonal
+        # The last keys that a tile of queries sees are at its own positions, or the last of all.
+        last_position = query_block * QUERY_TILE + (QUERY_TILE - 1 - launch.offset)
+        last_block = lax.div(last_position, jnp.int32(launch.key_tile))
         return jnp.minimum(last_block, launch.num_key_tiles - 1) - self.key_block
 
     def adds_last(self, query_block: Int[Array, ""]) -> Bool[Array, ""]:
@@ -267,8 +267,8 @@ def plan_with_diagonal(
 
     So each tile of queries has a program that writes its gradient, also a tile of padding.
     """
-    number = jnp.arange(1, schedule.num_key_tiles + 1, dtype=jnp.int32) - schedule.halo_key_tiles
-    diagonal_end = number * schedule.query_tiles_per_key_tile
+    number = jnp.arange(1, schedule.num_key_tiles + 1, dtype=jnp.int32)
+    diagonal_end = (number * schedule.key_tile + schedule.offset) // QUERY_TILE
     return plan.at[..., 3].max(jnp.minimum(diagonal_end, schedule.num_query_tiles))
 
 

@@ -27,20 +27,19 @@ used for wider heads too."""
 
 
 @functools.cache
-def split_last_tasks(schedule: BackwardSchedule, offset: int, num_sms: int) -> BackwardSchedule:
+def split_last_tasks(schedule: BackwardSchedule, num_sms: int) -> BackwardSchedule:
     """The schedule with its last tasks split, where that takes less time.
 
     Args:
         schedule: without split tasks.
-        offset: position of the first key.
         num_sms: multiprocessors of the GPU.
     """
     if schedule.tasks > MAX_TASKS_PER_SM * num_sms:
         return schedule
-    devices = [schedule.steps_per_head(offset)]
+    devices = [schedule.steps_per_head()]
     has_both = 0 < schedule.halo_key_tiles < schedule.num_key_tiles
     if has_both:  # the first device of a ring takes part in the mean, with a halo that is not seen
-        devices.append(schedule.steps_per_head(offset, halo_is_seen=False))
+        devices.append(schedule.steps_per_head(halo_is_seen=False))
     # The programs of a halo's keys wait for those of the own keys of the same heads. So all tiles
     # of keys of a head are split, or none.
     counts = {schedule.num_key_tiles} if has_both else {num_sms // 2, num_sms}

@@ -29,7 +29,7 @@ class TileScheduler:
         tiles: MosaicTiles,
         programs: int,
     ):
-        query, runs, sinks, _, start = inputs
+        query, runs, sinks, start = inputs.query, inputs.runs, inputs.sinks, inputs.start
         batch, length, heads, _ = query.shape
         self.spec, self.rows, self.tiles = spec, rows, tiles
         self.runs = tuple((run.offset, run.key.shape[1]) for run in runs)
@@ -51,6 +51,9 @@ class TileScheduler:
             "start": self._starts(start, batch, length),
             "runs": [(run.key, run.value) for run in runs],
         }
+        if inputs.end is not None:
+            assert not inputs.end.ndim, "ends of documents are left to other kernels"
+            self.operands["end"] = inputs.end.reshape(1)
         if sinks is not None:
             pad = ((0, 0), (0, -self.num_fetched_sinks % self.sink_tile), (0, 0), (0, 0))
             # Fetched sinks hold values of the keys' dtype, so this cast loses nothing.
@@ -89,6 +92,7 @@ class WorkTile:
         first_head: its first query head.
         kv_head: the key/value head of all its heads.
         start: where the sequence of the tile's first query starts.
+        end: where that of all queries ends; None: no key is behind that.
         num_key_tiles: tiles of keys in the windows of its queries, in all runs.
         num_sink_tiles: tiles of sinks, the shard's own before the fetched ones.
     """
@@ -110,9 +114,13 @@ class WorkTile:
         if scheduler.packed:
             self.start = refs["start"][self.batch_row, self.row_group(0), 0]
         spec, key_tile = scheduler.spec, scheduler.tiles.key
+        self.end = refs["end"][0] if "end" in refs else None
         self.begins_in_eights, self.key_tiles_of_runs = [], []
         for offset, length in scheduler.runs:
-            low, high = key_span(first, last, self.start, spec.window, offset=offset, length=length)
+            low, high = key_span(
+                first, last, self.start, spec.window,
+                offset=offset, length=length, last_end=self.end,
+            )  # fmt: skip
             begin = lax.div(low, jnp.int32(8))
             self.begins_in_eights.append(begin)
             count = lax.div(high - begin * 8 + key_tile, jnp.int32(key_tile))
@@ -165,6 +173,8 @@ class WorkTile:
             begin = of_run if begin is None else jnp.where(n >= before, of_run, begin)
             stop = end if stop is None else jnp.where(n >= before, end, stop)
             before = before + count
+        if self.end is not None:
+            stop = jnp.minimum(stop, self.end)
         return begin + n * self.scheduler.tiles.key, stop
 
     def first_key_of_all(self, warpgroup):

@@ -1,0 +1,136 @@
+"""Attention of one shard where queries see keys after themselves: one launch, forward and backward.
+
+The halos of both sides and the shard's own keys go through one launch. The halos are kept for the
+backward pass. Gradients of several hops travel and add up in the accumulator's precision.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float
+
+from pallas_kernels import _implementations
+from pallas_kernels._attention import (
+    Halo,
+    add_first,
+    add_last,
+    launch_backward,
+    launch_forward,
+    sink_logits_gradient,
+)
+from pallas_kernels._kernels import BackwardInputs, ForwardInputs
+from pallas_kernels._spec import Ends, KeyRun, SinkRun, Spec, Starts, accumulator_dtype
+from pallas_kernels._varying import vary_as
+
+
+class Sides(NamedTuple):
+    """The keys before the shard and those after it, which other devices hold.
+
+    ``after`` is the mirror image of ``before``: its hop c begins just behind its hop c - 1.
+    """
+
+    before: Halo
+    after: Halo
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def attend_both_sides(
+    spec: Spec,
+    sides: Sides,
+    implementation: str,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K Hv"],
+    sinks: SinkRun | None,
+    sink_logits: Float[Array, "N"] | None,
+    start: Starts,
+    end: Ends,
+) -> Float[Array, "B T N Hv"]:
+    """Attention of a shard's queries to its own keys, those around the shard and fetched sinks.
+
+    Args:
+        spec: static settings.
+        sides: how keys before and after the shard arrive.
+        implementation: one of ``IMPLEMENTATIONS``, as `choose` returns it.
+        query: queries of the shard.
+        key: its keys; N is a multiple of K.
+        value: its values.
+        sinks: the first tokens of the sequence that crosses into the shard.
+        sink_logits: learned sinks; all inputs vary over the same manual mesh axes.
+        start: where each query's sequence starts, relative to the shard.
+        end: where each query's sequence ends, likewise; None where no key behind it is here.
+    """
+    arrays = (query, key, value, sinks, sink_logits, start, end)
+    return _attend_fwd(spec, sides, implementation, *arrays)[0]
+
+
+def _attend_fwd(spec, sides, implementation, query, key, value, sinks, sink_logits, start, end):
+    fetched = tuple(
+        [halo.fetch(hop, key, value, start, after=None) for hop in range(len(halo.lengths))]
+        for halo in sides
+    )
+    learned = None
+    if sink_logits is not None:
+        shape = (query.shape[0], query.shape[2])
+        learned = jnp.broadcast_to(sink_logits, shape).astype(accumulator_dtype(query.dtype))
+    runs = _runs(spec, sides, (key, value), fetched)
+    inputs = ForwardInputs(query, runs, sinks, learned, *spec.moved(start, end))
+    kernels = _implementations.kernels_of(implementation)
+    rows = (0, query.shape[1])
+    state = launch_forward(spec, kernels, inputs, None, rows=rows, out_dtype=query.dtype)
+    # Mosaic GPU's kernels know nothing of manual mesh axes.
+    out = checkpoint_name(vary_as(query, state.out), "context")
+    lse = checkpoint_name(vary_as(query, state.lse), "context")
+    return out, (query, key, value, sinks, sink_logits, start, end, fetched, out, lse)
+
+
+def _attend_bwd(spec, sides, implementation, residuals, dout):
+    query, key, value, sinks, sink_logits, start, end, fetched, out, lse = residuals
+    start, end = spec.moved(start, end)
+    runs = _runs(spec, sides, (key, value), fetched)
+    inputs = BackwardInputs(query, runs, sinks, start, out, dout, lse, end)
+    several_hops = max(len(halo.lengths) for halo in sides) > 1
+    gradients = launch_backward(
+        spec,
+        _implementations.kernels_of(implementation),
+        inputs,
+        None,
+        rows=query.shape[1],
+        dquery_dtype=query.dtype,
+        dkey_dtype=lse.dtype if several_hops else key.dtype,
+    )
+    dkey, dvalue = _sent_home(sides, gradients.dkeys)
+    dsink_logits = None
+    if sink_logits is not None:
+        dsink_logits = sink_logits_gradient(sink_logits, lse, gradients.delta)
+    dkeys = dkey.astype(key.dtype), dvalue.astype(value.dtype)
+    return gradients.dquery, *dkeys, gradients.dsinks, dsink_logits, None, None
+
+
+attend_both_sides.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _runs(spec, sides, own, fetched) -> tuple[KeyRun, ...]:
+    """All keys in their order, one run for each hop and one for the shard's own."""
+    before, after = fetched
+    keys = [*reversed(before), own, *after]
+    position, runs = spec.first_key - sum(sides.before.lengths), []
+    for key, value in keys:
+        runs.append(KeyRun(key, value, position))
+        position += key.shape[1]
+    return tuple(runs)
+
+
+def _sent_home(sides, dkeys) -> tuple[Array, Array]:
+    """The gradients of the shard's own keys, those that come back from other devices added."""
+    hops = len(sides.before.lengths)
+    before, own, after = dkeys[:hops][::-1], dkeys[hops], dkeys[hops + 1 :]
+    for hop, found in enumerate(before):
+        own = add_last(own, sides.before.give_back(hop, *found))
+    for hop, found in enumerate(after):
+        own = add_first(own, sides.after.give_back(hop, *found))
+    return own

@@ -1,0 +1,216 @@
+"""Ring attention for windows that reach past the query and lack a bound: exchange="ring".
+
+Each device's keys and values visit all devices in P - 1 hops; the transfer of a hop overlaps with
+the launch of the hop before. The keys of a visiting chunk that a query sees are consecutive, so two
+numbers for each query say which. Without bounds all devices compute the same; with one bound a
+device of one end of the sequence computes up to twice the mean.
+
+The hops are a loop, so that the program does not grow with the number of devices. The keys in
+flight take the memory of three chunks. The partial results, and the gradients of keys and values,
+which travel with their keys, keep the accumulator's precision.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, Int
+
+from pallas_kernels import (
+    KeyRun,
+    Spec,
+    State,
+    attend_keys,
+    attend_keys_backward,
+    choose,
+    sink_logits_gradient,
+)
+from ring_swa_jax._axis import SequenceAxis, same_varying
+from ring_swa_jax._layout import HalfChunks
+from ring_swa_jax._segments import Bounds, bounds_of
+
+
+@dataclasses.dataclass(frozen=True)
+class FullRing:
+    """The hops of a ring of P chunks, and which keys of each hop this device's queries see.
+
+    Keys and values are one array, and so are their gradients, so that a hop is one message.
+
+    Attributes:
+        axis: mesh axis that cuts the sequence.
+        chunk: tokens on a device.
+        dim: of the keys.
+        before: how many keys before a query it sees; None: all.
+        after: how many keys after a query it sees; the length of the sequence: all.
+    """
+
+    axis: SequenceAxis
+    chunk: int
+    dim: int
+    before: int | None
+    after: int
+
+    def pass_on(self, x: Array) -> Array:
+        """Sends ``x`` to the next device; returns the array of the device before."""
+        size = self.axis.size
+        pairs = [(device, (device + 1) % size) for device in range(size)]
+        return lax.ppermute(x, self.axis.name, pairs)
+
+    def run(self, keys: Float[Array, "B T K HHv"]) -> KeyRun:
+        """A visiting chunk, placed before all queries, so that `seen` alone says what they see."""
+        return KeyRun(keys[..., : self.dim], keys[..., self.dim :], -self.chunk)
+
+    def seen(
+        self, distance: Int[Array, ""] | int, bounds: Bounds, batch: int
+    ) -> tuple[Int[Array, ""] | Int[Array, "B T"], Int[Array, "B T"] | None]:
+        """The first key of `run` that each query sees, and the one behind the last.
+
+        Args:
+            distance: how many devices before this one the chunk's own device is.
+            bounds: of the sequences of this device's tokens.
+            batch: rows.
+        """
+        everything = self.before is None and self.after >= self.axis.size * self.chunk
+        if everything and not bounds.start.ndim:
+            return jnp.int32(-self.chunk), None
+        index = self.axis.index()
+        device = (index - distance) % self.axis.size
+        chunk_begin = (device - index) * self.chunk
+        query = jnp.arange(self.chunk, dtype=jnp.int32)[None]
+        assert bounds.end is not None
+        low, stop = bounds.start, jnp.minimum(bounds.end, query + self.after + 1)
+        if self.before is not None:
+            low = jnp.maximum(low, query - self.before)
+        # A query with start == end is padding, and must stay so.
+        low, stop = (jnp.broadcast_to(x, (batch, self.chunk)) for x in (low, stop))
+        return tuple(jnp.clip(x - chunk_begin, 0, self.chunk) - self.chunk for x in (low, stop))
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K Hv"],
+    sink_logits: Float[Array, "N"] | None,
+    cu_seqlens: Int[Array, "n"] | None,
+    segment_ids: Int[Array, "B T"] | None,
+    *,
+    axis: SequenceAxis,
+    layout: str,
+    spec: Spec,
+    implementation: str | None,
+) -> Float[Array, "B T N Hv"]:
+    """Attention of a chunk; half chunks in another layout are first put in the order of tokens."""
+    chunk = q.shape[1]
+    before = None if spec.window is None else spec.window - spec.lookahead
+    ring = FullRing(axis, chunk, q.shape[-1], before, spec.lookahead)
+    # Which keys a query sees is said for each hop.
+    spec = dataclasses.replace(spec, window=None, lookahead=0, num_sinks=0)
+    name = choose(implementation, spec, q, v)
+    bounds = bounds_of(axis, chunk, cu_seqlens, segment_ids, ends=True)
+    q, k, v, sink_logits, bounds = same_varying(axis, q, k, v, sink_logits, bounds)
+    dual, halves = layout == "dual_chunk", HalfChunks(axis, chunk)
+    if dual:
+        q, k, v = (halves.collect(x) for x in (q, k, v))
+    out = attend_ring(spec, ring, name, q, k, v, sink_logits, bounds)
+    return halves.deal(out) if dual else out
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def attend_ring(
+    spec: Spec,
+    ring: FullRing,
+    implementation: str,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K Hv"],
+    sink_logits: Float[Array, "N"] | None,
+    bounds: Bounds,
+) -> Float[Array, "B T N Hv"]:
+    """Attention of a device's queries to the keys of all devices.
+
+    Args:
+        spec: static settings, without a window.
+        ring: the hops, and the window.
+        implementation: that of the kernels.
+        query: queries of the device.
+        key: keys of the device; N is a multiple of K.
+        value: values of the device.
+        sink_logits: learned sinks; all inputs vary over the same manual mesh axes.
+        bounds: of the sequences of the device's tokens.
+    """
+    return _attend_ring_fwd(spec, ring, implementation, query, key, value, sink_logits, bounds)[0]
+
+
+def _attend_ring_fwd(spec, ring, implementation, query, key, value, sink_logits, bounds):
+    keys = jnp.concatenate([key, value], -1)
+    if bounds.start.ndim:
+        query, keys = (_without_padding(x, bounds) for x in (query, keys))
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+
+    def attend(distance, keys, state):
+        seen = ring.seen(distance, bounds, query.shape[0])
+        learned = sink_logits if state is None else None
+        return attend_keys(
+            spec, implementation, query, ring.run(keys), learned, *seen, state, dtype
+        )
+
+    def step(carry, distance):
+        keys, state = carry
+        return (ring.pass_on(keys), attend(distance, keys, state)), None
+
+    following = ring.pass_on(keys)
+    state = attend(0, keys, None)
+    last = ring.axis.size - 1
+    (following, state), _ = lax.scan(step, (following, state), jnp.arange(1, last, dtype=jnp.int32))
+    _, state = same_varying(ring.axis, query, attend(last, following, state))
+    out = checkpoint_name(state.out.astype(query.dtype), "context")
+    lse = checkpoint_name(state.lse, "context")
+    return out, (query, keys, sink_logits, bounds, out, lse)
+
+
+def _attend_ring_bwd(spec, ring, implementation, residuals, dout):
+    query, keys, sink_logits, bounds, out, lse = residuals
+    if bounds.start.ndim:
+        dout = _without_padding(dout, bounds)
+    final, dtype = State(out, lse), lse.dtype
+
+    def through(distance, keys, dquery):
+        """(sum of the queries' gradients, gradient of the visiting keys, delta)."""
+        seen = ring.seen(distance, bounds, query.shape[0])
+        dquery, dkey, dvalue, delta = attend_keys_backward(
+            spec, implementation, query, ring.run(keys), *seen, final, dout, dquery, dtype, dtype
+        )
+        return dquery, jnp.concatenate([dkey, dvalue], -1), delta
+
+    def step(carry, distance):
+        keys, sums, dquery = carry
+        following, arrived = ring.pass_on(keys), ring.pass_on(sums)
+        dquery, dkeys, _ = through(distance, keys, dquery)
+        return (following, arrived + dkeys, dquery), None
+
+    following = ring.pass_on(keys)
+    dquery, sums, delta = through(0, keys, None)
+    last = ring.axis.size - 1
+    (following, sums, dquery), _ = lax.scan(
+        step, (following, sums, dquery), jnp.arange(1, last, dtype=jnp.int32)
+    )
+    arrived = ring.pass_on(sums)
+    dquery, dkeys, _ = through(last, following, dquery)
+    dkeys = ring.pass_on(arrived + dkeys).astype(query.dtype)
+    dsink_logits = None
+    if sink_logits is not None:
+        dsink_logits = sink_logits_gradient(sink_logits, lse, delta)
+    dkey, dvalue = dkeys[..., : ring.dim], dkeys[..., ring.dim :]
+    return dquery.astype(query.dtype), dkey, dvalue, dsink_logits, None
+
+
+attend_ring.defvjp(_attend_ring_fwd, _attend_ring_bwd)
+
+
+def _without_padding(x: Float[Array, "B T R D"], bounds: Bounds) -> Float[Array, "B T R D"]:
+    """``x`` with zeros for padding, which other devices do not know of."""
+    real = bounds.start <= jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+    return jnp.where(real[..., None, None], x, jnp.zeros_like(x))
