@@ -27,8 +27,8 @@ from pallas_kernels._varying import full_like_varying
 
 def xla_tiles(window: int | None) -> Tiles:
     """About as long as the window, so that the two edges of a range are not most of it."""
-    reach = 256 if window is None else window + 1
-    size = min(256, max(64, 1 << (reach - 1).bit_length()))
+    num_keys = 256 if window is None else window + 1
+    size = min(256, max(64, 1 << (num_keys - 1).bit_length()))
     return Tiles(size, size)
 
 
