@@ -32,9 +32,9 @@ def programs(shape: RingShape, devices: int, implementation: str | None):
     """
     spec, halo, chunk = spec_of(shape), shape.halo(devices), shape.chunk(devices)
 
-    def launch(query, far, near, sinks, start):
-        kernels = kernels_of(pallas_kernels.choose(implementation, spec, query, near[1]))
-        runs = (KeyRun(far[0], far[1], -halo), KeyRun(near[0], near[1], 0))
+    def launch(query, fetched, own, sinks, start):
+        kernels = kernels_of(pallas_kernels.choose(implementation, spec, query, own[1]))
+        runs = (KeyRun(fetched[0], fetched[1], -halo), KeyRun(own[0], own[1], 0))
         state = kernels.forward(
             spec, ForwardInputs(query, runs, sinks, None, start), None,
             rows=(0, chunk), resume=False, out_dtype=query.dtype,
@@ -44,23 +44,23 @@ def programs(shape: RingShape, devices: int, implementation: str | None):
     def forward(*inputs):
         return launch(*inputs)[2].out
 
-    def both(query, far, near, sinks, start, dout):
-        kernels, runs, state = launch(query, far, near, sinks, start)
+    def both(query, fetched, own, sinks, start, dout):
+        kernels, runs, state = launch(query, fetched, own, sinks, start)
 
         def backward(inputs, dquery, rows, dtype):
             return kernels.backward(
-                spec, inputs, dquery, rows=rows, dquery_dtype=dtype, dkey_dtype=near[0].dtype
+                spec, inputs, dquery, rows=rows, dquery_dtype=dtype, dkey_dtype=own[0].dtype
             )
 
         inputs = BackwardInputs(query, runs, sinks, start, state.out, dout, state.lse)
         if kernels.prefers_fused_halo_backward(spec, inputs):
             joined = backward(inputs, None, chunk, query.dtype)
             return state.out, (joined.dquery, joined.dkeys, joined.dsinks)
-        far_inputs = inputs._replace(runs=runs[:1], sinks=None)
-        of_far = backward(far_inputs, None, halo, state.lse.dtype)
-        of_near = backward(inputs._replace(runs=runs[1:]), of_far.dquery, chunk, query.dtype)
-        dkeys = (*of_far.dkeys, *of_near.dkeys)
-        return state.out, (of_near.dquery, dkeys, of_near.dsinks)
+        halo_inputs = inputs._replace(runs=runs[:1], sinks=None)
+        of_halo = backward(halo_inputs, None, halo, state.lse.dtype)
+        of_own = backward(inputs._replace(runs=runs[1:]), of_halo.dquery, chunk, query.dtype)
+        dkeys = (*of_halo.dkeys, *of_own.dkeys)
+        return state.out, (of_own.dquery, dkeys, of_own.dsinks)
 
     return forward, both
 
@@ -75,14 +75,21 @@ def inputs(shape: RingShape, devices: int) -> Callable[..., tuple[Any, ...]]:
         raise NotImplementedError(f"device {rank} has fewer keys before it than the last one")
 
     def cut(query: Array, key: Array, value: Array, ends: Array | None, dout: Array):
-        here, far = slice(begin, begin + chunk), slice(begin - halo, begin)
+        here, fetched = slice(begin, begin + chunk), slice(begin - halo, begin)
         sinks = None
         if shape.sinks:
             rows = slice(first, first + shape.sinks)
             sinks = SinkRun(*(x[:, rows].astype(jnp.float32) for x in (key, value)))
         start = jnp.int32(-begin) if ends is None else jnp.asarray(starts, jnp.int32)[None]
-        near = (key[:, here], value[:, here])
-        return query[:, here], (key[:, far], value[:, far]), near, sinks, start, dout[:, here]
+        own = (key[:, here], value[:, here])
+        return (
+            query[:, here],
+            (key[:, fetched], value[:, fetched]),
+            own,
+            sinks,
+            start,
+            dout[:, here],
+        )
 
     return cut
 

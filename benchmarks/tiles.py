@@ -32,11 +32,11 @@ def candidates(kernel: str, shape: Shape) -> list[TritonTiles]:
     }[kernel]
     if dim > 128:
         sizes = [(q, k) for q, k in sizes if q * k <= 128 * 64]
-    clears = (False, True) if short else (True,)
+    unmasked_loops = (False, True) if short else (True,)
     heads = {1, min(2, group), min(4, group), min(8, group)}
     found = []
-    for (query, key), warps, stages, clear, packed in itertools.product(
-        sizes, (4, 8), (2, 3, 4), clears, sorted(heads)
+    for (query, key), warps, stages, unmasked_loop, packed in itertools.product(
+        sizes, (4, 8), (2, 3, 4), unmasked_loops, sorted(heads)
     ):
         if dim <= 64 and warps == 8 and query * key < 128 * 128:
             continue
@@ -44,7 +44,7 @@ def candidates(kernel: str, shape: Shape) -> list[TritonTiles]:
             continue
         if dim > 128 and stages > 3:
             continue
-        found.append(TritonTiles(query // packed, key, warps, stages, clear, packed))
+        found.append(TritonTiles(query // packed, key, warps, stages, unmasked_loop, packed))
     return found
 
 
@@ -134,7 +134,7 @@ def main() -> None:
                 print(
                     f"  {seconds * 1e3:8.3f} ms  {rate:5.0f} forward TFLOP/s  "
                     f"{tiles.query}x{tiles.heads} k{tiles.key} w{tiles.warps} s{tiles.stages} "
-                    f"c{tiles.clear:d}",
+                    f"u{tiles.unmasked_loop:d}",
                     flush=True,
                 )
 

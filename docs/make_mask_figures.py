@@ -19,7 +19,7 @@ from _drawing import COLORS, cell, save
 DEVICES, CHUNK, WINDOW, SINKS = 4, 6, 4, 2
 DOCUMENTS = [10, 11, 3]  # their lengths; the last three tokens are the third one's
 TILE, TILES, TILED_WINDOW = 4, 8, 13
-CLEAR, MASKED = "#4477aa", "#cc6677"
+UNMASKED, MASKED = "#4477aa", "#cc6677"
 
 
 def frame(axes: Axes, length: int, step: int) -> None:
@@ -42,12 +42,12 @@ def draw_mask(figure: Figure, axes: Axes) -> None:
     start = segment_starts(documents[None])[0][:, None]
     i, j = jnp.arange(length)[:, None], jnp.arange(length)
     seen = np.asarray(sees(i, j, start, WINDOW, SINKS, packed=True))
-    near = np.asarray(in_window(i, j, start, WINDOW))
+    windowed = np.asarray(in_window(i, j, start, WINDOW))
     for query, key in zip(*seen.nonzero(), strict=True):
         elsewhere = query // CHUNK != key // CHUNK
         color = COLORS[key // CHUNK]
         cell(axes, key, query, color, hatch="//////" if elsewhere else None)
-        if not near[query, key]:
+        if not windowed[query, key]:
             axes.plot(key + 0.5, query + 0.5, "o", color="black", markersize=4)
     frame(axes, length, CHUNK)
     end = 0
@@ -88,14 +88,14 @@ def draw_tiles(axes: Axes, *, by_query: bool) -> None:
     if by_query:
         plan = key_plan(start, TILED_WINDOW, 0, rows=(0, length), **sizes)[:, 2:]
     else:
-        plan = query_plan(start, TILED_WINDOW, 0, rows=length, reach=1, **sizes)
-    for tile, (begin, clear_begin, clear_end, end) in enumerate(np.asarray(plan)):
+        plan = query_plan(start, TILED_WINDOW, 0, rows=length, min_distance=1, **sizes)
+    for tile, (begin, unmasked_begin, unmasked_end, end) in enumerate(np.asarray(plan)):
         for other in range(begin, end):
-            clear = clear_begin <= other < clear_end
+            unmasked = unmasked_begin <= other < unmasked_end
             x, y = (other, tile) if by_query else (tile, other)
-            color = CLEAR if clear else MASKED
+            color = UNMASKED if unmasked else MASKED
             size = {"width": float(TILE), "height": float(TILE)}
-            cell(axes, x * TILE, y * TILE, color, hatch=None if clear else "////", **size)
+            cell(axes, x * TILE, y * TILE, color, hatch=None if unmasked else "////", **size)
     frame(axes, length, TILE)
     i, j = jnp.arange(length)[:, None], jnp.arange(length)
     seen = np.asarray(in_window(i, j, None, TILED_WINDOW))
@@ -123,7 +123,7 @@ def main() -> None:
     draw_tiles(left, by_query=True)
     draw_tiles(right, by_query=False)
     handles = [
-        Patch(facecolor=CLEAR, label="clear: every query sees every key, no mask"),
+        Patch(facecolor=UNMASKED, label="unmasked: every query sees every key, no mask"),
         Patch(facecolor="white", edgecolor=MASKED, hatch="////", label="at an edge: masked"),
         Patch(facecolor="white", edgecolor="0.75", label="never visited"),
     ]

@@ -144,11 +144,11 @@ def _attend_bwd(
     else:
         dquery = home = None
         shared = (key, value, start)
-        # The farthest hop first: it reaches the fewest rows, so dquery and home only ever grow.
+        # The last hop first: the fewest rows see it, so dquery and home only ever grow.
         done: list[Array] = []
         for hop in reversed(range(len(halo.lengths))):
-            far = _fetch(halo, hop, done, *shared) if kept is None else kept
-            of_hop = inputs._replace(runs=(_hop_run(halo, hop, far),), sinks=None)
+            fetched = _fetch(halo, hop, done, *shared) if kept is None else kept
+            of_hop = inputs._replace(runs=(_hop_run(halo, hop, fetched),), sinks=None)
             found = launch(of_hop, dquery, rows=halo.lengths[hop], dquery_dtype=dtype)
             dquery = found.dquery
             home = add_last(halo.give_back(hop, *found.dkeys[0]), home)
@@ -318,15 +318,15 @@ def _launch_all_forward(
         return launch(joined, None, rows=(0, rows), out_dtype=query.dtype), fetched
 
     tile = kernels.query_tile_rows(spec, query, local)
-    near = -(-lengths[0] // tile) * tile
-    if len(lengths) == 1 and 2 * near <= rows:
+    halo_rows = -(-lengths[0] // tile) * tile  # the rows that see the halo, in whole tiles
+    if len(lengths) == 1 and 2 * halo_rows <= rows:
         fetched = halo.fetch(0, *shared, after=None)
-        state = launch(inputs, None, rows=(near, rows), out_dtype=query.dtype)
+        state = launch(inputs, None, rows=(halo_rows, rows), out_dtype=query.dtype)
         # The rows that need the halo come after this launch: the transfer overlaps with it.
         done = state.lse[0, 0, -1] <= jnp.inf  # True, but no compiler may assume it
-        far, far_value = (jnp.where(done, x, jnp.nan) for x in fetched)
-        joined = inputs._replace(runs=(_hop_run(halo, 0, (far, far_value)), local))
-        state = launch(joined, state, rows=(0, near), out_dtype=query.dtype)
+        late_key, late_value = (jnp.where(done, x, jnp.nan) for x in fetched)
+        joined = inputs._replace(runs=(_hop_run(halo, 0, (late_key, late_value)), local))
+        state = launch(joined, state, rows=(0, halo_rows), out_dtype=query.dtype)
         return state, fetched
 
     state = launch(inputs, None, rows=(0, rows), out_dtype=dtype)

@@ -14,7 +14,7 @@ from pallas_kernels._spec import Spec
 
 NAMES = ("xla", "triton", "mosaic_gpu", "mosaic_gpu_nondeterministic")
 _OBJECTS = {
-    "xla": ("pallas_kernels._xla", "KERNELS"),
+    "xla": ("pallas_kernels._xla.kernels", "KERNELS"),
     "triton": ("pallas_kernels._triton.kernels", "KERNELS"),
     "mosaic_gpu": ("pallas_kernels._mosaic_gpu.kernels", "KERNELS"),
     "mosaic_gpu_nondeterministic": (

@@ -121,36 +121,40 @@ def sees_sink_before(
     return is_sink(i, j, start, num_sinks) & (j < stop)
 
 
-def sink_reach(window: int | None, num_sinks: int, chunk: int) -> int:
-    """The distance from its sequence's start at which a query's sinks take a launch of their own.
+def min_sink_distance(window: int | None, num_sinks: int, chunk: int) -> int:
+    """How far after its sequence's start a query is *distant* from its sinks.
 
-    At least ``chunk``, so that a chunk of queries has such queries of one sequence only; and so
-    large that no such query's window holds a sink.
+    The sinks of distant queries take a launch of their own. The distance is at least ``chunk``, so
+    that the distant queries of a chunk are of one sequence; and so large that no distant query has
+    a sink in its window.
     """
     assert window is not None
     return max(chunk, window + num_sinks)
 
 
-def sees_near(
+def sees_except_distant_sinks(
     i: Positions,
     j: Positions,
     start: Positions,
     window: int | None,
     num_sinks: int,
-    reach: int,
+    min_distance: int,
     *,
     packed: bool,
     end: Positions | None = None,
 ) -> Pairs:
-    """As `sees`, but a query ``reach`` or more after its sequence's start sees its window alone."""
+    """As `sees`, but a distant query sees its window alone.
+
+    A query is distant if it is ``min_distance`` or more after its sequence's start.
+    """
     seen = in_window(i, j, start if packed else None, window)
     if num_sinks:
-        seen |= is_sink(i, j, start, num_sinks) & (i - start < reach)
+        seen |= is_sink(i, j, start, num_sinks) & (i - start < min_distance)
     return is_before_end(j, end, seen)
 
 
-def sees_far_sink(
-    i: Positions, j: Positions, start: Positions, num_sinks: int, reach: int
+def sees_distant_sink(
+    i: Positions, j: Positions, start: Positions, num_sinks: int, min_distance: int
 ) -> Pairs:
-    """What `sees_near` leaves out: sinks of queries ``reach`` or more after their start."""
-    return is_sink(i, j, start, num_sinks) & (i - start >= reach)
+    """What `sees_except_distant_sinks` leaves out: the sinks that distant queries attend."""
+    return is_sink(i, j, start, num_sinks) & (i - start >= min_distance)

@@ -5,7 +5,7 @@ window, ``max(start, i - W)``, and the last one, ``min(i, end - 1)``, never decr
 queries. So the keys of a query tile form one
 contiguous range, plus one range of sinks before it; and so do the queries of a key tile, whether
 sequences are packed or not. A plan holds these ranges, in tiles, for every tile of a launch; within
-its range, a *clear* tile is one whose every query sees every key, so that it needs no mask.
+its range, an *unmasked* tile is one whose every query sees every key, so that it needs no mask.
 """
 
 import jax
@@ -54,10 +54,10 @@ def key_plan(
     """Key tiles of a run at positions ``offset..offset+length-1``, for each tile of queries.
 
     Returns:
-        (first sink tile, their end, first window tile, first clear tile, end of the clear ones,
-        end of the window tiles). Sink tiles end before the window tiles begin. One range of
-        sinks is enough: a sequence that begins inside the query tile has its sinks in the
-        window tiles.
+        (first sink tile, their end, first window tile, first unmasked tile, end of the unmasked
+        ones, end of the window tiles). Sink tiles end before the window tiles begin. One range of
+        sinks is enough: a sequence that begins inside the query tile has its sinks in the window
+        tiles.
     """
     first, last = _tile_edges(rows, query_tile)
     first_start, last_start = _at(start, first), _at(start, last)
@@ -67,16 +67,16 @@ def key_plan(
     low, high = jnp.maximum(low, 0), jnp.minimum(high, length - 1)
     begin, stop = _tiles_of(low, high, key_tile)
 
-    clear_low = jnp.maximum(_windows_begin(last, last_start, window) - offset, 0)
-    clear_begin = jnp.clip(-(-clear_low // key_tile), begin, stop)
-    clear_stop = jnp.minimum(_windows_end(first, first_end) - offset + 1, length) // key_tile
-    clear_end = jnp.clip(clear_stop, clear_begin, stop)
+    unmasked_low = jnp.maximum(_windows_begin(last, last_start, window) - offset, 0)
+    unmasked_begin = jnp.clip(-(-unmasked_low // key_tile), begin, stop)
+    unmasked_stop = jnp.minimum(_windows_end(first, first_end) - offset + 1, length) // key_tile
+    unmasked_end = jnp.clip(unmasked_stop, unmasked_begin, stop)
 
     sink_low = jnp.maximum(first_start - offset, 0)
     sink_high = jnp.minimum(first_start + num_sinks - 1, last) - offset
     sink_begin, sink_end = _tiles_of(sink_low, sink_high, key_tile)
     sink_begin, sink_end = jnp.minimum(sink_begin, begin), jnp.minimum(sink_end, begin)
-    ranges = (sink_begin, sink_end, begin, clear_begin, clear_end, stop)
+    ranges = (sink_begin, sink_end, begin, unmasked_begin, unmasked_end, stop)
     return jnp.stack(jnp.broadcast_arrays(*ranges), axis=-1).astype(jnp.int32)
 
 
@@ -90,15 +90,15 @@ def query_plan(
     offset: int,
     length: int,
     key_tile: int,
-    reach: int,
+    min_distance: int,
     end: Ends = None,
 ) -> Int[Array, "... tiles 4"]:
     """Query tiles, among the first ``rows`` queries, that see each tile of keys of a run.
 
-    Sinks count as far as `sees_near` says with this ``reach``.
+    Sinks count where `sees_except_distant_sinks` says so with this ``min_distance``.
 
     Returns:
-        (first tile, first clear tile, end of the clear ones, end of all).
+        (first tile, first unmasked tile, end of the unmasked ones, end of all).
     """
     first, last = _tile_edges((offset, offset + length), key_tile)
     stop_of_first, stop_of_last = (
@@ -106,23 +106,24 @@ def query_plan(
         _queries_from(start, last, rows),
     )
     high = stop_of_last - 1
-    clear_stop = stop_of_first
+    unmasked_stop = stop_of_first
     if window is not None:
         last_seeing = last + window
         if num_sinks:
             # The last key's sequence is the last to have a sink in the tile, if there is one.
             last_start = _at(start, jnp.clip(last - offset if offset else last, 0, rows - 1))
             holds_sink = last_start + num_sinks - 1 >= first
-            near = jnp.where(holds_sink, last_start + reach - 1, last_seeing)
-            last_seeing = jnp.maximum(last_seeing, near)
+            last_not_distant = last_start + min_distance - 1
+            last_seeing_sink = jnp.where(holds_sink, last_not_distant, last_seeing)
+            last_seeing = jnp.maximum(last_seeing, last_seeing_sink)
         high = jnp.minimum(high, last_seeing)
-        clear_stop = jnp.minimum(clear_stop, first + window + 1)
+        unmasked_stop = jnp.minimum(unmasked_stop, first + window + 1)
     low = _first_seeing(first, end, rows)
     begin, stop = _tiles_of(low, jnp.minimum(high, rows - 1), query_tile)
-    clear_begin = jnp.clip(-(-_first_seeing(last, end, rows) // query_tile), begin, stop)
-    whole = (last - first + 1 == key_tile) & (clear_stop > 0)
-    clear_end = jnp.where(whole, jnp.minimum(clear_stop, rows) // query_tile, 0)
-    ranges = (begin, clear_begin, jnp.clip(clear_end, clear_begin, stop), stop)
+    unmasked_begin = jnp.clip(-(-_first_seeing(last, end, rows) // query_tile), begin, stop)
+    whole = (last - first + 1 == key_tile) & (unmasked_stop > 0)
+    unmasked_end = jnp.where(whole, jnp.minimum(unmasked_stop, rows) // query_tile, 0)
+    ranges = (begin, unmasked_begin, jnp.clip(unmasked_end, unmasked_begin, stop), stop)
     return jnp.stack(jnp.broadcast_arrays(*ranges), axis=-1).astype(jnp.int32)
 
 
@@ -190,19 +191,19 @@ def fetched_sink_key_plan(
 
 
 def sink_query_plan(
-    start: Int[Array, "..."], reach: int, *, rows: int, query_tile: int, chunk: int
+    start: Int[Array, "..."], min_distance: int, *, rows: int, query_tile: int, chunk: int
 ) -> Int[Array, "... chunks 3"]:
-    """The tiles of each chunk of queries that hold queries far from their sinks.
+    """The tiles of each chunk of queries that hold queries distant from their sinks.
 
-    Such a query stands ``reach`` or more after the start of its sequence, which then is that of
-    the chunk's first query (see `sink_reach`).
+    A distant query is ``min_distance`` or more after the start of its sequence, which then is that
+    of the chunk's first query (see `min_sink_distance`).
 
     Returns:
         (first tile, end of the tiles, end of the queries) of each chunk.
     """
     first, last = _tile_edges((0, rows), chunk)
     crossing = _at(start, first)
-    low = jnp.maximum(first, crossing + reach)
+    low = jnp.maximum(first, crossing + min_distance)
     high = jnp.minimum(last, _queries_from(start, crossing, rows) - 1)
     ranges = (*_tiles_of(low, high, query_tile), high + 1)
     return jnp.stack(jnp.broadcast_arrays(*ranges), axis=-1).astype(jnp.int32)

@@ -17,7 +17,7 @@ from pallas_kernels._mosaic_gpu.padding import is_padding
 from pallas_kernels._mosaic_gpu.primitives import pad_front_to_multiple_of_8
 from pallas_kernels._mosaic_gpu.tiles import MosaicTiles, mosaic_tiles
 from pallas_kernels._spec import KeyRun, Spec, Starts, State
-from pallas_kernels._xla import XlaKernels
+from pallas_kernels._xla.kernels import XlaKernels
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,8 +85,8 @@ def load_as(ref: Any, layout) -> Array:
 def pad_front_to_multiple_of_8(runs: tuple[KeyRun, ...]) -> tuple[KeyRun, ...]:
     """The runs with zeros in front, as TMA counts rows by 8.
 
-    No window reaches these zeros: only the farthest part of a halo has a length that is not a
-    multiple of 8.
+    No window reaches these zeros: only the last hop of a halo, which has the first keys, has a
+    length that is not a multiple of 8.
     """
 
     def padded(run):
@@ -120,7 +120,7 @@ def semaphore_signal_and_wait(
         signal: ref of one int32 in global memory.
         signals: whether to increment it.
         wait_for: another one.
-        value: what it must have reached.
+        value: to wait for.
         behind: how many groups of copies may still be under way when ``signal`` is incremented.
     """
     ref, scalar = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())

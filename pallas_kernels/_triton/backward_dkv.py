@@ -1,8 +1,8 @@
 """Backward kernel in Pallas-Triton for the gradients of keys and values, by tiles of keys.
 
 It loops over the query heads of a group, so nothing is summed afterwards and no atomics are
-needed. A sink is seen by many more queries than its neighbours; what those far from it add comes
-from a launch of its own (`backward_sinks`).
+needed. A sink is seen by many more queries than its neighbours. What distant queries add
+(`_masks.min_sink_distance`) comes from a launch of its own (`backward_sinks`).
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels._kernels import Queries
 from pallas_kernels._logits import cap_logits
-from pallas_kernels._masks import is_real, sees_near
+from pallas_kernels._masks import is_real, sees_except_distant_sinks
 from pallas_kernels._spec import KeyRun, Spec
 from pallas_kernels._tile_ranges import query_plan, sink_chunk_plan, with_padding
 from pallas_kernels._triton.blocks import (
@@ -39,24 +39,24 @@ from pallas_kernels._triton.tiles import TritonTiles
 from pallas_kernels._varying import shape_like_varying
 
 
-class FarSinks(NamedTuple):
-    """Gradients of sinks through queries that stand ``reach`` or more behind them.
+class DistantSinks(NamedTuple):
+    """Gradients of sinks through distant queries, as `_masks.min_sink_distance` defines them.
 
     ``parts`` are dkey and dvalue by chunk of queries, [chunks, B, num_sinks, K, H]: row p is of
     the p-th sink on this shard of the sequence that the chunk's first query is in. None where no
-    query is so far.
+    query is distant.
     """
 
     parts: tuple[Array, Array] | None
     chunk: int
-    reach: int
+    min_distance: int
 
 
 def backward_dkv(
     spec: Spec,
     queries: Queries,
     run: KeyRun,
-    far: FarSinks | None,
+    distant: DistantSinks | None,
     *,
     rows: int,
     out_dtype: jnp.dtype,
@@ -70,7 +70,7 @@ def backward_dkv(
         spec: static settings.
         queries: all queries, and what belongs to them.
         run: keys and values.
-        far: what queries far from the run's sinks add; None if it holds no sinks.
+        distant: what distant queries add to the run's sinks; None if it holds no sinks.
         rows: number of queries.
         out_dtype: of the gradients.
         tiles: tile sizes.
@@ -85,25 +85,25 @@ def backward_dkv(
     group = queries.query.shape[2] // num_kv
     start, packed = queries.start, queries.start.ndim > 0
     head_blocks = group // tiles.heads
-    num_sinks, reach = (0, 0) if far is None else (spec.num_sinks, far.reach)
-    plan = _plan(spec, queries, run, rows, tiles, num_sinks, reach)
+    num_sinks, min_distance = (0, 0) if distant is None else (spec.num_sinks, distant.min_distance)
+    plan = _plan(spec, queries, run, rows, tiles, num_sinks, min_distance)
     arrays, blocks = query_operands(queries, group)
     arrays |= {"plan": plan if packed else plan[None], "keys": key_value}
     blocks |= {"plan": batch_block(arrays["plan"]), "keys": tuple(map(key_block, key_value))}
-    if far is not None and far.parts is not None:
+    if distant is not None and distant.parts is not None:
         chunks = sink_chunk_plan(
             start,
             num_sinks,
             rows=rows,
-            chunk=far.chunk,
+            chunk=distant.chunk,
             offset=run.offset,
             length=length,
             key_tile=tiles.key,
         )
         arrays["chunks"] = chunks if packed else chunks[None]
-        arrays["far"] = [x for x, want in zip(far.parts, wanted, strict=True) if want]
+        arrays["from_distant"] = [x for x, want in zip(distant.parts, wanted, strict=True) if want]
         blocks["chunks"] = batch_block(arrays["chunks"])
-        blocks["far"] = [_parts_block(x) for x in arrays["far"]]
+        blocks["from_distant"] = [_parts_block(x) for x in arrays["from_distant"]]
     shapes = [
         shape_like_varying(queries.query, x.shape, out_dtype)
         for x, want in zip(key_value, wanted, strict=True)
@@ -120,7 +120,9 @@ def backward_dkv(
         j = run.offset + local[:, None]
 
         def seen(i, start, end):
-            return sees_near(i, j, start, spec.window, num_sinks, reach, packed=packed, end=end)
+            return sees_except_distant_sinks(
+                i, j, start, spec.window, num_sinks, min_distance, packed=packed, end=end
+            )
 
         def over(begin, end, acc, masked, padded=False):
             def body(begin, block, acc):
@@ -133,25 +135,27 @@ def backward_dkv(
             return _over_query_tiles(begin, end, tiles.query, head_blocks, body, acc)
 
         acc = zero_gradients(tiles.key, key_value, wanted)
-        begin, clear_begin, clear_end, end = (refs["plan"][index, n] for n in range(4))
+        begin, unmasked_begin, unmasked_end, end = (refs["plan"][index, n] for n in range(4))
         if packed:
             # Queries whose loads wait for their starts arrive late: only where there is padding.
             stop = jnp.where(refs["plan"][index, 4] > 0, end, begin)
             acc = over(begin, stop, acc, True, padded=True)
-            begin, clear_begin, clear_end = (
-                jnp.maximum(x, stop) for x in (begin, clear_begin, clear_end)
+            begin, unmasked_begin, unmasked_end = (
+                jnp.maximum(x, stop) for x in (begin, unmasked_begin, unmasked_end)
             )
-        if tiles.clear:
-            acc = over(begin, clear_begin, acc, True)
-            acc = over(clear_begin, clear_end, acc, False)
-            acc = over(clear_end, end, acc, True)
+        if tiles.unmasked_loop:
+            acc = over(begin, unmasked_begin, acc, True)
+            acc = over(unmasked_begin, unmasked_end, acc, False)
+            acc = over(unmasked_end, end, acc, True)
         else:
             acc = over(begin, end, acc, True)
         results = scaled_gradients(spec, acc, wanted)
-        if "far" in refs:
-            assert far is not None
+        if "from_distant" in refs:
+            assert distant is not None
 
-            results = _add_far_sinks(refs, far, run.offset, local, num_sinks, results)
+            results = _add_from_distant_queries(
+                refs, distant, run.offset, local, num_sinks, results
+            )
         if packed:
             real = real_keys(refs, spec, run.offset, local, exists)[:, None]
             results = [[jnp.where(real, x, 0.0) for x in result] for result in results]
@@ -177,7 +181,7 @@ def _plan(
     rows: int,
     tiles: TritonTiles,
     num_sinks: int,
-    reach: int,
+    min_distance: int,
 ) -> Array:
     """`query_plan`, and whether the queries include padding where they may."""
     start, end = queries.start, queries.end
@@ -190,7 +194,7 @@ def _plan(
         offset=run.offset,
         length=run.key.shape[1],
         key_tile=tiles.key,
-        reach=reach,
+        min_distance=min_distance,
         end=end,
     )
     if not start.ndim:
@@ -217,16 +221,21 @@ def _over_query_tiles(begin, end, size: int, head_blocks: int, body: Callable, a
     return lax.fori_loop(0, count * head_blocks, step, acc)
 
 
-def _add_far_sinks(refs, far: FarSinks, offset: int, local: Array, num_sinks: int, results):
-    """Adds what chunks of far queries found for the sinks among the keys ``local``."""
+def _add_from_distant_queries(
+    refs, distant: DistantSinks, offset: int, local: Array, num_sinks: int, results
+):
+    """Adds what chunks of distant queries found for the sinks among the keys ``local``."""
     index, packed = pl.program_id(0), refs["start"].shape[0] > 1
 
     def add_chunk(c, results):
-        chunk_start = refs["start"][c * far.chunk if packed else 0]
+        chunk_start = refs["start"][c * distant.chunk if packed else 0]
         first_sink = chunk_start - offset if offset else chunk_start
         row = local - jnp.maximum(first_sink, 0)
         own = (row >= 0) & (row < num_sinks)
-        parts = (load_rows(ref, (c, jnp.clip(row, 0, num_sinks - 1)), own) for ref in refs["far"])
+        parts = (
+            load_rows(ref, (c, jnp.clip(row, 0, num_sinks - 1)), own)
+            for ref in refs["from_distant"]
+        )
         return [
             [x + y for x, y in zip(result, part, strict=True)]
             for result, part in zip(results, parts, strict=True)

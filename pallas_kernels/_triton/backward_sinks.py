@@ -1,4 +1,4 @@
-"""Backward kernel in Pallas-Triton for sinks seen from afar: by chunks of queries.
+"""Backward kernel in Pallas-Triton for sinks of distant queries: by chunks of queries.
 
 All queries of a long sequence see its few sinks, so chunks of queries share that work. Each chunk
 leaves a partial gradient, in float32, to be added in a fixed order.
@@ -10,11 +10,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels._kernels import Queries
-from pallas_kernels._masks import sees_far_sink, sees_fetched_sink, sink_reach
+from pallas_kernels._masks import min_sink_distance, sees_distant_sink, sees_fetched_sink
 from pallas_kernels._spec import KeyRun, Spec
 from pallas_kernels._tile_ranges import sink_query_plan
 from pallas_kernels._triton.backward_dkv import (
-    FarSinks,
+    DistantSinks,
     add_gradients,
     key_block,
     load_queries,
@@ -35,15 +35,15 @@ BOTH = (True, True)
 
 def backward_own_sinks(
     spec: Spec, queries: Queries, run: KeyRun, *, rows: int, tiles: TritonTiles, interpret: bool
-) -> FarSinks:
-    """What queries far from the sinks among the shard's own keys add to their gradients."""
+) -> DistantSinks:
+    """What distant queries add to the gradients of sinks among the shard's own keys."""
     chunk = _chunk(tiles)
-    reach = sink_reach(spec.window, spec.num_sinks, chunk)
-    if reach >= rows + spec.num_sinks:
-        return FarSinks(None, chunk, reach)
+    min_distance = min_sink_distance(spec.window, spec.num_sinks, chunk)
+    if min_distance >= rows + spec.num_sinks:
+        return DistantSinks(None, chunk, min_distance)
 
     def seen(i, j, start):
-        return sees_far_sink(i, j, start, spec.num_sinks, reach)
+        return sees_distant_sink(i, j, start, spec.num_sinks, min_distance)
 
     def locate(chunk_start):
         first = jnp.maximum(chunk_start, spec.first_key)
@@ -51,9 +51,18 @@ def backward_own_sinks(
         return row, first, chunk_start + spec.num_sinks - first
 
     parts = _by_chunks(
-        spec, queries, (run.key, run.value), rows, reach, seen, locate, tiles, chunk, interpret
+        spec,
+        queries,
+        (run.key, run.value),
+        rows,
+        min_distance,
+        seen,
+        locate,
+        tiles,
+        chunk,
+        interpret,
     )
-    return FarSinks(parts, chunk, reach)
+    return DistantSinks(parts, chunk, min_distance)
 
 
 def backward_fetched_sinks(
@@ -86,7 +95,7 @@ def _chunk(tiles: TritonTiles) -> int:
 
 
 def _by_chunks(
-    spec, queries, key_value, rows, reach, seen, locate, tiles, chunk, interpret
+    spec, queries, key_value, rows, min_distance, seen, locate, tiles, chunk, interpret
 ) -> tuple[Array, Array]:
     """Gradients of the sinks of the sequence that the first query of each chunk is in.
 
@@ -95,7 +104,7 @@ def _by_chunks(
         queries: all queries, and what belongs to them.
         key_value: keys and values that hold the sinks.
         rows: number of queries.
-        reach: how far behind the sequence's start its queries may begin to see sinks so.
+        min_distance: of a query from its sequence's start, for ``seen`` to hold anything.
         seen: mask of (query, key, start) positions.
         locate: from the sequence's start, (row of its first sink here, its position, how many).
         tiles: tile sizes; a tile of keys holds sinks only.
@@ -108,7 +117,9 @@ def _by_chunks(
     batch, length, num_kv, _ = key_value[0].shape
     group = queries.query.shape[2] // num_kv
     packed = queries.start.ndim > 0
-    plan = sink_query_plan(queries.start, reach, rows=rows, query_tile=tiles.query, chunk=chunk)
+    plan = sink_query_plan(
+        queries.start, min_distance, rows=rows, query_tile=tiles.query, chunk=chunk
+    )
     arrays, blocks = query_operands(queries, group)
     arrays |= {"plan": plan if packed else plan[None], "keys": key_value}
     blocks |= {"plan": batch_block(arrays["plan"]), "keys": tuple(map(key_block, key_value))}

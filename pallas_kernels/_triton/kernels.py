@@ -12,7 +12,7 @@ from jaxtyping import Float
 from pallas_kernels import _device, _support
 from pallas_kernels._kernels import BackwardInputs, ForwardInputs, Gradients, Kernels, Queries
 from pallas_kernels._spec import KeyRun, SinkRun, Spec, State
-from pallas_kernels._triton.backward_dkv import FarSinks, backward_dkv
+from pallas_kernels._triton.backward_dkv import DistantSinks, backward_dkv
 from pallas_kernels._triton.backward_dq import backward_dq
 from pallas_kernels._triton.backward_sinks import backward_fetched_sinks, backward_own_sinks
 from pallas_kernels._triton.forward import forward
@@ -110,13 +110,15 @@ class TritonKernels:
             dsinks = SinkRun(*(x.sum(0) for x in parts))
         dkeys = []
         for run in runs:
-            far = None
+            distant = None
             if spec.sinks_in(run.offset):
                 assert plan.sinks is not None
-                far = backward_own_sinks(
+                distant = backward_own_sinks(
                     spec, queries, run, rows=rows, tiles=plan.sinks, interpret=interpret
                 )
-            dkeys.append(_dkv_of_run(spec, queries, run, far, plan, rows, dkey_dtype, interpret))
+            dkeys.append(
+                _dkv_of_run(spec, queries, run, distant, plan, rows, dkey_dtype, interpret)
+            )
         return Gradients(dquery, tuple(dkeys), dsinks, delta)
 
     def _plan(
@@ -140,7 +142,7 @@ def _dkv_of_run(
     spec: Spec,
     queries: Queries,
     run: KeyRun,
-    far: FarSinks | None,
+    distant: DistantSinks | None,
     plan: TritonPlan,
     rows: int,
     dkey_dtype: jnp.dtype,
@@ -158,7 +160,7 @@ def _dkv_of_run(
             spec,
             queries,
             run,
-            far,
+            distant,
             out_dtype=dkey_dtype,
             rows=rows,
             tiles=tiles,

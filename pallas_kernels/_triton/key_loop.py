@@ -1,6 +1,7 @@
 """The loop of a tile of queries over its keys, which the forward and the dquery kernel share."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -191,20 +192,21 @@ class KeyLoop:
             seen = sees(i, j, start, self.spec.window, num_sinks, packed=self.packed, end=end)
             return body(carry, keys, values, seen if exists is None else seen & exists[None, :])
 
-        begin, clear_begin, clear_end, end = (plan_ref[tile.number, n] for n in range(2, 6))
+        begin, unmasked_begin, unmasked_end, end = (plan_ref[tile.number, n] for n in range(2, 6))
         if num_sinks:
             carry = self._run_own_sinks(refs, begin * size, key_value, tile, body, carry)
         if self.packed and is_own:
             # Keys whose loads wait for their starts arrive late: only where there is padding.
             stop = jnp.where(plan_ref[tile.number, 6] > 0, end, begin)
             carry = lax.fori_loop(begin, stop, lambda t, c: step(t, c, padded=True), carry)
-            begin, clear_begin, clear_end = (
-                jnp.maximum(x, stop) for x in (begin, clear_begin, clear_end)
+            begin, unmasked_begin, unmasked_end = (
+                jnp.maximum(x, stop) for x in (begin, unmasked_begin, unmasked_end)
             )
-        if self.tiles.clear:
-            carry = lax.fori_loop(begin, clear_begin, step, carry)
-            carry = lax.fori_loop(clear_begin, clear_end, lambda t, c: step(t, c, False), carry)
-            return lax.fori_loop(clear_end, end, step, carry)
+        if self.tiles.unmasked_loop:
+            carry = lax.fori_loop(begin, unmasked_begin, step, carry)
+            unmasked = partial(step, masked=False)
+            carry = lax.fori_loop(unmasked_begin, unmasked_end, unmasked, carry)
+            return lax.fori_loop(unmasked_end, end, step, carry)
         return lax.fori_loop(begin, end, step, carry)
 
     def _run_own_sinks(self, refs, end, key_value, tile: QueryTile, body, carry):

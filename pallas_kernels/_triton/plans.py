@@ -141,7 +141,7 @@ def _float32(shapes: Shapes) -> Candidates:
     """
     dim = max(shapes.head_dim, shapes.value_dim)
     if dim > 128:
-        tiles = TritonTiles(32, 16, 4, 2, clear=False)
+        tiles = TritonTiles(32, 16, 4, 2, unmasked_loop=False)
         return Candidates((tiles,), (tiles,), ({"dkey": tiles, "dvalue": tiles},))
     tiles = TritonTiles(32 if dim > 64 else 64, 32, 4, 2, _unmasked_loop(shapes.window))
     return Candidates((tiles,), (tiles,), ({"dkey_dvalue": tiles},))

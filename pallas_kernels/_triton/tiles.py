@@ -10,14 +10,14 @@ from pallas_kernels._tiles import Tiles
 class TritonTiles(Tiles):
     """Tiles of a Triton kernel, the warps of a program and the depth of its load pipeline.
 
-    ``clear`` gives tiles without masked entries a loop of their own, which pays where there are
+    ``unmasked_loop`` gives unmasked tiles a loop of their own, which pays where there are
     several of them in a row. ``heads`` is how many heads of a group a tile of queries holds at
     most, each with ``query`` rows.
     """
 
     warps: int
     stages: int
-    clear: bool = True
+    unmasked_loop: bool = True
     heads: int = 1
 
     def __post_init__(self):

@@ -125,9 +125,9 @@ def random_case(rng: random.Random) -> Case:
     devices = rng.choice([1, 2, 3, 4, 5, 6, 7, 8])
     chunk = rng.choice([1, 2, 3, 5, 7, 8, 13, 16, 21, 33, 40])
     length = devices * chunk
-    near = [0, 1, chunk - 1, chunk, chunk + 1, 2 * chunk - 1, 2 * chunk, 2 * chunk + 1, 3 * chunk]
-    far = [length - 1, length, length + 5, None]
-    window = rng.choice([*near, *near, *far, rng.randint(0, length)])
+    edges = [0, 1, chunk - 1, chunk, chunk + 1, 2 * chunk - 1, 2 * chunk, 2 * chunk + 1, 3 * chunk]
+    long = [length - 1, length, length + 5, None]
+    window = rng.choice([*edges, *edges, *long, rng.randint(0, length)])
     most = chunk if devices > 1 else length + 2
     sinks = rng.choice([0, 0, 1, min(2, most), min(4, most), chunk, rng.randint(0, most)])
     kind = rng.choice(["whole", "segments", "segments", "packed"])

@@ -30,7 +30,7 @@ def edge_case(rng: random.Random, devices=1) -> Case:
     """A random case longer than a tile, its window and documents next to edges of tiles."""
     chunk = rng.choice([65, 100, 127, 128, 129, 191, 257, 300, 511, 700])
     length = devices * chunk
-    near = [0, 1, 63, 64, 65, 127, 128, 129, chunk - 1, chunk, chunk + 1]
+    edges = [0, 1, 63, 64, 65, 127, 128, 129, chunk - 1, chunk, chunk + 1]
     most = chunk if devices > 1 else length + 2
     kind = rng.choice(["whole", "segments", "packed"])
     batch = {"whole": rng.randint(1, 2), "segments": 2, "packed": 1}[kind]
@@ -41,7 +41,7 @@ def edge_case(rng: random.Random, devices=1) -> Case:
     return Case(
         chunk=chunk,
         devices=devices,
-        window=rng.choice([*near, *near, length, None, rng.randint(0, length)]),
+        window=rng.choice([*edges, *edges, length, None, rng.randint(0, length)]),
         sinks=min(most, rng.choice([0, 0, 1, 4, 15, 16, 17, 64, 65])),
         documents=documents,
         packed=kind == "packed",

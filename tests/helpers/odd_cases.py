@@ -1,4 +1,4 @@
-"""The odd cases by name: windows at chunk edges, sinks far away, documents at edges, padding."""
+"""The odd cases by name: windows at chunk edges, fetched sinks, documents at edges, padding."""
 
 from tests.helpers.cases import Case
 
@@ -19,7 +19,7 @@ ODD = {
     "window_none": Case(5, 8, None, heads=(3, 1)),
     "chunk_of_one_token": Case(1, 8, 3, sinks=1),
     "chunk_of_one_token_window_0": Case(1, 7, 0),
-    # sinks: as long as the chunk, of a sequence that began far away or across an edge
+    # sinks: as long as the chunk, of a sequence that began devices ago or across an edge
     "sinks_whole_chunk": Case(4, 5, 2, sinks=4, learned=True),
     "sinks_overlap_window": Case(6, 3, 5, sinks=6),
     "sinks_window_none": Case(6, 3, None, sinks=3),

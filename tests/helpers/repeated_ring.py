@@ -1,6 +1,6 @@
 """The last chunk of a ring on one device: all chunks hold the same keys, so nobody need send any.
 
-This runs what a single device cannot reach otherwise: keys of a halo, launches that go on from the
+This runs what a single device cannot run otherwise: keys of a halo, launches that go on from the
 one before, fetched sinks and gradients that come home.
 """
 
@@ -33,8 +33,10 @@ def last_chunk(case: Case, implementation):
     """f(q, k, v, sink_logits, None) of the ring's last device, on its chunk."""
     before = case.length - case.chunk
     window = case.window if case.window is None or case.window < case.length - 1 else None
-    reach = before if window is None else min(window, before)
-    halo = RepeatedHalo(tuple(min(case.chunk, reach - n) for n in range(0, reach, case.chunk)))
+    halo_keys = before if window is None else min(window, before)
+    halo = RepeatedHalo(
+        tuple(min(case.chunk, halo_keys - n) for n in range(0, halo_keys, case.chunk))
+    )
     start = np.int32(-before) if case.documents is None else starts(case)
     first = start[:, :1] if case.documents else np.full((case.batch, 1), start)
     slots = ((first + np.arange(case.sinks)) % case.chunk)[..., None, None]

@@ -47,7 +47,7 @@ def programs(case, route, implementation, sharded=(None, "seq", None)):
     return collectives(ahead.as_text()), collectives(back.as_text())
 
 
-def far_case(devices, window, sinks):
+def script_case(devices, window, sinks):
     """The case that the script compiles."""
     return Case(CHUNK, devices, window, sinks)
 
@@ -69,5 +69,5 @@ def with_devices(devices, window, sinks, implementation):
 
 if __name__ == "__main__":
     devices, window, sinks = map(int, sys.argv[1:4])
-    pair = programs(far_case(devices, window, sinks), "shard_novma", sys.argv[4])
+    pair = programs(script_case(devices, window, sinks), "shard_novma", sys.argv[4])
     print(json.dumps([[dataclasses.asdict(c) for c in found] for found in pair]))

@@ -1,4 +1,4 @@
-"""The ways to reach the operation. `check(case, route)` runs a case and compares with the oracle.
+"""The ways to call the operation. `check(case, route)` runs a case and compares with the oracle.
 
 A route builds `f(q, k, v, sink_logits, documents) -> out` on whole arrays [B, S, ...], and the mesh
 it runs on (None: one device).

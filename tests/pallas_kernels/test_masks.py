@@ -101,15 +101,19 @@ def test_sinks_before_a_key(sinks, stop):
 
 @pytest.mark.parametrize("chunk", [1, 2, 4])
 @pytest.mark.parametrize("window", [0, 1, 4, 7])
-def test_near_and_far_sinks_share_the_pairs_out(window, sinks, chunk):
-    reach = _masks.sink_reach(window, sinks, chunk)
+def test_distant_sinks_and_all_else_share_the_pairs_out(window, sinks, chunk):
+    min_distance = _masks.min_sink_distance(window, sinks, chunk)
     x = Shards(window, sinks)
-    near = np.asarray(_masks.sees_near(x.i, x.j, x.start, window, sinks, reach, packed=True))
-    far = np.asarray(_masks.sees_far_sink(x.i, x.j, x.start, sinks, reach))
-    assert_array_equal(near, x.windowed | (x.sink & (x.i - x.start < reach)))
-    assert_array_equal(near | far, x.attends)
-    assert not (far & x.windowed).any()
+    rest = _masks.sees_except_distant_sinks(
+        x.i, x.j, x.start, window, sinks, min_distance, packed=True
+    )
+    distant = np.asarray(_masks.sees_distant_sink(x.i, x.j, x.start, sinks, min_distance))
+    assert_array_equal(rest, x.windowed | (x.sink & (x.i - x.start < min_distance)))
+    assert_array_equal(rest | distant, x.attends)
+    assert not (distant & x.windowed).any()
     for begin in range(0, CHUNK, chunk):
         queries = slice(begin, begin + chunk)
-        for start, has_far in zip(x.start[:, queries], far[:, queries].any(-1), strict=True):
-            assert len(np.unique(start[has_far])) <= 1, "a chunk with far sinks of two sequences"
+        for start, is_distant in zip(x.start[:, queries], distant[:, queries].any(-1), strict=True):
+            assert len(np.unique(start[is_distant])) <= 1, (
+                "two sequences with distant queries in a chunk"
+            )

@@ -13,7 +13,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from pallas_kernels import _tile_ranges
-from pallas_kernels._masks import sink_reach
+from pallas_kernels._masks import min_sink_distance
 from tests.helpers.cases import random_runs
 from tests.helpers.oracle import PADDING, visible
 
@@ -92,7 +92,7 @@ def check_key_plan(window, sinks, rows, query_tile, offset, length, key_tile):
         jnp.asarray(START), window, sinks,
         rows=rows, query_tile=query_tile, offset=offset, length=length, key_tile=key_tile,
     )  # fmt: skip
-    sink_begin, sink_end, begin, clear_begin, clear_end, end = np.moveaxis(plan, -1, 0)
+    sink_begin, sink_end, begin, unmasked_begin, unmasked_end, end = np.moveaxis(plan, -1, 0)
     queries = slice(*rows)
     useful = tiles_with(pairs(window, sinks, offset, length)[:, queries], query_tile, key_tile)
     count = useful.shape[2]
@@ -101,12 +101,12 @@ def check_key_plan(window, sinks, rows, query_tile, offset, length, key_tile):
     padded = tiled(PADDED[:, queries], 1, query_tile).any(2)
     assert_useful(visited, useful, padded[..., None])
 
-    assert ((begin <= clear_begin) & (clear_begin <= clear_end) & (clear_end <= end)).all()
+    assert (np.diff([begin, unmasked_begin, unmasked_end, end], axis=0) >= 0).all()
     windowed = pairs(window, 0, offset, length)[:, queries]
-    ragged = -windowed.shape[1] % query_tile  # a last tile of fewer queries may be clear
+    ragged = -windowed.shape[1] % query_tile  # a last tile of fewer queries may be unmasked
     windowed = np.pad(windowed, ((0, 0), (0, ragged), (0, 0)), constant_values=True)
-    clear = covered(clear_begin, clear_end, count)
-    assert_array_equal(clear, full_tiles(windowed, query_tile, key_tile))
+    unmasked = covered(unmasked_begin, unmasked_end, count)
+    assert_array_equal(unmasked, full_tiles(windowed, query_tile, key_tile))
 
 
 @WITH_SINKS
@@ -129,16 +129,16 @@ def test_key_plan_of_a_halo(window, query_tile, key_tile, length):
     check_key_plan(window, 0, (0, T), query_tile, -length, length, key_tile)
 
 
-def check_query_plan(window, sinks, rows, query_tile, offset, length, key_tile, reach):
+def check_query_plan(window, sinks, rows, query_tile, offset, length, key_tile, min_distance):
     plan = _tile_ranges.query_plan(
         jnp.asarray(START), window, sinks,
         rows=rows, query_tile=query_tile, offset=offset, length=length, key_tile=key_tile,
-        reach=reach,
+        min_distance=min_distance,
     )  # fmt: skip
-    begin, clear_begin, clear_end, end = np.moveaxis(plan, -1, 0)
+    begin, unmasked_begin, unmasked_end, end = np.moveaxis(plan, -1, 0)
     windowed = pairs(window, 0, offset, length)[:, :rows]
-    near = (np.arange(T) - START < reach)[..., None]
-    seen = windowed | (pairs(NO_WINDOW, sinks, offset, length) & near)[:, :rows]
+    not_distant = (np.arange(T) - START < min_distance)[..., None]
+    seen = windowed | (pairs(NO_WINDOW, sinks, offset, length) & not_distant)[:, :rows]
     useful = tiles_with(seen, query_tile, key_tile).swapaxes(1, 2)
     count = useful.shape[2]
     padded = np.zeros((len(START), useful.shape[1]), bool)
@@ -146,9 +146,9 @@ def check_query_plan(window, sinks, rows, query_tile, offset, length, key_tile, 
         padded = tiled(PADDED[:, :length], 1, key_tile).any(2)
     assert_useful(covered(begin, end, count), useful, padded[..., None])
 
-    assert ((begin <= clear_begin) & (clear_begin <= clear_end) & (clear_end <= end)).all()
-    clear = covered(clear_begin, clear_end, count)
-    assert_array_equal(clear, full_tiles(windowed, query_tile, key_tile).swapaxes(1, 2))
+    assert (np.diff([begin, unmasked_begin, unmasked_end, end], axis=0) >= 0).all()
+    unmasked = covered(unmasked_begin, unmasked_end, count)
+    assert_array_equal(unmasked, full_tiles(windowed, query_tile, key_tile).swapaxes(1, 2))
     assert_array_equal(
         np.asarray(_tile_ranges.seen_tiles(plan, count)), covered(begin, end, count).any(1)
     )
@@ -158,9 +158,9 @@ def check_query_plan(window, sinks, rows, query_tile, offset, length, key_tile, 
 @WINDOWED
 @TILED
 def test_query_plan_of_own_keys(window, sinks, query_tile, key_tile):
-    reach = 0 if window is None else sink_reach(window, sinks, query_tile)
+    min_distance = 0 if window is None else min_sink_distance(window, sinks, query_tile)
     sinks = 0 if window is None else sinks
-    check_query_plan(window, sinks, T, query_tile, 0, T, key_tile, reach)
+    check_query_plan(window, sinks, T, query_tile, 0, T, key_tile, min_distance)
 
 
 @WINDOWED
@@ -222,13 +222,13 @@ def test_fetched_sinks_of_each_tile_of_queries(window, sinks, query_tile, key_ti
 @pytest.mark.parametrize("sinks", [1, 5])
 @pytest.mark.parametrize("window", [0, 2, 9])
 @pytest.mark.parametrize(("query_tile", "chunk"), [(1, 1), (2, 4), (4, 8), (8, 8)])
-def test_tiles_of_queries_that_are_far_from_their_sinks(window, sinks, query_tile, chunk):
-    reach = sink_reach(window, sinks, chunk)
+def test_tiles_of_queries_that_are_distant_from_their_sinks(window, sinks, query_tile, chunk):
+    min_distance = min_sink_distance(window, sinks, chunk)
     plan = _tile_ranges.sink_query_plan(
-        jnp.asarray(START), reach, rows=T, query_tile=query_tile, chunk=chunk
+        jnp.asarray(START), min_distance, rows=T, query_tile=query_tile, chunk=chunk
     )
-    far = ~PADDED & (np.arange(T) - START >= reach)
-    useful = tiled(far, 1, query_tile).any(2)
+    distant = ~PADDED & (np.arange(T) - START >= min_distance)
+    useful = tiled(distant, 1, query_tile).any(2)
     of_chunk = np.arange(useful.shape[1]) * query_tile // chunk == np.arange(T // chunk)[:, None]
     begin, end = np.moveaxis(plan, -1, 0)[:2]
     visited = covered(begin, end, useful.shape[1])

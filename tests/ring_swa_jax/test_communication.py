@@ -13,7 +13,7 @@ Per device, with Wh = min(W, (devices - 1) * T) and c = 1..ceil(Wh / T):
 import pytest
 
 from tests.helpers.cases import Case
-from tests.helpers.ring_programs import CHUNK, far_case, programs, with_devices
+from tests.helpers.ring_programs import CHUNK, programs, script_case, with_devices
 from tests.helpers.routes import over_mesh
 
 T, DEVICES = 8, 8
@@ -28,9 +28,9 @@ def row_bytes(case):
 
 def hop_lengths(case):
     """Tokens of each hop."""
-    reach = (case.devices - 1) * case.chunk
-    reach = reach if case.window is None else min(case.window, reach)
-    return [min(case.chunk, reach - begin) for begin in range(0, reach, case.chunk)]
+    halo_keys = (case.devices - 1) * case.chunk
+    halo_keys = halo_keys if case.window is None else min(case.window, halo_keys)
+    return [min(case.chunk, halo_keys - begin) for begin in range(0, halo_keys, case.chunk)]
 
 
 def moved(found, kind):
@@ -69,7 +69,7 @@ def test_halo_bytes_equal_the_formula(window, implementation):
 
 @pytest.mark.parametrize("window", [5, pytest.param(2 * CHUNK + 3, marks=pytest.mark.slow)])
 def test_bytes_do_not_grow_with_the_mesh(window, implementation):
-    few = programs(far_case(8, window, 0), "shard_novma", implementation)
+    few = programs(script_case(8, window, 0), "shard_novma", implementation)
     many = with_devices(32, window, 0, implementation)
     for a, b in zip(few, many, strict=True):
         assert hops(a) == hops(b) != []

@@ -54,14 +54,14 @@ def fused_backward(spec: Spec, inputs: BackwardInputs) -> FusedBackward | None:
     """The fused kernel for this launch; None if there is none, or two kernels are faster."""
     window, (*before, own) = spec.window, inputs.runs
     dim, value_dim = inputs.query.shape[-1], own.value.shape[-1]
-    has_far_sinks = _has_far_sinks(spec, own, inputs.sinks)
+    has_sinks_beyond_window = _has_sinks_beyond_window(spec, own, inputs.sinks)
     widest = max(dim, value_dim)
     takes_heads = dim % 32 == 0 if widest <= 128 else fused_wide_heads.takes(dim, value_dim)
-    if not takes_heads or (has_far_sinks and not sinks_backward.takes(spec)):
+    if not takes_heads or (has_sinks_beyond_window and not sinks_backward.takes(spec)):
         return None
     is_short = window is not None and window <= LONGEST_WINDOW
-    own_keys_alone = not own.offset and not before
-    if is_short and own_keys_alone and not has_far_sinks and widest <= 64 and value_dim % 32 == 0:
+    own_keys_alone = not own.offset and not before and not has_sinks_beyond_window
+    if is_short and own_keys_alone and widest <= 64 and value_dim % 32 == 0:
         return _by_short_windows
     kernel = fused if widest <= 128 else fused_wide_heads
     if not fuses_backward(widest, window) or not _can_join(spec, inputs.runs, kernel.KEY_TILE):
@@ -139,7 +139,7 @@ def _by_key_tiles(
         num_sms=_device.multiprocessors(),
         deterministic=deterministic,
     )
-    if _has_far_sinks(spec, own, sinks):
+    if _has_sinks_beyond_window(spec, own, sinks):
         sums, *gradients = launch(dkey_dtype=jnp.dtype(jnp.float32))
         *before, (dkey, dvalue) = _split_by_runs(runs, gradients)
         dquery, dkey, dvalue, dsinks = sinks_backward.backward(
@@ -167,7 +167,7 @@ def _by_key_tiles(
     return Gradients(dquery, _split_by_runs(runs, gradients), None, delta)
 
 
-def _has_far_sinks(spec: Spec, run: KeyRun, sinks: SinkRun | None) -> bool:
+def _has_sinks_beyond_window(spec: Spec, run: KeyRun, sinks: SinkRun | None) -> bool:
     """Whether queries may see sinks that their windows do not reach."""
     return spec.window is not None and (sinks is not None or spec.sinks_in(run.offset) > 0)
 

@@ -224,7 +224,7 @@ class _Consumer:
         """Adds what flows through one tile of queries to dkey and dvalue, the carry."""
         del head
         spec, smem, barriers = self.spec, self.smem, self.barriers
-        clear = self.schedule.is_clear(query_block)
+        unmasked = self.schedule.is_unmasked(query_block)
         slot = slot_of(number, SLOTS)
         plgpu.barrier_wait(barriers["query"].at[slot])
         slots = {"query": slot, "dout": slot}
@@ -241,7 +241,7 @@ class _Consumer:
             plgpu.wgmma(logits, smem["key"].at[key_rows], query_smem.T)
             plgpu.wgmma(dweights, smem["value"].at[key_rows], dout_smem.T)
             weights, dlogits = softmax_backward(
-                spec, logits, dweights, shift, clear, mask, dout_smem.dtype
+                spec, logits, dweights, shift, unmasked, mask, dout_smem.dtype
             )
             plgpu.wgmma(dvalue, weights, dout_smem)
             self._exchange_dlogits(dlogits)

@@ -202,7 +202,7 @@ class _Consumer:
         """Adds what flows through one tile of queries to dvalue, the carry."""
         del head
         spec, smem, barriers = self.spec, self.smem, self.barriers
-        clear = self.schedule.is_clear(query_block)
+        unmasked = self.schedule.is_unmasked(query_block)
         slot = slot_of(number, SLOTS)
         plgpu.barrier_wait(barriers["query"].at[slot])
         self.pipeline.zero_padding_of_queries(smem, slot, query_block, {"query": slot})
@@ -214,7 +214,7 @@ class _Consumer:
             plgpu.wgmma(logits, smem["key"], smem["query"].at[slot].T)
             mask = partial(self.pipeline.mask, starts, first_key, query_block)
             products = plgpu.wgmma_accumulator_load(logits)
-            weights, factors = softmax_weights(spec, products, shift, clear, mask)
+            weights, factors = softmax_weights(spec, products, shift, unmasked, mask)
             plgpu.barrier_arrive(barriers["query_free"].at[slot])
             plgpu.barrier_wait(barriers["factors_free"])
             register_tiles.store(smem["factors"], factors)

@@ -81,7 +81,7 @@ class BackwardPipeline:
         self.schedule = split_last_tasks(schedule, num_sms)
         plan = query_plan(
             start, spec.window, 0, rows=rows, query_tile=QUERY_TILE,
-            offset=run.offset, length=run.key.shape[1], key_tile=key_tile, reach=0,
+            offset=run.offset, length=run.key.shape[1], key_tile=key_tile, min_distance=0,
         )  # fmt: skip
         plan = plan if self.packed else plan[None]
         plan = plan_with_diagonal(plan, self.schedule)

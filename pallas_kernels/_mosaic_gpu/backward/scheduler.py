@@ -10,9 +10,9 @@ Several programs add to the gradients of a query, in a fixed order, so that resu
 bits. The order of programs and of their steps is chosen so that they rarely wait for each other:
 
 - As a rule the program with the last keys adds first. A program starts at the query tile on its
-  diagonal and moves to later ones. Concurrent programs therefore reach a query tile one by one, in
-  the order in which they must add. They go through one head after the other, so that what they read
-  and add stays in the L2 cache.
+  diagonal and moves to later ones. Concurrent programs therefore come to a query tile one by one,
+  in the order in which they must add. They go through one head after the other, so that what they
+  read and add stays in the L2 cache.
 - Without a window and documents the first keys have the most queries. Their programs come first, of
   several heads at once, so that no long program is left for the end. All go from the last queries
   to the first, and through all heads of the group at each tile, so that programs that started
@@ -194,11 +194,11 @@ class ProgramSchedule:
         num_kv_heads = jnp.int32(launch.num_kv_heads)
         self.row, self.kv_head = (f(batch_kv_head, num_kv_heads) for f in (lax.div, lax.rem))
         row = self.row if launch.packed else 0
-        self.begin, self.clear_begin, self.clear_end, self.end = (
+        self.begin, self.unmasked_begin, self.unmasked_end, self.end = (
             plan[row, self.key_block, n] for n in range(4)
         )
         # The query tiles of consecutive tiles of keys begin and end in the same order. So this
-        # program adds last to those that the tile of keys before it does not reach.
+        # program adds last to those that the tile of keys before it does not add to.
         end_before = plan[row, jnp.maximum(self.key_block - 1, 0), 3]
         self.adds_last_from = jnp.where(self.key_block > 0, end_before, 0)
         self.steps = (self.end - self.begin) * self.part.heads
@@ -241,9 +241,9 @@ class ProgramSchedule:
         head = self.kv_head * self.launch.group_size + self.part.first_head + member
         return head, query_block
 
-    def is_clear(self, query_block: Int[Array, ""]) -> Bool[Array, ""]:
+    def is_unmasked(self, query_block: Int[Array, ""]) -> Bool[Array, ""]:
         """Whether all queries of a tile see all keys of the program, so that no mask is needed."""
-        return (query_block >= self.clear_begin) & (query_block < self.clear_end)
+        return (query_block >= self.unmasked_begin) & (query_block < self.unmasked_end)
 
     def adders_before(self, query_block: Int[Array, ""]) -> Int[Array, ""]:
         """How many programs add to a tile of queries before this one."""

@@ -296,17 +296,19 @@ class _Consumer:
         keys = key_slot(key_block)
         plgpu.barrier_wait(barriers["query"].at[slot])
         plgpu.barrier_wait(barriers["delta"].at[slot])
-        clear = (key_block < query_block) & (key_block >= 0)
+        unmasked = (key_block < query_block) & (key_block >= 0)
         # The last query sees the first key.
-        clear &= (query_block - key_block + 1) * TILE - 1 <= self.spec.window
+        unmasked &= (query_block - key_block + 1) * TILE - 1 <= self.spec.window
         if self.schedule.packed:
-            clear &= smem["start"][slot, TILE - 1] <= key_block * TILE
+            unmasked &= smem["start"][slot, TILE - 1] <= key_block * TILE
         for part in range(TILE // SUBTILE):
-            carry = self._subtile(part, slot, buffer, keys, query_block, key_block, clear, *carry)
+            carry = self._subtile(
+                part, slot, buffer, keys, query_block, key_block, unmasked, *carry
+            )
         plgpu.barrier_arrive(barriers["query_free"].at[slot])
         return carry
 
-    def _subtile(self, part, slot, buffer, keys, query_block, key_block, clear, dkey, dvalue):
+    def _subtile(self, part, slot, buffer, keys, query_block, key_block, unmasked, dkey, dvalue):
         """Adds what flows through `SUBTILE` queries to dk and dv."""
         spec, smem, barriers = self.spec, self.smem, self.barriers
         rows = pl.ds(part * SUBTILE, SUBTILE)
@@ -320,7 +322,7 @@ class _Consumer:
             plgpu.wgmma(logits, smem["key"].at[keys], query_smem.T)
             plgpu.wgmma(dweights, smem["value"].at[keys], dout_smem.T)
             weights, dlogits = softmax_backward(
-                spec, logits, dweights, shift, clear, mask, query_smem.dtype
+                spec, logits, dweights, shift, unmasked, mask, query_smem.dtype
             )
             plgpu.wgmma(dvalue, weights, dout_smem)
             plgpu.wgmma(dkey, dlogits, query_smem)

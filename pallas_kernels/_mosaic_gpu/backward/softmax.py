@@ -49,7 +49,7 @@ def softmax_backward(
     logits: Any,
     dweights: Any,
     shift: Float32[Array, "64 queries"],
-    clear: Bool[Array, ""],
+    unmasked: Bool[Array, ""],
     mask: Callable[[Array], Array],
     dtype,
 ) -> tuple[Float[Array, "64 queries"], Float[Array, "64 queries"]]:
@@ -60,13 +60,13 @@ def softmax_backward(
         logits: accumulator that began with `initial_logits`; its WGMMA was issued first.
         dweights: accumulator that began with ``-delta``; its WGMMA was issued last.
         shift: of the queries.
-        clear: whether every query sees every key, so that ``mask`` is left out.
+        unmasked: whether every query sees every key, so that ``mask`` is left out.
         mask: weights to weights that are zero where a query does not see a key.
         dtype: of the results.
     """
     # Waits for the logits, not yet for dweights.
     products = plgpu.wgmma_accumulator_load(logits, wait_n=1)
-    weights, factors = softmax_weights(spec, products, shift, clear, mask)
+    weights, factors = softmax_weights(spec, products, shift, unmasked, mask)
     dlogits = factors * dweights[...]
     return weights.astype(dtype), dlogits.astype(dtype)
 
@@ -75,14 +75,14 @@ def softmax_weights(
     spec: Spec,
     products: Float32[Array, "64 queries"],
     shift: Float32[Array, "64 queries"],
-    clear: Bool[Array, ""],
+    unmasked: Bool[Array, ""],
     mask: Callable[[Array], Array],
 ) -> tuple[Float32[Array, "64 queries"], Float32[Array, "64 queries"]]:
     """Weights, and the factors that take dweights - delta to dlogits; as `softmax_backward`."""
     scaled, factor, dcap = cap_logits(spec, products)
     accumulated = _accumulates_shift(spec)
     weights = jnp.exp2(scaled * factor if accumulated else scaled * factor + shift)
-    weights = lax.cond(clear, lambda x: x, mask, weights)
+    weights = lax.cond(unmasked, lambda x: x, mask, weights)
     return weights, weights if dcap is None else weights * dcap
 
 

@@ -101,5 +101,5 @@ class Producer:
         fori(0, tile.num_own_sink_tiles, own, None)
         if self.config.has_fetched_sinks:
             fetched = fetched + tile.num_own_sink_tiles
-            far = partial(step, run=self.refs["sinks"], begin=jnp.int32(0), fetched=fetched)
-            fori(0, tile.num_sink_tiles - tile.num_own_sink_tiles, far, None)
+            others = partial(step, run=self.refs["sinks"], begin=jnp.int32(0), fetched=fetched)
+            fori(0, tile.num_sink_tiles - tile.num_own_sink_tiles, others, None)

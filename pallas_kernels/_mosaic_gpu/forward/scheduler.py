@@ -190,7 +190,7 @@ class WorkTile:
             low = start if low is None else jnp.maximum(low, start)
         return low
 
-    def is_clear(self, first_query, low, n):
+    def is_unmasked(self, first_query, low, n):
         """Every query from ``first_query`` on sees every key of the ``n``-th tile of keys.
 
         ``low`` is what `first_key_of_all` says of the warpgroup.
@@ -198,8 +198,8 @@ class WorkTile:
         first, stop = self.key_range(n)
         causal = first_query + 1
         stop = jnp.minimum(stop, causal) if self.scheduler.has_halo else causal
-        clear = first + self.scheduler.tiles.key <= stop
-        return clear if low is None else clear & (first >= low)
+        unmasked = first + self.scheduler.tiles.key <= stop
+        return unmasked if low is None else unmasked & (first >= low)
 
     def sink_range(self, n):
         """(position of the first key, end, whether fetched) of the ``n``-th tile of sinks."""
@@ -209,7 +209,7 @@ class WorkTile:
         if self.scheduler.num_sinks:
             begin, stop = self.own_sinks_begin_in_eights * 8 + n * size, self.own_sinks_end
         if self.scheduler.num_fetched_sinks:
-            far = self.crossing + (n - self.num_own_sink_tiles) * size
-            begin = jnp.where(fetched, far, begin)
+            fetched_begin = self.crossing + (n - self.num_own_sink_tiles) * size
+            begin = jnp.where(fetched, fetched_begin, begin)
             stop = jnp.where(fetched, self.crossing + self.scheduler.num_fetched_sinks, stop)
         return begin, stop, fetched

@@ -47,8 +47,8 @@ class TileMask:
 
     def window(self, n: Array, logits: Array) -> Array:
         """Logits with the ``n``-th tile of keys, -inf where a query does not see a key."""
-        clear = self.tile.is_clear(self.first_query, self.first_key_of_all, n)
-        return lax.cond(clear, lambda x: x, partial(self._window, n), logits)
+        unmasked = self.tile.is_unmasked(self.first_query, self.first_key_of_all, n)
+        return lax.cond(unmasked, lambda x: x, partial(self._window, n), logits)
 
     def sinks(self, n: Array, logits: Array) -> Array:
         """Logits with the ``n``-th tile of sinks, -inf where a query does not see a key."""

@@ -26,22 +26,22 @@ CASES = {
     "hops_documents_sinks": Case(
         33, 3, 50, 2, ((40, 59), (7, -3, 60, 29)), batch=2, learned=True, dims=(16, 32)
     ),
-    "sinks_far_away": Case(20, 4, 9, 17, ((17, 63),), packed=True, heads=(3, 1)),
-    "sinks_far_behind": Case(80, 2, 9, 3, ((7, 110, 43), (150, 10)), batch=2, heads=(4, 2)),
+    "sinks_of_earlier_devices": Case(20, 4, 9, 17, ((17, 63),), packed=True, heads=(3, 1)),
+    "distant_sinks": Case(80, 2, 9, 3, ((7, 110, 43), (150, 10)), batch=2, heads=(4, 2)),
     "head_parts": Case(21, 2, 9, dims=(96, 96), dtype="float16", batch=2),
     "head_parts_192_128": Case(20, 2, 17, dims=(192, 128), learned=True),
     "bfloat16": Case(40, 2, 17, 3, ((25, 55),), dtype="bfloat16", heads=(4, 2), learned=True),
 }
 
 
-@pytest.fixture(params=[True, False], ids=["clear", "masked"])
+@pytest.fixture(params=[True, False], ids=["unmasked_loop", "one_loop"])
 def small_tiles(request, monkeypatch):
     """Tiles of 16 x 16, with and without a loop for tiles that need no mask.
 
     Tiles of queries hold one head, or two where a group has as many.
     """
-    tiles = TritonTiles(16, 16, 4, 2, clear=request.param)
-    rows = tiles if request.param else TritonTiles(8, 16, 4, 2, clear=False, heads=2)
+    tiles = TritonTiles(16, 16, 4, 2, unmasked_loop=request.param)
+    rows = tiles if request.param else TritonTiles(8, 16, 4, 2, unmasked_loop=False, heads=2)
 
     def plan(implementation, shapes, gpu):
         fitted = rows.of_group(shapes.group)
@@ -60,7 +60,7 @@ def check_triton(case):
 
 
 def check_last_chunk(case):
-    """On one device, which is far quicker than a ring."""
+    """On one device, which is much quicker than a ring."""
     function = repeated_ring.last_chunk(case, "triton")
     inputs, dout = repeated_ring.arrays(case)
     arguments = (*inputs, None, dout)
@@ -71,13 +71,13 @@ def check_last_chunk(case):
 
 
 @pytest.mark.parametrize("name", ["ragged", "rows_before_halo"])
-@pytest.mark.parametrize("small_tiles", [True], indirect=True, ids=["clear"])
+@pytest.mark.parametrize("small_tiles", [True], indirect=True, ids=["unmasked_loop"])
 def test_case(name, small_tiles):
     check_triton(CASES[name])
 
 
-@pytest.mark.parametrize("name", ["hops_documents_sinks", "sinks_far_behind", "head_parts"])
-@pytest.mark.parametrize("small_tiles", [True], indirect=True, ids=["clear"])
+@pytest.mark.parametrize("name", ["hops_documents_sinks", "distant_sinks", "head_parts"])
+@pytest.mark.parametrize("small_tiles", [True], indirect=True, ids=["unmasked_loop"])
 def test_last_chunk(name, small_tiles):
     check_last_chunk(CASES[name])
 
@@ -90,14 +90,14 @@ def test_every_case(name, small_tiles):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.devices > 1])
-@pytest.mark.parametrize("small_tiles", [False], indirect=True, ids=["masked"])
+@pytest.mark.parametrize("small_tiles", [False], indirect=True, ids=["one_loop"])
 def test_every_last_chunk(name, small_tiles):
     check_last_chunk(CASES[name])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [WHOLE, PACKED], ids=["whole", "packed"])
-@pytest.mark.parametrize("small_tiles", [False], indirect=True, ids=["masked"])
+@pytest.mark.parametrize("small_tiles", [False], indirect=True, ids=["one_loop"])
 def test_vmap(case, small_tiles):
     """Gradients of vmap on one device, and vmap of gradients over a ring."""
     pair = twins(case)

@@ -81,7 +81,7 @@ def test_a_program_knows_how_many_add_before_it_and_whether_it_is_the_last(numbe
     start, window, rows, offset, length = SHARDS[number]
     plan = query_plan(
         start, window, 0, rows=rows, query_tile=QUERY_TILE,
-        offset=offset, length=length, key_tile=key_tile, reach=0,
+        offset=offset, length=length, key_tile=key_tile, min_distance=0,
     )  # fmt: skip
     plan = plan if start.ndim > 0 else plan[None]
     launch = schedule_of(SHARDS[number], key_tile)
@@ -156,7 +156,7 @@ def test_tiles_of_one_document_do_not_wait_for_another_document(seed):
         starts[begin:] = begin
     plan = query_plan(
         jnp.asarray(starts[None]), 24 * QUERY_TILE, 0, rows=len(starts), query_tile=QUERY_TILE,
-        offset=0, length=len(starts), key_tile=KEY_TILE, reach=0,
+        offset=0, length=len(starts), key_tile=KEY_TILE, min_distance=0,
     )  # fmt: skip
     done: dict[tuple[int, int], int] = {}
     for tile, (begin, _, _, end) in reversed([*enumerate(np.asarray(plan)[0].tolist())]):
@@ -177,7 +177,7 @@ def test_tasks_take_as_many_steps_as_the_plan_says(number):
     first_device = bool(offset) and int(start) == 0
     plan = np.asarray(query_plan(
         start, window, 0, rows=rows, query_tile=QUERY_TILE,
-        offset=offset, length=length, key_tile=KEY_TILE, reach=0,
+        offset=offset, length=length, key_tile=KEY_TILE, min_distance=0,
     ))  # fmt: skip
     launch = schedule_of(
         (start, window, rows, offset, length), KEY_TILE, num_kv_heads=5, group_size=4
@@ -224,7 +224,7 @@ def test_parts_wait_for_earlier_programs_only(number, key_tile, split):
     start, window, rows, offset, length = SHARDS[number]
     plan = query_plan(
         start, window, 0, rows=rows, query_tile=QUERY_TILE,
-        offset=offset, length=length, key_tile=key_tile, reach=0,
+        offset=offset, length=length, key_tile=key_tile, min_distance=0,
     )  # fmt: skip
     launch = schedule_of(SHARDS[number], key_tile, num_kv_heads=2, group_size=4)
     split_tasks, parts = split

@@ -34,8 +34,8 @@ class Shard:
 
     def starts(self):
         """[B, T]."""
-        far = -self.halo - 70 if self.halo or self.fetched else 0
-        starts = np.full((len(self.documents or [()]), self.length), far, np.int32)
+        first = -self.halo - 70 if self.halo or self.fetched else 0
+        starts = np.full((len(self.documents or [()]), self.length), first, np.int32)
         for row, begins in zip(starts, self.documents or [()], strict=True):
             for begin in begins:
                 row[begin:] = begin
@@ -83,15 +83,15 @@ def schedule_of(shard):
 
 def visited(shard, scheduler, tile, consumer, i, start):
     """How often each key from -halo - 70 on is seen by each of the positions i."""
-    far = shard.halo + 70
-    count = np.zeros((i.size, far + shard.length), int)
+    before = shard.halo + 70
+    count = np.zeros((i.size, before + shard.length), int)
 
     def add(first, size, seen):
         j = int(first) + np.arange(size)
         mask = np.broadcast_to(seen(jnp.asarray(i)[:, None], jnp.asarray(j)), (i.size, size))
-        exists = (j >= -far) & (j < shard.length)
+        exists = (j >= -before) & (j < shard.length)
         assert not mask[:, ~exists].any()
-        count[:, j[exists] + far] += mask[:, exists]
+        count[:, j[exists] + before] += mask[:, exists]
         return mask
 
     low = tile.first_key_of_all(consumer)
@@ -105,7 +105,7 @@ def visited(shard, scheduler, tile, consumer, i, start):
             return np.asarray(mask & (j < stop if scheduler.has_halo else True))
 
         mask = add(first, shard.tiles.key, seen)
-        if tile.is_clear(int(tile.first_position(consumer)), low, n):
+        if tile.is_unmasked(int(tile.first_position(consumer)), low, n):
             assert mask.all()
     for n in range(int(tile.num_sink_tiles) if scheduler.sink_tile else 0):
         first, stop, fetched = (x.item() for x in tile.sink_range(n))
@@ -113,8 +113,8 @@ def visited(shard, scheduler, tile, consumer, i, start):
         def sink_seen(i, j, stop=stop, fetched=fetched):
             if not fetched:
                 return np.asarray(_masks.sees_sink_before(i, j, start, shard.sinks, stop))
-            far = _masks.sees_fetched_sink(i, j, start, shard.window, shard.sinks)
-            return np.asarray(far) & (j < stop)
+            seen = _masks.sees_fetched_sink(i, j, start, shard.window, shard.sinks)
+            return np.asarray(seen) & (j < stop)
 
         add(first, scheduler.sink_tile, sink_seen)
     return count
