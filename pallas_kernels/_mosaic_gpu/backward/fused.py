@@ -22,7 +22,7 @@ from pallas_kernels._mosaic_gpu import register_tiles
 from pallas_kernels._mosaic_gpu.backward.dkv_reduce import reduce_parts_in_order
 from pallas_kernels._mosaic_gpu.backward.dq_accumulate import SLOTS, accumulate_tiles
 from pallas_kernels._mosaic_gpu.backward.dq_postprocess import DqEpilogue, DqSums
-from pallas_kernels._mosaic_gpu.backward.pipeline import BackwardPipeline
+from pallas_kernels._mosaic_gpu.backward.pipeline import BackwardPipeline, StepCopies
 from pallas_kernels._mosaic_gpu.backward.scheduler import QUERY_TILE, fold_steps, slot_of
 from pallas_kernels._mosaic_gpu.backward.softmax import (
     initial_logits,
@@ -30,7 +30,6 @@ from pallas_kernels._mosaic_gpu.backward.softmax import (
     staging_columns,
     write_through_smem,
 )
-from pallas_kernels._mosaic_gpu.padding import FLAG_WIDTH
 from pallas_kernels._mosaic_gpu.primitives import (
     ROW,
     ROWS,
@@ -104,14 +103,11 @@ def backward(
         sums_smem, results_smem = _dquery_buffers(pipeline, smem)
         accumulate_tiles(pipeline, refs, sums_smem, results_smem, barriers)
 
-    copied = ["query", "dout", "shift", "delta", *(["start", "padding"] if pipeline.packed else [])]
+    names = ("query", "dout", "shift", "delta", *pipeline.starts_and_flags)
+    copies = {"query": StepCopies(names, SLOTS)}
+    smem = _smem(pipeline, dim, value_dim, dkey_dtype) | pipeline.row_buffers(copies)
     dquery, dkey, dvalue = pipeline.launch(
-        consume,
-        partial(pipeline.produce, slots={"query": SLOTS}, names={"query": copied}),
-        accumulate_dq,
-        _smem(pipeline, dim, value_dim, dkey_dtype),
-        _barriers(len(copied)),
-        dkey_dtype,
+        consume, accumulate_dq, copies, smem, _barriers(len(names)), dkey_dtype
     )
     return (DqSums(dquery, pipeline.seen) if epilogue is None else dquery), dkey, dvalue
 
@@ -119,15 +115,13 @@ def backward(
 def _smem(
     pipeline: BackwardPipeline, dim: int, value_dim: int, dkey_dtype: jnp.dtype
 ) -> dict[str, Any]:
-    """Types of the buffers in shared memory."""
+    """Types of the buffers in shared memory, but for `BackwardPipeline.row_buffers`."""
     dtype, half_dim = pipeline.query.dtype, dim // 2
     smem = {
         "key": swizzled((KEY_TILE, dim), dtype, columns=half_dim),
         "value": swizzled((KEY_TILE, value_dim), dtype),
         "query": swizzled((SLOTS, QUERY_TILE, dim), dtype, columns=half_dim),
         "dout": swizzled((SLOTS, QUERY_TILE, value_dim), dtype),
-        "shift": plgpu.SMEM((SLOTS, QUERY_TILE), jnp.float32),
-        "delta": plgpu.SMEM((SLOTS, QUERY_TILE), jnp.float32),
         "dlogits": swizzled((KEY_TILE, QUERY_TILE), dtype, columns=half_dim),
         "dquery": plgpu.SMEM((SLOTS, *pipeline.dquery_tile), jnp.float32),
         # Each consumer's staging buffer for dkey and dvalue.
@@ -140,9 +134,6 @@ def _smem(
         unused = jnp.dtype(jnp.float32).itemsize // jnp.dtype(result_dtype).itemsize
         results = swizzled((SLOTS, 2, unused, ROWS, half_dim), result_dtype)
         smem["dquery"] = plgpu.RefUnion(smem["dquery"], results)
-    if pipeline.packed:
-        smem["start"] = plgpu.SMEM((SLOTS, QUERY_TILE), jnp.int32)
-        smem["padding"] = plgpu.SMEM((SLOTS, FLAG_WIDTH), jnp.int32)
     return smem
 
 

@@ -20,14 +20,13 @@ from pallas_kernels._mosaic_gpu import register_tiles
 from pallas_kernels._mosaic_gpu.backward.dkv_reduce import MAX_COLUMNS, reduce_parts_in_order
 from pallas_kernels._mosaic_gpu.backward.dq_accumulate import accumulate_slices
 from pallas_kernels._mosaic_gpu.backward.dq_postprocess import DqSums
-from pallas_kernels._mosaic_gpu.backward.pipeline import BackwardPipeline
+from pallas_kernels._mosaic_gpu.backward.pipeline import BackwardPipeline, StepCopies
 from pallas_kernels._mosaic_gpu.backward.scheduler import QUERY_TILE, fold_steps, slot_of
 from pallas_kernels._mosaic_gpu.backward.softmax import (
     initial_logits,
     softmax_weights,
     write_through_smem,
 )
-from pallas_kernels._mosaic_gpu.padding import FLAG_WIDTH
 from pallas_kernels._mosaic_gpu.primitives import (
     ROW,
     ROWS,
@@ -93,32 +92,26 @@ def backward(
         slices = [(n % 2, pl.ds(n, 1)) for n in range(dim // DQUERY_COLUMNS)]
         accumulate_slices(pipeline, refs, smem["dquery"], barriers, slices)
 
-    copied = {"query": ["query", "shift"], "dout": ["dout", "delta"]}
-    if pipeline.packed:
-        copied["query"] += ["start", "padding"]
-    sums, dkey, dvalue = pipeline.launch(
-        consume,
-        partial(pipeline.produce, slots={"query": SLOTS, "dout": 1}, names=copied),
-        accumulate_dq,
-        _smem(pipeline, dim, value_dim, dkey_dtype),
-        _barriers({name: len(members) for name, members in copied.items()}),
-        dkey_dtype,
-    )
+    copies = {
+        "query": StepCopies(("query", "shift", *pipeline.starts_and_flags), SLOTS),
+        "dout": StepCopies(("dout", "delta"), 1),
+    }
+    smem = _smem(pipeline, dim, value_dim, dkey_dtype) | pipeline.row_buffers(copies)
+    barriers = _barriers({barrier: len(arrays.names) for barrier, arrays in copies.items()})
+    sums, dkey, dvalue = pipeline.launch(consume, accumulate_dq, copies, smem, barriers, dkey_dtype)
     return DqSums(sums, pipeline.seen), dkey, dvalue
 
 
 def _smem(
     pipeline: BackwardPipeline, dim: int, value_dim: int, dkey_dtype: jnp.dtype
 ) -> dict[str, Any]:
-    """Types of the buffers in shared memory."""
+    """Types of the buffers in shared memory, but for `BackwardPipeline.row_buffers`."""
     dtype = pipeline.query.dtype
-    smem = {
+    return {
         "key": swizzled((KEY_TILE, dim), dtype, columns=DQUERY_COLUMNS),
         "value": swizzled((KEY_TILE, value_dim), dtype),
         "query": swizzled((SLOTS, QUERY_TILE, dim), dtype, columns=DQUERY_COLUMNS),
         "dout": swizzled((1, QUERY_TILE, value_dim), dtype),
-        "shift": plgpu.SMEM((SLOTS, QUERY_TILE), jnp.float32),
-        "delta": plgpu.SMEM((1, QUERY_TILE), jnp.float32),
         "factors": plgpu.SMEM(register_tiles.tile_shape(QUERY_TILE), jnp.float32),
         "dlogits": swizzled((KEY_TILE, QUERY_TILE), dtype, columns=DQUERY_COLUMNS),
         # A slice of each consumer.
@@ -126,10 +119,6 @@ def _smem(
         # Each consumer's staging buffer for dkey or dvalue.
         "out": swizzled((2, ROWS, 32 // jnp.dtype(dkey_dtype).itemsize), dkey_dtype),
     }
-    if pipeline.packed:
-        smem["start"] = plgpu.SMEM((SLOTS, QUERY_TILE), jnp.int32)
-        smem["padding"] = plgpu.SMEM((SLOTS, FLAG_WIDTH), jnp.int32)
-    return smem
 
 
 def _barriers(copies: dict[str, int]) -> dict[str, Any]:

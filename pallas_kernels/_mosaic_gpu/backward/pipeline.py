@@ -6,7 +6,7 @@ queries to those of other programs (`dq_accumulate`). `scheduler` says what a pr
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from pallas_kernels._kernels import Queries
 from pallas_kernels._masks import sees
 from pallas_kernels._mosaic_gpu import register_tiles
 from pallas_kernels._mosaic_gpu.backward import dkv_reduce, dq_postprocess
+from pallas_kernels._mosaic_gpu.backward.launch import WARPGROUPS_APART, launch
 from pallas_kernels._mosaic_gpu.backward.scheduler import (
     QUERY_TILE,
     BackwardSchedule,
@@ -29,7 +30,7 @@ from pallas_kernels._mosaic_gpu.backward.scheduler import (
 )
 from pallas_kernels._mosaic_gpu.backward.softmax import padded_lse_and_delta
 from pallas_kernels._mosaic_gpu.backward.task_splits import split_last_tasks
-from pallas_kernels._mosaic_gpu.padding import padding_flags, zero_padding
+from pallas_kernels._mosaic_gpu.padding import FLAG_WIDTH, padding_flags, zero_padding
 from pallas_kernels._mosaic_gpu.primitives import (
     MATRIX,
     ROW,
@@ -40,7 +41,18 @@ from pallas_kernels._mosaic_gpu.primitives import (
 )
 from pallas_kernels._spec import KeyRun, Spec
 from pallas_kernels._tile_ranges import query_plan, seen_tiles
-from pallas_kernels._varying import vary_as
+
+
+class StepCopies(NamedTuple):
+    """What the producer copies at each step and signals on one barrier.
+
+    Attributes:
+        names: of the arrays.
+        slots: how many steps of them shared memory holds.
+    """
+
+    names: tuple[str, ...]
+    slots: int
 
 
 class BackwardPipeline:
@@ -109,6 +121,26 @@ class BackwardPipeline:
             operands["start"] = jnp.pad(start, pad, mode="edge")
             operands["padding"] = padding_flags(start)
         return operands
+
+    @property
+    def starts_and_flags(self) -> tuple[str, ...]:
+        """Arrays that tell of documents and padding, which come with the queries."""
+        return ("start", "padding") if self.packed else ()
+
+    def row_buffers(self, copies: Mapping[str, StepCopies]) -> dict[str, Any]:
+        """Types of the buffers in shared memory for one number of each query, and for flags."""
+        types = {
+            "shift": ((QUERY_TILE,), jnp.float32),
+            "delta": ((QUERY_TILE,), jnp.float32),
+            "start": ((QUERY_TILE,), jnp.int32),
+            "padding": ((FLAG_WIDTH,), jnp.int32),
+        }
+        return {
+            name: plgpu.SMEM((arrays.slots, *types[name][0]), types[name][1])
+            for arrays in copies.values()
+            for name in arrays.names
+            if name in types
+        }
 
     def program_schedule(self, refs: dict[str, Any]) -> ProgramSchedule:
         """The schedule of the program that asks."""
@@ -181,18 +213,16 @@ class BackwardPipeline:
         refs: dict[str, Any],
         smem: dict[str, Any],
         barriers: dict[str, Any],
-        slots: dict[str, int],
-        names: dict[str, list[str]],
+        copies: Mapping[str, StepCopies],
     ) -> None:
         """The producer: copies keys and values once, and the arrays of each step.
 
         Args:
             refs: arrays in global memory.
             smem: buffers, with slots in front but for keys and values.
-            barriers: "key", and for each name in ``names`` a barrier on which copies arrive, and
+            barriers: "key", and for each name in ``copies`` a barrier on which copies arrive, and
                 one with "_free" on which the consumers arrive when they have read a slot.
-            slots: how many slots the arrays of each barrier have.
-            names: the arrays of each barrier.
+            copies: the arrays of each barrier.
         """
         schedule, size = self.program_schedule(refs), self.schedule.key_tile
         for name in ("key", "value"):
@@ -211,10 +241,10 @@ class BackwardPipeline:
                 "start": (schedule.row, rows),
                 "padding": (schedule.row, query_block),
             }
-            for barrier, members in names.items():
-                slot = slot_of(number, slots[barrier])
+            for barrier, arrays in copies.items():
+                slot = slot_of(number, arrays.slots)
                 plgpu.barrier_wait(barriers[barrier + "_free"].at[slot])
-                for name in members:
+                for name in arrays.names:
                     src, dst = refs[name].at[indices[name]], smem[name].at[slot]
                     plgpu.copy_gmem_to_smem(src, dst, barriers[barrier].at[slot])
 
@@ -223,8 +253,8 @@ class BackwardPipeline:
     def launch(
         self,
         consume: Callable[..., None],
-        produce: Callable[..., None],
         accumulate_dq: Callable[..., None],
+        copies: Mapping[str, StepCopies],
         smem: dict[str, Any],
         barriers: dict[str, Any],
         dkey_dtype: jnp.dtype,
@@ -233,8 +263,8 @@ class BackwardPipeline:
 
         Args:
             consume: ``consume(refs, smem, barriers, warpgroup)``, of warpgroups 0 and 1.
-            produce: ``produce(refs, smem, barriers)``, of warpgroup 2.
-            accumulate_dq: likewise, of warpgroup 3.
+            accumulate_dq: ``accumulate_dq(refs, smem, barriers)``, of warpgroup 3.
+            copies: what `produce` copies, in warpgroup 2.
             smem: types of the buffers in shared memory.
             barriers: types of the barriers.
             dkey_dtype: of dkey and dvalue.
@@ -247,9 +277,7 @@ class BackwardPipeline:
             name: jax.new_ref(jnp.zeros(shape, jnp.int32)) for name, shape in semaphores.items()
         }
 
-        def ring_swa_backward_fused(*refs):
-            inputs = dict(zip((*operands, *outputs, *partial_sums), refs, strict=True))
-
+        def ring_swa_backward_fused(refs):
             def body(smem, barriers):
                 warpgroup = lax.axis_index("warpgroup")
 
@@ -257,34 +285,29 @@ class BackwardPipeline:
                 @pl.when(warpgroup < 2)
                 def consumers():
                     plgpu.set_max_registers(232, action="increase")
-                    consume(inputs, smem, barriers, warpgroup)
+                    consume(refs, smem, barriers, warpgroup)
 
                 @pl.when(warpgroup == 2)
                 def producer():
                     plgpu.set_max_registers(24, action="decrease")
-                    produce(inputs, smem, barriers)
+                    self.produce(refs, smem, barriers, copies)
 
                 @pl.when(warpgroup == 3)
                 def dq_accumulator():
                     plgpu.set_max_registers(24, action="decrease")
-                    accumulate_dq(inputs, smem, barriers)
+                    accumulate_dq(refs, smem, barriers)
 
             pl.run_scoped(body, smem, barriers, collective_axes="warpgroup")
 
-        results = plgpu.kernel(
+        found = launch(
             ring_swa_backward_fused,
-            out_type=(*outputs.values(), *partial_sums.values()),
-            grid=(self.schedule.programs,),
-            grid_names=("program",),
-            num_threads=4,
-            thread_name="warpgroup",
-            compiler_params=plgpu.CompilerParams(
-                approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-            ),
-        )(*operands.values())
-        # Kernels of Mosaic GPU drop manual mesh axes.
-        arrays = (vary_as(self.query, x) for x in results)
-        found = dict(zip((*outputs, *partial_sums), arrays, strict=True))
+            operands,
+            outputs | partial_sums,
+            programs=self.schedule.programs,
+            varies_as=self.query,
+            compiler_params=WARPGROUPS_APART,
+            warpgroups=4,
+        )
         dquery = found["dquery_sums"] if self.epilogue is None else self.epilogue.crop(found["out"])
         return dquery, found["dkey"], found["dvalue"]
 

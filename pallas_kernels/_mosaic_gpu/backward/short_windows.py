@@ -20,6 +20,7 @@ from jaxtyping import Float, Float32, Int
 from pallas_kernels._kernels import BackwardInputs
 from pallas_kernels._logits import LOWEST
 from pallas_kernels._masks import sees
+from pallas_kernels._mosaic_gpu.backward.launch import WARPGROUPS_APART, launch
 from pallas_kernels._mosaic_gpu.backward.short_windows_dq import DqProducer
 from pallas_kernels._mosaic_gpu.backward.short_windows_schedule import (
     CONSUMERS,
@@ -51,7 +52,6 @@ from pallas_kernels._mosaic_gpu.primitives import (
     zeros,
 )
 from pallas_kernels._spec import Spec
-from pallas_kernels._varying import vary_as
 
 SUBTILE = 32
 """Queries of a tile whose logits a consumer has in registers at a time."""
@@ -100,43 +100,48 @@ def backward(
         "dquery": jax.ShapeDtypeStruct(query.shape, dquery_dtype),
         "dkey": jax.ShapeDtypeStruct(run.key.shape, dkey_dtype),
         "dvalue": jax.ShapeDtypeStruct(run.value.shape, dkey_dtype),
-        "delta": jax.ShapeDtypeStruct((batch, heads, num_tiles * TILE), jnp.float32),
+        "minus_delta": jax.ShapeDtypeStruct((batch, heads, num_tiles * TILE), jnp.float32),
     }
+    smem, barriers = _smem(schedule, inputs, dquery_dtype, dkey_dtype), _barriers(schedule)
 
-    def ring_swa_backward_short(*refs):
-        named = dict(zip((*operands, *outputs), refs, strict=True))
-
-        def body(smem, barriers):
-            warpgroup = lax.axis_index("warpgroup")
-
-            # A multiprocessor has 512 registers for each thread of a warpgroup.
-            @pl.when(warpgroup < CONSUMERS)
-            def consumers():
-                plgpu.set_max_registers(144, action="increase")
-                _Consumer(spec, schedule, named, smem, barriers, warpgroup).run()
-
-            @pl.when(warpgroup == CONSUMERS)
-            def producer():
-                plgpu.set_max_registers(80, action="decrease")
-                DqProducer(spec, schedule, tiles_of_others, named, smem, barriers).run()
-
-        smem, barriers = _smem(schedule, inputs, dquery_dtype, dkey_dtype), _barriers(schedule)
+    def ring_swa_backward_short(refs):
+        body = partial(_program, spec, schedule, tiles_of_others, refs)
         pl.run_scoped(body, smem, barriers, collective_axes="warpgroup")
 
-    results = plgpu.kernel(
+    results = launch(
         ring_swa_backward_short,
-        out_type=tuple(outputs.values()),
-        grid=(schedule.programs,),
-        grid_names=("program",),
-        num_threads=CONSUMERS + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
-    )(*operands.values())
-    # Kernels of Mosaic GPU drop manual mesh axes.
-    dquery, dkey, dvalue, minus_delta = (vary_as(query, x) for x in results)
-    return dquery, dkey, dvalue, -minus_delta[..., :length]
+        operands,
+        outputs,
+        programs=schedule.programs,
+        varies_as=query,
+        compiler_params=WARPGROUPS_APART,
+        warpgroups=CONSUMERS + 1,
+    )
+    delta = -results["minus_delta"][..., :length]
+    return results["dquery"], results["dkey"], results["dvalue"], delta
+
+
+def _program(
+    spec: Spec,
+    schedule: ShortSchedule,
+    tiles_of_others: int,
+    refs: dict[str, Any],
+    smem: dict[str, Any],
+    barriers: dict[str, Any],
+) -> None:
+    """A program: its consumers, and the producer, which also computes dq."""
+    warpgroup = lax.axis_index("warpgroup")
+
+    # A multiprocessor has 512 registers for each thread of a warpgroup.
+    @pl.when(warpgroup < CONSUMERS)
+    def consumers():
+        plgpu.set_max_registers(144, action="increase")
+        _Consumer(spec, schedule, refs, smem, barriers, warpgroup).run()
+
+    @pl.when(warpgroup == CONSUMERS)
+    def producer():
+        plgpu.set_max_registers(80, action="decrease")
+        DqProducer(spec, schedule, tiles_of_others, refs, smem, barriers).run()
 
 
 def _operands(

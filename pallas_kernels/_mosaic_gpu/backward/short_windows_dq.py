@@ -171,7 +171,7 @@ class DqProducer:
 
         @pl.when(query_block < self.chunk.end)
         def write():
-            dst = self.refs["delta"].at[self.chunk.row, head, pl.ds(query_block * TILE, TILE)]
+            dst = self.refs["minus_delta"].at[self.chunk.row, head, pl.ds(query_block * TILE, TILE)]
             plgpu.copy_smem_to_gmem(minus_delta, dst)
 
     def _zero_padding(self, slot: Int[Array, ""], query_block: Int[Array, ""]) -> None:

@@ -22,6 +22,7 @@ from jaxtyping import Float, Float32, Int
 from pallas_kernels._kernels import Queries
 from pallas_kernels._masks import sees_beyond_window
 from pallas_kernels._mosaic_gpu.backward.dq_postprocess import DqPostprocess, DqSums
+from pallas_kernels._mosaic_gpu.backward.launch import launch
 from pallas_kernels._mosaic_gpu.backward.softmax import (
     initial_logits,
     padded_lse_and_delta,
@@ -42,7 +43,6 @@ from pallas_kernels._mosaic_gpu.primitives import (
     zeros,
 )
 from pallas_kernels._spec import Spec
-from pallas_kernels._varying import vary_as
 
 MAX_CHUNK = 512
 """Queries of a chunk at most: enough programs for a GPU, and few partial sums."""
@@ -93,7 +93,7 @@ def backward_by_chunks(
         sinks[1].shape[4],
     )
     work = DqPostprocess(sums, others, scale=spec.scale, rows=length, dtype=dquery_dtype)
-    launch = _Launch(
+    settings = _Settings(
         spec=spec,
         work=work,
         group_size=work.heads // num_kv_heads,
@@ -104,36 +104,32 @@ def backward_by_chunks(
         dtype=query.dtype,
         columns={"dkey": dim, "dvalue": value_dim},
     )
-    operands = _operands(launch, queries, sinks, starts)
-    parts = work.batch, launch.num_chunks, work.heads, launch.written_rows
+    parts = work.batch, settings.num_chunks, work.heads, settings.written_rows
     outputs = {
         "out": work.out_type,
         "dkey": jax.ShapeDtypeStruct((*parts, dim), jnp.float32),
         "dvalue": jax.ShapeDtypeStruct((*parts, value_dim), jnp.float32),
     }
 
-    def ring_swa_backward_sinks(*refs):
-        named = dict(zip((*operands, *outputs), refs, strict=True))
-
+    def ring_swa_backward_sinks(refs):
         def body(*memory):
-            _Program(launch, named, *memory).run()
+            _Program(settings, refs, *memory).run()
 
-        pl.run_scoped(body, _smem(launch), work.smem, _barriers(launch))
+        pl.run_scoped(body, _smem(settings), work.smem, _barriers(settings))
 
-    results = plgpu.kernel(
+    results = launch(
         ring_swa_backward_sinks,
-        out_type=tuple(outputs.values()),
-        grid=(work.batch * launch.num_chunks * work.heads,),
-        grid_names=("program",),
+        _operands(settings, queries, sinks, starts),
+        outputs,
+        programs=work.batch * settings.num_chunks * work.heads,
+        varies_as=query,
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-    )(*operands.values())
-    # Kernels of Mosaic GPU drop manual mesh axes.
-    dquery, dkey, dvalue = (vary_as(query, x) for x in results)
-    return work.crop(dquery), dkey, dvalue
+    )
+    return work.crop(results["out"]), results["dkey"], results["dvalue"]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Launch:
+class _Settings:
     """What all programs have in common.
 
     Attributes:
@@ -165,7 +161,7 @@ class _Launch:
 
 
 def _operands(
-    launch: _Launch,
+    settings: _Settings,
     queries: Queries,
     sinks: tuple[Float[Array, "B chunks K 64 H"], Float[Array, "B chunks K 64 Hv"]],
     starts: Int[Array, "B chunks"],
@@ -173,24 +169,24 @@ def _operands(
     """The arrays that the kernel reads, by name."""
     query, dout, lse, delta, start = queries
     operands = {
-        **launch.work.operands,
+        **settings.work.operands,
         "query": query,
         "dout": dout,
-        **padded_lse_and_delta(launch.spec, lse, delta, launch.work.num_tiles * ROWS),
+        **padded_lse_and_delta(settings.spec, lse, delta, settings.work.num_tiles * ROWS),
         "key": sinks[0],
         "value": sinks[1],
         "starts": starts,
     }
-    if launch.packed:
+    if settings.packed:
         operands["start"] = jnp.pad(start, ((0, 0), (0, -query.shape[1] % ROWS)), mode="edge")
         operands["padding"] = padding_flags(start)
     return operands
 
 
-def _smem(launch: _Launch) -> dict[str, Any]:
+def _smem(settings: _Settings) -> dict[str, Any]:
     """Types of the buffers in shared memory."""
-    dim, value_dim = launch.columns["dkey"], launch.columns["dvalue"]
-    dtype, slice_columns = launch.dtype, launch.work.columns
+    dim, value_dim = settings.columns["dkey"], settings.columns["dvalue"]
+    dtype, slice_columns = settings.dtype, settings.work.columns
     smem = {
         "key": swizzled((ROWS, dim), dtype, columns=slice_columns),
         "value": swizzled((ROWS, value_dim), dtype),
@@ -202,17 +198,17 @@ def _smem(launch: _Launch) -> dict[str, Any]:
         # The staging buffer for the gradients of sinks.
         "out": plgpu.SMEM((ROWS, staging_columns(jnp.float32, dim, value_dim)), jnp.float32),
     }
-    if launch.packed:
+    if settings.packed:
         smem["start"] = plgpu.SMEM((ROWS,), jnp.int32)
         smem["padding"] = plgpu.SMEM((FLAG_WIDTH,), jnp.int32)
     return smem
 
 
-def _barriers(launch: _Launch) -> dict[str, Any]:
+def _barriers(settings: _Settings) -> dict[str, Any]:
     """Types of the barriers. Copies arrive, and the program's only warpgroup waits."""
     return {
         "key": plgpu.Barrier(num_arrivals=2),
-        "query": plgpu.Barrier(num_arrivals=6 if launch.packed else 4),
+        "query": plgpu.Barrier(num_arrivals=6 if settings.packed else 4),
     }
 
 
@@ -220,7 +216,7 @@ class _Program:
     """A program, which is one warpgroup.
 
     Args:
-        launch: what all programs have in common.
+        settings: what all programs have in common.
         refs: arrays in global memory.
         smem: buffers of `_smem`.
         dquery_smem: that of `DqPostprocess`.
@@ -229,29 +225,29 @@ class _Program:
 
     def __init__(
         self,
-        launch: _Launch,
+        settings: _Settings,
         refs: dict[str, Any],
         smem: dict[str, Any],
         dquery_smem: Any,
         barriers: dict[str, Any],
     ):
-        self.launch, self.spec, self.work = launch, launch.spec, launch.work
+        self.settings, self.spec, self.work = settings, settings.spec, settings.work
         self.refs, self.smem, self.barriers = refs, smem, barriers
         self.dquery_smem = dquery_smem
         index, heads = lax.axis_index("program"), jnp.int32(self.work.heads)
-        num_chunks = jnp.int32(launch.num_chunks)
+        num_chunks = jnp.int32(settings.num_chunks)
         self.head = lax.rem(index, heads)
         index = lax.div(index, heads)
         self.chunk, self.row = lax.rem(index, num_chunks), lax.div(index, num_chunks)
-        self.begin = self.chunk * launch.chunk_tiles
-        end = self.chunk * launch.chunk_tiles + launch.chunk_tiles
+        self.begin = self.chunk * settings.chunk_tiles
+        end = self.chunk * settings.chunk_tiles + settings.chunk_tiles
         self.end = jnp.minimum(end, self.work.num_tiles)
         self.first_sink = refs["starts"][self.row, self.chunk]
 
     def run(self) -> None:
         """Computes the chunk."""
         for name in ("key", "value"):
-            kv_head = lax.div(self.head, jnp.int32(self.launch.group_size))
+            kv_head = lax.div(self.head, jnp.int32(self.settings.group_size))
             src = self.refs[name].at[self.row, self.chunk, kv_head]
             plgpu.copy_gmem_to_smem(src, self.smem[name], self.barriers["key"])
         plgpu.barrier_wait(self.barriers["key"])
@@ -261,7 +257,7 @@ class _Program:
         first_query = self.first_sink + self.spec.window + 1
         first_tile = lax.div(jnp.maximum(first_query, 0), jnp.int32(ROWS))
         first_tile = jnp.clip(first_tile, self.begin, self.end)
-        if sum(self.launch.columns.values()) <= MAX_COLUMNS:
+        if sum(self.settings.columns.values()) <= MAX_COLUMNS:
             self._pass_over_queries(("dkey", "dvalue"), first_tile)
         else:
             self._pass_over_queries(("dkey",), first_tile)
@@ -297,7 +293,7 @@ class _Program:
                 lambda tile, _: self._finish_dquery(tile, through_sinks=False),
                 None,
             )
-        initial = tuple(zeros(self.launch.columns[name]) for name in names)
+        initial = tuple(zeros(self.settings.columns[name]) for name in names)
         sums = fori(first_tile, self.end, step, initial)
         for name, result in zip(names, sums, strict=True):
             self._write(name, result)
@@ -311,7 +307,7 @@ class _Program:
         for name in ("shift", "delta"):
             src = self.refs[name].at[self.row, self.head, rows]
             plgpu.copy_gmem_to_smem(src, self.smem[name], arrived)
-        if self.launch.packed:
+        if self.settings.packed:
             src = self.refs["start"].at[self.row, rows]
             plgpu.copy_gmem_to_smem(src, self.smem["start"], arrived)
             src = self.refs["padding"].at[self.row, tile]
@@ -342,7 +338,7 @@ class _Program:
                 shift,
                 jnp.bool_(False),
                 partial(self._mask, tile),
-                self.launch.dtype,
+                self.settings.dtype,
             )
             if "dvalue" in names:
                 plgpu.wgmma(named["dvalue"], weights, smem["dout"])
@@ -356,7 +352,7 @@ class _Program:
 
     def _zero_padding(self, tile: Int[Array, ""]) -> None:
         """Zeros in the padding of a tile of queries."""
-        if not self.launch.packed:
+        if not self.settings.packed:
             return
         smem = self.smem
 
@@ -372,11 +368,11 @@ class _Program:
         i = plgpu.broadcasted_iota(jnp.int32, (ROWS, ROWS), 1, layout=MATRIX)
         i, j = i * opaque_to_compiler(1) + tile * ROWS, j + self.first_sink
         starts = self.first_sink
-        if self.launch.packed:
+        if self.settings.packed:
             starts = broadcast_row(load_as(self.smem["start"], ROW))
         spec = self.spec
         seen = sees_beyond_window(i, j, starts, spec.window, spec.num_sinks)
-        if not self.launch.fetched:
+        if not self.settings.fetched:
             seen &= j >= 0
         return jnp.where(seen, weights, 0.0)
 
@@ -402,7 +398,7 @@ class _Program:
 
     def _write(self, name: str, sums: Float32[Array, "64 columns"]) -> None:
         """Writes the gradients of the sinks' keys or values."""
-        rows = self.launch.written_rows
+        rows = self.settings.written_rows
 
         def dst(column, columns):
             return self.refs[name].at[
