@@ -1,4 +1,4 @@
-"""Where each token's sequence starts and ends on one chunk of many, by cu_seqlens or segment_ids."""
+"""Where sequences start and end, on one chunk of many, from cu_seqlens or segment_ids."""
 
 import dataclasses
 

@@ -12,9 +12,10 @@ from jaxtyping import Float
 from pallas_kernels import _device, _support
 from pallas_kernels._kernels import BackwardInputs, ForwardInputs, Gradients, Kernels
 from pallas_kernels._mosaic_gpu.backward import choice
+from pallas_kernels._mosaic_gpu.fallback import leaves_to_fallback
 from pallas_kernels._mosaic_gpu.forward.kernel import forward
 from pallas_kernels._mosaic_gpu.padding import is_padding
-from pallas_kernels._mosaic_gpu.primitives import pad_front_to_multiple_of_8
+from pallas_kernels._mosaic_gpu.primitives import pad_to_multiple_of_8
 from pallas_kernels._mosaic_gpu.tiles import MosaicTiles, mosaic_tiles
 from pallas_kernels._spec import KeyRun, Spec, Starts, State
 from pallas_kernels._xla.kernels import XlaKernels
@@ -63,10 +64,14 @@ class MosaicKernels:
         out_dtype: jnp.dtype,
     ) -> State:
         """As `Kernels.forward`."""
+        if leaves_to_fallback(spec, inputs):
+            return self.fallback.forward(
+                spec, inputs, state, rows=rows, resume=resume, out_dtype=out_dtype
+            )
         query, runs = inputs.query, _with_zero_padding(inputs.runs, inputs.start)
         return forward(
             spec,
-            inputs._replace(runs=pad_front_to_multiple_of_8(runs)),
+            inputs._replace(runs=pad_to_multiple_of_8(runs)),
             state,
             rows=rows,
             resume=resume,

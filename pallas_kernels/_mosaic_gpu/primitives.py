@@ -82,19 +82,21 @@ def load_as(ref: Any, layout) -> Array:
     return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]  # jax 0.10's
 
 
-def pad_front_to_multiple_of_8(runs: tuple[KeyRun, ...]) -> tuple[KeyRun, ...]:
-    """The runs with zeros in front, as TMA counts rows by 8.
+def pad_to_multiple_of_8(runs: tuple[KeyRun, ...]) -> tuple[KeyRun, ...]:
+    """The runs with zeros in front, the last of several behind, as TMA counts rows by 8.
 
-    No window reaches these zeros: only the last hop of a halo, which has the first keys, has a
-    length that is not a multiple of 8.
+    No window reaches these zeros: only the last hop of a halo, which has the first or the last of
+    all keys, has a length that is not a multiple of 8.
     """
 
     def padded(run):
         missing = -run.key.shape[1] % 8
         if not missing:
             return run
-        pad = ((0, 0), (missing, 0), (0, 0), (0, 0))
-        return KeyRun(jnp.pad(run.key, pad), jnp.pad(run.value, pad), run.offset - missing)
+        behind = missing if len(runs) > 1 and run is runs[-1] else 0
+        pad = ((0, 0), (missing - behind, behind), (0, 0), (0, 0))
+        offset = run.offset - (missing - behind)
+        return KeyRun(jnp.pad(run.key, pad), jnp.pad(run.value, pad), offset)
 
     return tuple(map(padded, runs))
 

@@ -44,7 +44,7 @@ def starts_from_cu_seqlens(cu_seqlens, length):
 
 
 def visible(starts, window_size, num_sink_tokens=0):
-    """mask[i, j]: query i attends key j. [S] -> [S, S] bool. A pair is (keys before, keys after)."""
+    """mask[i, j]: query i attends key j, [S, S]. A pair is (keys before, keys after)."""
     i = np.arange(len(starts))[:, None]
     j = np.arange(len(starts))[None, :]
     start = starts[:, None]

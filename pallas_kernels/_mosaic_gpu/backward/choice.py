@@ -24,8 +24,9 @@ from pallas_kernels._mosaic_gpu.backward import (
 )
 from pallas_kernels._mosaic_gpu.backward import sinks as sinks_backward
 from pallas_kernels._mosaic_gpu.backward.short_windows_schedule import LONGEST_WINDOW
+from pallas_kernels._mosaic_gpu.fallback import leaves_to_fallback
 from pallas_kernels._mosaic_gpu.padding import zero_delta
-from pallas_kernels._mosaic_gpu.primitives import pad_front_to_multiple_of_8
+from pallas_kernels._mosaic_gpu.primitives import pad_to_multiple_of_8
 from pallas_kernels._spec import KeyRun, SinkRun, Spec
 
 
@@ -52,19 +53,21 @@ class FusedBackward(Protocol):
 
 def fused_backward(spec: Spec, inputs: BackwardInputs) -> FusedBackward | None:
     """The fused kernel for this launch; None if there is none, or two kernels are faster."""
-    window, (*before, own) = spec.window, inputs.runs
-    dim, value_dim = inputs.query.shape[-1], own.value.shape[-1]
-    has_sinks_beyond_window = _has_sinks_beyond_window(spec, own, inputs.sinks)
+    window, runs = spec.window, inputs.runs
+    dim, value_dim = inputs.query.shape[-1], runs[0].value.shape[-1]
+    has_sinks_beyond_window = _has_sinks_beyond_window(spec, runs, inputs.sinks)
+    if leaves_to_fallback(spec, inputs):
+        return None
     widest = max(dim, value_dim)
     takes_heads = dim % 32 == 0 if widest <= 128 else fused_wide_heads.takes(dim, value_dim)
     if not takes_heads or (has_sinks_beyond_window and not sinks_backward.takes(spec)):
         return None
     is_short = window is not None and window <= LONGEST_WINDOW
-    own_keys_alone = not own.offset and not before and not has_sinks_beyond_window
+    own_keys_alone = len(runs) == 1 and not runs[0].offset and not has_sinks_beyond_window
     if is_short and own_keys_alone and widest <= 64 and value_dim % 32 == 0:
         return _by_short_windows
     kernel = fused if widest <= 128 else fused_wide_heads
-    if not fuses_backward(widest, window) or not _can_join(spec, inputs.runs, kernel.KEY_TILE):
+    if not fuses_backward(widest, window) or not _can_join(spec, runs, kernel.KEY_TILE):
         return None
     return partial(_by_key_tiles, kernel)
 
@@ -124,9 +127,10 @@ def _by_key_tiles(
     deterministic: bool,
 ) -> Gradients:
     """The `FusedBackward` by ``kernel``: `fused` or `fused_wide_heads`."""
-    query, runs, sinks, start, out, dout, lse = inputs
-    own = runs[-1]
-    delta = _logits.delta_of(out[:, :rows], dout[:, :rows], jnp.float32)
+    query, runs, sinks, start = inputs.query, inputs.runs, inputs.sinks, inputs.start
+    dout, lse = inputs.dout, inputs.lse
+    has_own_keys = any(run.offset == spec.first_key for run in runs)
+    delta = _logits.delta_of(inputs.out[:, :rows], dout[:, :rows], jnp.float32)
     if start.ndim:
         delta = zero_delta(start, delta)
     queries = Queries(query, dout, lse, delta, start)
@@ -134,16 +138,16 @@ def _by_key_tiles(
         kernel.backward,
         spec,
         queries,
-        _joined(runs, kernel.KEY_TILE) if len(runs) > 1 else pad_front_to_multiple_of_8(runs)[0],
+        _joined(runs, kernel.KEY_TILE) if len(runs) > 1 else pad_to_multiple_of_8(runs)[0],
         rows=rows,
         num_sms=_device.multiprocessors(),
         deterministic=deterministic,
     )
-    if _has_sinks_beyond_window(spec, own, sinks):
+    if _has_sinks_beyond_window(spec, runs, sinks):
         sums, *gradients = launch(dkey_dtype=jnp.dtype(jnp.float32))
         *before, (dkey, dvalue) = _split_by_runs(runs, gradients)
         dquery, dkey, dvalue, dsinks = sinks_backward.backward(
-            spec, queries, own, sinks, sums, dquery, dkey, dvalue, dquery_dtype=dquery_dtype
+            spec, queries, runs[-1], sinks, sums, dquery, dkey, dvalue, dquery_dtype=dquery_dtype
         )
         rounded = tuple(
             (dkey.astype(dkey_dtype), dvalue.astype(dkey_dtype))
@@ -153,7 +157,7 @@ def _by_key_tiles(
     if (
         kernel is fused
         and deterministic
-        and not own.offset
+        and has_own_keys
         and dquery is None
         and dquery_dtype == query.dtype
         and rounds_within_backward(spec.window, packed=start.ndim > 0)
@@ -167,13 +171,14 @@ def _by_key_tiles(
     return Gradients(dquery, _split_by_runs(runs, gradients), None, delta)
 
 
-def _has_sinks_beyond_window(spec: Spec, run: KeyRun, sinks: SinkRun | None) -> bool:
+def _has_sinks_beyond_window(spec: Spec, runs: tuple[KeyRun, ...], sinks: SinkRun | None) -> bool:
     """Whether queries may see sinks that their windows do not reach."""
-    return spec.window is not None and (sinks is not None or spec.sinks_in(run.offset) > 0)
+    own_sinks = any(spec.sinks_in(run.offset) > 0 for run in runs)
+    return spec.window is not None and (sinks is not None or own_sinks)
 
 
 def _can_join(spec: Spec, runs: tuple[KeyRun, ...], key_tile: int) -> bool:
-    """Whether one launch can take all runs: they are adjacent, and end with the own keys.
+    """Whether one launch can take all runs: they are adjacent, and the own keys are among them.
 
     `_joined` pads the first tile of keys, so no query may see this padding. Without a window two
     launches are better, as each can have its longest tasks first: they took 5% less time on an H100
@@ -183,13 +188,13 @@ def _can_join(spec: Spec, runs: tuple[KeyRun, ...], key_tile: int) -> bool:
         return True
     ends = [run.offset + run.key.shape[1] for run in runs]
     begins = [run.offset for run in runs]
-    if spec.window is None or begins[-1] or ends[:-1] != begins[1:]:
+    if spec.window is None or spec.first_key not in begins or ends[:-1] != begins[1:]:
         return False
     return begins[0] % key_tile == 0 or begins[0] + spec.window <= 0
 
 
 def _joined(runs: tuple[KeyRun, ...], key_tile: int) -> KeyRun:
-    """Adjacent runs as one, padded in front so that a tile of keys begins with the own keys."""
+    """Adjacent runs as one, padded in front so that a tile of keys begins at position 0."""
     padding = runs[0].offset % key_tile
     pad = ((0, 0), (padding, 0), (0, 0), (0, 0))
     key, value = (

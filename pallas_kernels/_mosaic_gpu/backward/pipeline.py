@@ -106,7 +106,7 @@ class BackwardPipeline:
 
     def _operands(self, queries: Queries, plan: Int[Array, "#B tiles 4"]) -> dict[str, Any]:
         """The arrays that the kernel reads, by name."""
-        query, dout, lse, delta, start = queries
+        query, dout, lse, delta, start, _ = queries
         length = self.schedule.num_query_tiles * QUERY_TILE
         operands = {
             "query": query,

@@ -148,7 +148,8 @@ def _operands(
     spec: Spec, inputs: BackwardInputs, others: Float32[Array, "B R0 N H"] | None
 ) -> tuple[dict[str, Array], int]:
     """The arrays that the kernel reads, and how many tiles of queries ``others`` has."""
-    query, (run,), _, start, out, dout, lse = inputs
+    query, (run,), start = inputs.query, inputs.runs, inputs.start
+    out, dout, lse = inputs.out, inputs.dout, inputs.lse
     pad = -query.shape[1] % TILE
     shift = shift_of(spec, lse)
     operands = {

@@ -167,7 +167,7 @@ def _operands(
     starts: Int[Array, "B chunks"],
 ) -> dict[str, Any]:
     """The arrays that the kernel reads, by name."""
-    query, dout, lse, delta, start = queries
+    query, dout, lse, delta, start, _ = queries
     operands = {
         **settings.work.operands,
         "query": query,
