@@ -40,7 +40,7 @@ class Contender:
 def _ours(implementation: str) -> Callable[[Shape], Attend]:
     def build(shape: Shape) -> Attend:
         options: dict[str, Any] = {
-            "window_size": shape.window,
+            "window_size": shape.window_size,
             "num_sink_tokens": shape.sinks,
             "implementation": implementation,
         }
@@ -66,9 +66,11 @@ def _no_sinks(shape: Shape) -> None:
 def _cudnn(shape: Shape) -> Attend:
     _no_sinks(shape)
     if not shape.documents:
-        window = None if shape.window is None else (shape.window, 0)
+        bounded = shape.window is not None and shape.after is not None
+        window = (shape.window, shape.after) if bounded else None
+        causal = shape.after == 0
         return lambda query, key, value, _: jax.nn.dot_product_attention(
-            query, key, value, is_causal=True, local_window_size=window, implementation="cudnn"
+            query, key, value, is_causal=causal, local_window_size=window, implementation="cudnn"
         )
     # jax.nn offers no packed documents; what it calls does.
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
@@ -89,21 +91,32 @@ def _flash_attention_3(shape: Shape) -> Attend:
     _no_sinks(shape)
     from flash_attn3_jax import flash_mha, flash_mha_varlen
 
-    window = (-1, -1) if shape.window is None else (shape.window, 0)
+    causal = shape.after == 0
+    window = _flash_window(shape)
     if not shape.documents:
         return lambda query, key, value, _: flash_mha(
-            query, key, value, is_causal=True, window_size=window
+            query, key, value, is_causal=causal, window_size=window
         )
     longest = max(shape.documents)
     return lambda query, key, value, cu_seqlens: flash_mha_varlen(
         query[0], key[0], value[0], cu_seqlens,
-        max_seqlen_q=longest, max_seqlen_k=longest, is_causal=True, window_size=window,
+        max_seqlen_q=longest, max_seqlen_k=longest, is_causal=causal, window_size=window,
     )[None]  # fmt: skip
+
+
+def _flash_window(shape: Shape) -> tuple[int, int]:
+    """The window as FlashAttention writes it; without a bound before, causal or not, no window."""
+    if shape.window is None and shape.after == 0:
+        return -1, -1
+    before, after = (-1 if bound is None else bound for bound in (shape.window, shape.after))
+    return before, after
 
 
 def _flash_attention_3_deterministic(shape: Shape) -> Attend:
     """Only the backward pass for packed sequences has the mode: one sequence is a pack of one."""
     _no_sinks(shape)
+    if shape.batch > 1:
+        raise NotImplementedError("one row is measured in this mode")
     from flash_attn3_jax.varlen_bwd import flash_mha_varlen_bwd
     from flash_attn3_jax.varlen_fwd import flash_mha_varlen_fwd
 
@@ -111,8 +124,8 @@ def _flash_attention_3_deterministic(shape: Shape) -> Attend:
     config: dict[str, Any] = {
         "max_seqlen_q": longest,
         "max_seqlen_k": longest,
-        "is_causal": True,
-        "window_size": (-1, -1) if shape.window is None else (shape.window, 0),
+        "is_causal": shape.after == 0,
+        "window_size": _flash_window(shape),
     }
 
     def forward(query, key, value, ends):
@@ -140,10 +153,12 @@ def _tokamax(shape: Shape) -> Attend:
         raise NotImplementedError("takes no packed documents")
     import tokamax
 
-    window = None if shape.window is None else (shape.window, 0)
+    bounded = shape.window is not None and shape.after is not None
+    window = (shape.window, shape.after) if bounded else None
+    causal = shape.after == 0
     # Its other implementations compute O(S * S) logits in the backward pass.
     return lambda query, key, value, _: tokamax.dot_product_attention(
-        query, key, value, is_causal=True, local_window_size=window, implementation="mosaic"
+        query, key, value, is_causal=causal, local_window_size=window, implementation="mosaic"
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 class Shape:
     """One attention call, in bfloat16.
 
+    ``window`` and ``after`` are the keys before and after a query that it sees, None for all.
     ``documents`` are the lengths of packed sequences; empty for one sequence of ``length``.
     """
 
@@ -20,16 +21,24 @@ class Shape:
     window: int | None
     sinks: int = 0
     documents: tuple[int, ...] = ()
+    after: int | None = 0
+    batch: int = 1
+
+    @property
+    def window_size(self) -> int | tuple[int | None, int | None] | None:
+        """What our functions take."""
+        return self.window if self.after == 0 else (self.window, self.after)
 
     def pairs(self) -> int:
-        """How many (query, key) pairs of one head are attended."""
+        """How many (query, key) pairs of one head are attended, in all rows."""
         total = 0
         for length in self.documents or (self.length,):
             i = np.arange(length, dtype=np.int64)
             window = i if self.window is None else np.minimum(i, self.window)
             sinks = np.minimum(np.maximum(i - window, 0), self.sinks)
-            total += int((window + 1 + sinks).sum())
-        return total
+            after = i[::-1] if self.after is None else np.minimum(i[::-1], self.after)
+            total += int((window + 1 + sinks + after).sum())
+        return self.batch * total
 
     def forward_flops(self) -> float:
         """Of the two products of the forward pass over attended pairs."""
@@ -67,4 +76,15 @@ VARIED = {
     )
 }  # fmt: skip
 
-ALL = SHAPES | VARIED
+# Windows to both sides: an encoder's, ModernBERT's, and none.
+BOTH_SIDES = {
+    shape.name: shape
+    for shape in (
+        Shape("both-512", 32768, 32, 8, 128, 512, after=512),
+        Shape("both-2048", 32768, 32, 8, 128, 2048, after=2048),
+        Shape("modernbert", 8192, 16, 16, 64, 64, after=64, batch=8),
+        Shape("not-causal", 16384, 16, 16, 128, None, after=None),
+    )
+}
+
+ALL = SHAPES | VARIED | BOTH_SIDES

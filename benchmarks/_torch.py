@@ -17,7 +17,8 @@ def launches(shape: Shape):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def random(heads):
-        return torch.randn(1, heads, shape.length, shape.dim, device="cuda", dtype=torch.bfloat16)
+        size = (shape.batch, heads, shape.length, shape.dim)
+        return torch.randn(*size, device="cuda", dtype=torch.bfloat16)
 
     query, key, value, dout = map(
         random, (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)
@@ -27,10 +28,13 @@ def launches(shape: Shape):
     begins = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
 
     def sees(batch, head, i, j):
-        seen = (j <= i) & (j >= begins[i])
+        seen = begins[j] == begins[i]
+        if shape.after is not None:
+            seen = seen & (j - i <= shape.after)
         if shape.window is None:
             return seen
-        return seen & ((i - j <= shape.window) | (j - begins[i] < shape.sinks))
+        sink = (j <= i) & (j - begins[i] < shape.sinks)
+        return seen & ((i - j <= shape.window) | sink)
 
     mask = create_block_mask(sees, None, None, shape.length, shape.length, "cuda")
     torch.cuda.empty_cache()  # of the whole square of the mask: JAX needs the memory

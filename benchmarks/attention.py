@@ -39,7 +39,7 @@ def specs(shape: Shape) -> tuple[Any, ...]:
     """Types of query, key, value, cu_seqlens and the cotangent."""
 
     def heads(count):
-        return jax.ShapeDtypeStruct((1, shape.length, count, shape.dim), jnp.bfloat16)
+        return jax.ShapeDtypeStruct((shape.batch, shape.length, count, shape.dim), jnp.bfloat16)
 
     ends = None
     if shape.documents:

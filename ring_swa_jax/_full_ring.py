@@ -1,9 +1,10 @@
 """Ring attention for windows that reach past the query and lack a bound: exchange="ring".
 
 Each device's keys and values visit all devices in P - 1 hops; the transfer of a hop overlaps with
-the launch of the hop before. The keys of a visiting chunk that a query sees are consecutive, so two
-numbers for each query say which. Without bounds all devices compute the same; with one bound a
-device of one end of the sequence computes up to twice the mean.
+the launch of the hop before. The keys of a visiting chunk in a query's window are consecutive, so
+two numbers for each query say which; so are the sink tokens before its window, which have a launch
+of their own. Without bounds all devices compute the same; with one bound a device of one end of the
+sequence computes up to twice the mean.
 
 The hops are a loop, so that the program does not grow with the number of devices. The keys in
 flight take the memory of three chunks. The partial results, and the gradients of keys and values,
@@ -32,6 +33,8 @@ from ring_swa_jax._axis import SequenceAxis, same_varying
 from ring_swa_jax._layout import HalfChunks
 from ring_swa_jax._segments import Bounds, bounds_of
 
+_Range = tuple[Int[Array, ""] | Int[Array, "B T"], Int[Array, "B T"] | None]
+
 
 @dataclasses.dataclass(frozen=True)
 class FullRing:
@@ -45,6 +48,7 @@ class FullRing:
         dim: of the keys.
         before: how many keys before a query it sees; None: all.
         after: how many keys after a query it sees; the length of the sequence: all.
+        num_sinks: first tokens of its sequence that a query always sees.
     """
 
     axis: SequenceAxis
@@ -52,6 +56,7 @@ class FullRing:
     dim: int
     before: int | None
     after: int
+    num_sinks: int
 
     def pass_on(self, x: Array) -> Array:
         """Sends ``x`` to the next device; returns the array of the device before."""
@@ -60,13 +65,13 @@ class FullRing:
         return lax.ppermute(x, self.axis.name, pairs)
 
     def run(self, keys: Float[Array, "B T K HHv"]) -> KeyRun:
-        """A visiting chunk, placed before all queries, so that `seen` alone says what they see."""
+        """A visiting chunk, placed before all queries: `ranges` alone says what they see."""
         return KeyRun(keys[..., : self.dim], keys[..., self.dim :], -self.chunk)
 
-    def seen(
-        self, distance: Int[Array, ""] | int, bounds: Bounds, batch: int
-    ) -> tuple[Int[Array, ""] | Int[Array, "B T"], Int[Array, "B T"] | None]:
+    def ranges(self, distance: Int[Array, ""] | int, bounds: Bounds, batch: int) -> list[_Range]:
         """The first key of `run` that each query sees, and the one behind the last.
+
+        One such range for the windows, and one for the sink tokens before the windows, if any.
 
         Args:
             distance: how many devices before this one the chunk's own device is.
@@ -75,7 +80,7 @@ class FullRing:
         """
         everything = self.before is None and self.after >= self.axis.size * self.chunk
         if everything and not bounds.start.ndim:
-            return jnp.int32(-self.chunk), None
+            return [(jnp.int32(-self.chunk), None)]
         index = self.axis.index()
         device = (index - distance) % self.axis.size
         chunk_begin = (device - index) * self.chunk
@@ -84,9 +89,15 @@ class FullRing:
         low, stop = bounds.start, jnp.minimum(bounds.end, query + self.after + 1)
         if self.before is not None:
             low = jnp.maximum(low, query - self.before)
-        # A query with start == end is padding, and must stay so.
-        low, stop = (jnp.broadcast_to(x, (batch, self.chunk)) for x in (low, stop))
-        return tuple(jnp.clip(x - chunk_begin, 0, self.chunk) - self.chunk for x in (low, stop))
+        found = [(low, stop)]
+        if self.num_sinks:
+            found.append((bounds.start, jnp.minimum(bounds.start + self.num_sinks, low)))
+
+        def in_chunk(position):
+            position = jnp.broadcast_to(position, (batch, self.chunk)) - chunk_begin
+            return jnp.clip(position, 0, self.chunk) - self.chunk
+
+        return [(in_chunk(low), in_chunk(stop)) for low, stop in found]
 
 
 def attend(
@@ -105,7 +116,7 @@ def attend(
     """Attention of a chunk; half chunks in another layout are first put in the order of tokens."""
     chunk = q.shape[1]
     before = None if spec.window is None else spec.window - spec.lookahead
-    ring = FullRing(axis, chunk, q.shape[-1], before, spec.lookahead)
+    ring = FullRing(axis, chunk, q.shape[-1], before, spec.lookahead, spec.num_sinks)
     # Which keys a query sees is said for each hop.
     spec = dataclasses.replace(spec, window=None, lookahead=0, num_sinks=0)
     name = choose(implementation, spec, q, v)
@@ -151,11 +162,12 @@ def _attend_ring_fwd(spec, ring, implementation, query, key, value, sink_logits,
     dtype = jnp.promote_types(query.dtype, jnp.float32)
 
     def attend(distance, keys, state):
-        seen = ring.seen(distance, bounds, query.shape[0])
-        learned = sink_logits if state is None else None
-        return attend_keys(
-            spec, implementation, query, ring.run(keys), learned, *seen, state, dtype
-        )
+        for seen in ring.ranges(distance, bounds, query.shape[0]):
+            learned = sink_logits if state is None else None
+            state = attend_keys(
+                spec, implementation, query, ring.run(keys), learned, *seen, state, dtype
+            )
+        return state
 
     def step(carry, distance):
         keys, state = carry
@@ -179,11 +191,15 @@ def _attend_ring_bwd(spec, ring, implementation, residuals, dout):
 
     def through(distance, keys, dquery):
         """(sum of the queries' gradients, gradient of the visiting keys, delta)."""
-        seen = ring.seen(distance, bounds, query.shape[0])
-        dquery, dkey, dvalue, delta = attend_keys_backward(
-            spec, implementation, query, ring.run(keys), *seen, final, dout, dquery, dtype, dtype
-        )
-        return dquery, jnp.concatenate([dkey, dvalue], -1), delta
+        dkeys, deltas = [], []
+        for seen in ring.ranges(distance, bounds, query.shape[0]):
+            dquery, dkey, dvalue, delta = attend_keys_backward(
+                spec, implementation, query, ring.run(keys), *seen,
+                final, dout, dquery, dtype, dtype,
+            )  # fmt: skip
+            dkeys.append(jnp.concatenate([dkey, dvalue], -1))
+            deltas.append(delta)
+        return dquery, sum(dkeys[1:], dkeys[0]), deltas[0]
 
     def step(carry, distance):
         keys, sums, dquery = carry
