@@ -129,7 +129,8 @@ def _by_key_tiles(
     """The `FusedBackward` by ``kernel``: `fused` or `fused_wide_heads`."""
     query, runs, sinks, start = inputs.query, inputs.runs, inputs.sinks, inputs.start
     dout, lse = inputs.dout, inputs.lse
-    has_own_keys = any(run.offset == spec.first_key for run in runs)
+    # Then each tile of queries has a program that adds last to its gradients.
+    has_keys_beside_queries = runs[-1].offset + runs[-1].key.shape[1] > 0
     delta = _logits.delta_of(inputs.out[:, :rows], dout[:, :rows], jnp.float32)
     if start.ndim:
         delta = zero_delta(start, delta)
@@ -157,7 +158,7 @@ def _by_key_tiles(
     if (
         kernel is fused
         and deterministic
-        and has_own_keys
+        and has_keys_beside_queries
         and dquery is None
         and dquery_dtype == query.dtype
         and rounds_within_backward(spec.window, packed=start.ndim > 0)
