@@ -112,7 +112,7 @@ def _by_short_windows(
         dkey_dtype=dkey_dtype,
         num_sms=_device.multiprocessors(),
     )
-    return Gradients(dquery, _split_by_runs(inputs.runs, dkeys), None, delta)
+    return Gradients(dquery, _split_by_runs(inputs.runs, 1, dkeys), None, delta)
 
 
 def _by_key_tiles(
@@ -146,7 +146,7 @@ def _by_key_tiles(
     )
     if _has_sinks_beyond_window(spec, runs, sinks):
         sums, *gradients = launch(dkey_dtype=jnp.dtype(jnp.float32))
-        *before, (dkey, dvalue) = _split_by_runs(runs, gradients)
+        *before, (dkey, dvalue) = _split_by_runs(runs, kernel.KEY_TILE, gradients)
         dquery, dkey, dvalue, dsinks = sinks_backward.backward(
             spec, queries, runs[-1], sinks, sums, dquery, dkey, dvalue, dquery_dtype=dquery_dtype
         )
@@ -169,7 +169,7 @@ def _by_key_tiles(
         dquery = dq_postprocess.postprocess(
             sums, dquery, scale=spec.scale, rows=rows, dtype=dquery_dtype
         )
-    return Gradients(dquery, _split_by_runs(runs, gradients), None, delta)
+    return Gradients(dquery, _split_by_runs(runs, kernel.KEY_TILE, gradients), None, delta)
 
 
 def _has_sinks_beyond_window(spec: Spec, runs: tuple[KeyRun, ...], sinks: SinkRun | None) -> bool:
@@ -195,9 +195,14 @@ def _can_join(spec: Spec, runs: tuple[KeyRun, ...], key_tile: int) -> bool:
 
 
 def _joined(runs: tuple[KeyRun, ...], key_tile: int) -> KeyRun:
-    """Adjacent runs as one, padded in front so that a tile of keys begins at position 0."""
+    """Adjacent runs as one, padded in front so that a tile of keys begins at position 0.
+
+    Padding behind makes the length a multiple of 8, for TMA. Queries may see that padding: zero
+    keys and values add nothing to the gradients of queries.
+    """
     padding = runs[0].offset % key_tile
-    pad = ((0, 0), (padding, 0), (0, 0), (0, 0))
+    length = padding + sum(run.key.shape[1] for run in runs)
+    pad = ((0, 0), (padding, -length % 8), (0, 0), (0, 0))
     key, value = (
         jnp.pad(jnp.concatenate(x, axis=1), pad)
         for x in zip(*((run.key, run.value) for run in runs), strict=True)
@@ -206,12 +211,14 @@ def _joined(runs: tuple[KeyRun, ...], key_tile: int) -> KeyRun:
 
 
 def _split_by_runs(
-    runs: tuple[KeyRun, ...], gradients: list[Array]
+    runs: tuple[KeyRun, ...], key_tile: int, gradients: list[Array]
 ) -> tuple[tuple[Float[Array, "B _ K H"], Float[Array, "B _ K Hv"]], ...]:
-    """(dkey, dvalue) of each run, without those of padding in front."""
+    """(dkey, dvalue) of each run, without those of padding in front and behind."""
     # Without this barrier, adding a halo's gradients in place crashes the compiler of jax 0.11.2.
     dkey, dvalue = lax.optimization_barrier(tuple(gradients))
-    found, end = [], dkey.shape[1]
+    length = sum(run.key.shape[1] for run in runs)
+    begin_of_all = runs[0].offset % key_tile if len(runs) > 1 else dkey.shape[1] - length
+    found, end = [], begin_of_all + length
     for run in reversed(runs):
         begin = end - run.key.shape[1]
         found.append((dkey[:, begin:end], dvalue[:, begin:end]))
