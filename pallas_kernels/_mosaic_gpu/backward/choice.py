@@ -134,7 +134,7 @@ def _by_key_tiles(
     delta = _logits.delta_of(inputs.out[:, :rows], dout[:, :rows], jnp.float32)
     if start.ndim:
         delta = zero_delta(start, delta)
-    queries = Queries(query, dout, lse, delta, start)
+    queries = Queries(query, dout, lse, delta, start, inputs.end)
     launch = partial(
         kernel.backward,
         spec,
@@ -197,8 +197,8 @@ def _can_join(spec: Spec, runs: tuple[KeyRun, ...], key_tile: int) -> bool:
 def _joined(runs: tuple[KeyRun, ...], key_tile: int) -> KeyRun:
     """Adjacent runs as one, padded in front so that a tile of keys begins at position 0.
 
-    Padding behind makes the length a multiple of 8, for TMA. Queries may see that padding: zero
-    keys and values add nothing to the gradients of queries.
+    Padding behind, which makes the length a multiple of 8 for TMA, is behind the last key of the
+    sequence.
     """
     padding = runs[0].offset % key_tile
     length = padding + sum(run.key.shape[1] for run in runs)
