@@ -66,9 +66,7 @@ def run(chunk, implementation, dtype):
     bounds = spec.moved(jnp.int32(-chunk.first), jnp.int32(chunk.whole - chunk.first))
     kernels, rows = kernels_of(implementation), chunk.length
     inputs = ForwardInputs(q, tuple(runs), None, None, *bounds)
-    out, lse = kernels.forward(
-        spec, inputs, None, rows=(0, rows), resume=False, out_dtype=q.dtype
-    )
+    out, lse = kernels.forward(spec, inputs, None, rows=(0, rows), resume=False, out_dtype=q.dtype)
     inputs = BackwardInputs(q, tuple(runs), None, bounds[0], out, dout, lse, bounds[1])
     found = kernels.backward(
         spec, inputs, None, rows=rows, dquery_dtype=q.dtype, dkey_dtype=q.dtype
