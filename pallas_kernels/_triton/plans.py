@@ -220,7 +220,7 @@ def _heads_of_256(shapes: Shapes) -> Candidates:
 
 
 def _sink_tiles(dkey: TritonTiles, shapes: Shapes) -> list[TritonTiles]:
-    """Tiles of sinks for queries by the tiles of dkey."""
+    """Tiles of sinks for queries by the tiles of dkey; the last has half as many queries."""
     most = min(sink_tile(shapes.num_sinks), dkey.key)
-    sizes = (size for size in (64, 32, 16) if size <= most)
-    return [dataclasses.replace(dkey, key=size) for size in sizes]
+    found = [dataclasses.replace(dkey, key=size) for size in (64, 32, 16) if size <= most]
+    return [*found, dataclasses.replace(found[-1], query=dkey.query // 2)]
