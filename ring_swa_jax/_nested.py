@@ -6,8 +6,8 @@ from typing import Any
 import jax
 from jax import Array, lax
 
-# q, k, v, segment_ids, sink_logits; the fourth has no gradient.
-Arrays = tuple[Array, Array, Array, Array | None, Array | None]
+Arrays = tuple[Array | None, ...]
+"""q, k, v, segment_ids and sink_logits; the fourth has no gradient."""
 
 
 def varying_outside(arrays: Arrays) -> frozenset[Any]:
@@ -48,7 +48,7 @@ def nested_shard_map(
         return call(*arrays), arrays
 
     def backward(arrays, cotangent):
-        def pull(q, k, v, segment_ids, sink_logits, cotangent):
+        def pull(cotangent, q, k, v, segment_ids, sink_logits):
             def of_floats(q, k, v, sink_logits):
                 return attend(q, k, v, segment_ids, sink_logits)
 
@@ -56,10 +56,10 @@ def nested_shard_map(
 
         dq, dk, dv, dsink_logits = jax.shard_map(
             pull,
-            in_specs=(*in_specs, out_specs),
+            in_specs=(out_specs, *in_specs),
             out_specs=(*in_specs[:3], in_specs[4]),
             **settings,
-        )(*arrays, cotangent)
+        )(cotangent, *arrays)
         return dq, dk, dv, None, dsink_logits
 
     call.defvjp(forward, backward)

@@ -55,7 +55,7 @@ def _columns(ref: Any, rows: Rows, begin: int, width: int):
     vectors = [x for x in rows if getattr(x, "ndim", 0)]
     if not vectors:
         # Under x64 Python's numbers are 64-bit, which interpret mode does not mix with the rows'.
-        start = jnp.int32(begin) if jax.config.jax_enable_x64 else begin
+        start = jnp.int32(begin) if jax.config.read("jax_enable_x64") else begin
         return ref.at[(*rows, pl.ds(start, width))]
     # Interpret mode takes slices or arrays, not both.
     shape = (vectors[0].size, width)
