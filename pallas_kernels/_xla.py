@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from pallas_kernels._kernels import BackwardInputs, ForwardInputs, Gradients, Kernels
 from pallas_kernels._logits import delta_of
 from pallas_kernels._masks import is_real, sees, sees_behind_halo, sees_fetched_sink
+from pallas_kernels._slices import slice_in_dim, update_in_dim
 from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State, accumulator_dtype
 from pallas_kernels._tile_ranges import key_plan
 from pallas_kernels._tiles import Tiles
@@ -225,7 +226,7 @@ class _QueryTile(NamedTuple):
     own: Bool[Array, "Q"]
 
     def rows_of(self, x: Float[Array, "..."], axis: int = 0) -> Float[Array, "..."]:
-        return lax.dynamic_slice_in_dim(x, self.begin, self.positions.size, axis)
+        return slice_in_dim(x, self.begin, self.positions.size, axis)
 
     def put(
         self,
@@ -235,7 +236,7 @@ class _QueryTile(NamedTuple):
         axis: int = 0,
     ) -> Float[Array, "*whole"]:
         own = self.own.reshape(-1, *[1] * (x.ndim - axis - 1))
-        return lax.dynamic_update_slice_in_dim(x, jnp.where(own, new, before), self.begin, axis)
+        return update_in_dim(x, jnp.where(own, new, before), self.begin, axis)
 
 
 class _Keys(NamedTuple):
@@ -353,7 +354,7 @@ def _query_tile(
     begin = jnp.minimum(first, rows[1] - size)
     positions = begin + jnp.arange(size, dtype=jnp.int32)
     if start.ndim:
-        start = lax.dynamic_slice_in_dim(start, begin, size)
+        start = slice_in_dim(start, begin, size)
     return _QueryTile(begin, positions, start, positions >= first)
 
 
@@ -380,7 +381,7 @@ def _over_keys(
             # A tile of joined runs may hold keys before the first sequence, which are nobody's.
             packed=tile.start.ndim > 0 or -length < run.offset < 0,
         )
-        key, value = (lax.dynamic_slice_in_dim(x, slice_begin, size) for x in (run.key, run.value))
+        key, value = (slice_in_dim(x, slice_begin, size) for x in (run.key, run.value))
         seen = seen & tile.own[:, None] & (local >= first_key)
         return visit(_Keys(key, value, seen, slice_begin), carry)
 
@@ -471,5 +472,5 @@ def _gradients(
 def _add_rows(
     total: Float[Array, "S K H"], part: Float[Array, "s K H"], begin: Int[Array, ""] | int
 ) -> Float[Array, "S K H"]:
-    rows = lax.dynamic_slice_in_dim(total, begin, part.shape[0]) + part
-    return lax.dynamic_update_slice_in_dim(total, rows, begin, 0)
+    rows = slice_in_dim(total, begin, part.shape[0]) + part
+    return update_in_dim(total, rows, begin, 0)
