@@ -7,6 +7,7 @@ from pallas_kernels._attention import attend_keys_backward as attend_keys_backwa
 from pallas_kernels._attention import sink_logits_gradient as sink_logits_gradient
 from pallas_kernels._both_sides import Sides as Sides
 from pallas_kernels._both_sides import attend_both_sides as attend_both_sides
+from pallas_kernels._device import half_precision_dtype as half_precision_dtype
 from pallas_kernels._implementations import NAMES as IMPLEMENTATIONS
 from pallas_kernels._implementations import choose as choose
 from pallas_kernels._spec import KeyRun as KeyRun
@@ -30,6 +31,7 @@ __all__ = [
     "attend_keys",
     "attend_keys_backward",
     "choose",
+    "half_precision_dtype",
     "interprets",
     "sink_logits_gradient",
 ]

@@ -10,6 +10,7 @@ import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from pallas_kernels._device import Gpu
 from pallas_kernels._triton.shared_memory import shared_memory
@@ -220,7 +221,8 @@ def _heads_of_256(shapes: Shapes) -> Candidates:
 
 
 def _sink_tiles(dkey: TritonTiles, shapes: Shapes) -> list[TritonTiles]:
-    """Tiles of sinks for queries by the tiles of dkey."""
+    """Tiles of sinks for queries by the tiles of dkey; the last has half as many queries, or 16."""
     most = min(sink_tile(shapes.num_sinks), dkey.key)
-    sizes = (size for size in (64, 32, 16) if size <= most)
-    return [dataclasses.replace(dkey, key=size) for size in sizes]
+    found = [dataclasses.replace(dkey, key=size) for size in (64, 32, 16) if size <= most]
+    fewer = max(dkey.query // 2, pl.cdiv(16, dkey.heads))
+    return [*found, dataclasses.replace(found[-1], query=fewer)]
