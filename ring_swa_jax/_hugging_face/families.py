@@ -74,6 +74,12 @@ _CODEC = Family(
     aliases={"rms_norm_eps": "norm_eps"},
 )
 _VOXTRAL = _unbiased()
+_BLT = _unbiased(
+    interleaved=True,
+    defaults={"rope_theta": 500_000.0},
+    ignored=("cross_attn_all_layers", "cross_attn_k"),
+    notes="The attention among bytes, or among patches; that of the one to the other is not here.",
+)
 
 families: Mapping[str, Family] = MappingProxyType(
     {
@@ -84,6 +90,8 @@ families: Mapping[str, Family] = MappingProxyType(
             extras=extras.elementwise_gate,
             defaults={"sliding_window": 1024, "head_dim": 128, "rms_norm_eps": 1e-5},
         ),
+        "blt_local_encoder": _BLT,
+        "blt_patcher": _BLT,
         "cohere2": Family(
             layer_types=types.every(4),
             rotates=rotation.where_sliding,
@@ -371,6 +379,20 @@ families: Mapping[str, Family] = MappingProxyType(
         "qwen3_moe": Family(
             qk_norm=True, defaults={"use_sliding_window": False, "num_key_value_heads": 4}
         ),
+        "qwen3_omni_moe": Family(
+            layer_types=types.full,
+            qk_norm=True,
+            defaults={"num_key_value_heads": 4, "rope_theta": 1_000_000.0},
+            notes="For text, whose three positions are one; images ask for mrope, not here.",
+        ),
+        "qwen3_omni_moe_code2wav": Family(
+            defaults={
+                "num_attention_heads": 16,
+                "num_key_value_heads": 16,
+                "sliding_window": 72,
+                "rms_norm_eps": 1e-5,
+            },
+        ),
         "recurrent_gemma": Family(
             layer_types=types.cycle("recurrent", "recurrent", "attention", key="block_types"),
             out_bias=True,
@@ -419,7 +441,11 @@ refused: Mapping[str, str] = MappingProxyType(
             "its windows reach to both sides",
         ),
         "beam": "a query scale that is a power of the position",
-        "blt": "attention across sequences of bytes and patches",
+        **dict.fromkeys(
+            ("blt", "blt_local_decoder"),
+            "attention across sequences of bytes and patches; pass the config's patcher_config, "
+            "whose layers are here",
+        ),
         "deepseek_v4": "keys that are compressed",
         "doge": "a mask that is computed from the values",
         "dory": "norms and factors of its own",
