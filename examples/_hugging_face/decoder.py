@@ -4,6 +4,7 @@ Only the attention's parameters are turned into another form; all others keep th
 that they have in a checkpoint.
 """
 
+import abc
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from ring_swa_jax import segment_positions, settings_from_hugging_face
 from ring_swa_jax.linen import RingSlidingWindowAttention
 
 Tensors = dict[str, Any]  # arrays of JAX, or of NumPy where they are read and written
+Attend = Callable[[jax.Array], jax.Array]
 
 
 class Parameters(NamedTuple):
@@ -31,7 +33,7 @@ class Parameters(NamedTuple):
         return self.tensors["embed_tokens.weight"].shape[0]
 
 
-class Decoder:
+class Decoder(abc.ABC):
     """From tokens to logits: embedding, layers, final norm, and a head that may be tied.
 
     Args:
@@ -43,19 +45,14 @@ class Decoder:
     norm_offset = 0.0  # added to the factors of all norms
     tied = False  # the default of transformers
     epsilon = 1e-6  # also a default
-    layer_shapes: Callable[[], Mapping[str, tuple[int, ...]]]
-    block: Callable[[jax.Array, Callable[[jax.Array], jax.Array], Tensors], jax.Array]
 
     def __init__(self, config: Mapping[str, Any], *, dtype: Any = jnp.float32, **settings: Any):
         self.config, self.dtype = config, dtype
         self.model_layers = settings_from_hugging_face(config)
         self.attention = [
-            RingSlidingWindowAttention(
-                **self.model_layers.kinds[kind], dtype=dtype, kernel_init=jax.nn.initializers.zeros,
-                **settings,
-            )
+            RingSlidingWindowAttention(**self.model_layers.kinds[kind], dtype=dtype, **settings)
             for kind in self.model_layers.layers
-        ]  # fmt: skip
+        ]
         self.epsilon = config.get("rms_norm_eps", self.epsilon)
         self.tied = config.get("tie_word_embeddings", self.tied)
         self.features: int = config["hidden_size"]
@@ -101,6 +98,14 @@ class Decoder:
         head = tensors["embed_tokens.weight" if self.tied else "lm_head.weight"]
         return self.cap(linear(x, head).astype(jnp.float32))
 
+    @abc.abstractmethod
+    def layer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of a layer's tensors, without the attention's."""
+
+    @abc.abstractmethod
+    def block(self, x: jax.Array, attend: Attend, tensors: Tensors) -> jax.Array:
+        """One layer: ``attend`` is its attention, ``tensors`` its other tensors."""
+
     def embed(self, x: jax.Array) -> jax.Array:
         """What the first layer takes, from the embeddings of tokens."""
         return x
@@ -138,7 +143,6 @@ class Gemma3(Decoder):
             )
 
     def layer_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of a layer's tensors besides the attention's."""
         features, hidden = self.features, self.config["intermediate_size"]
         norms = ("input", "post_attention", "pre_feedforward", "post_feedforward")
         return {f"{name}_layernorm.weight": (features,) for name in norms} | {
@@ -150,8 +154,7 @@ class Gemma3(Decoder):
     def embed(self, x: jax.Array) -> jax.Array:
         return x * jnp.asarray(math.sqrt(self.features), x.dtype)
 
-    def block(self, x, attend, tensors):
-        """One layer."""
+    def block(self, x: jax.Array, attend: Attend, tensors: Tensors) -> jax.Array:
         y = attend(self.norm(x, tensors["input_layernorm.weight"]))
         x += self.norm(y, tensors["post_attention_layernorm.weight"])
         y = self.norm(x, tensors["pre_feedforward_layernorm.weight"])
@@ -166,7 +169,6 @@ class GptOss(Decoder):
     epsilon = 1e-5
 
     def layer_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of a layer's tensors besides the attention's."""
         features, hidden = self.features, self.config["intermediate_size"]
         experts = self.config["num_local_experts"]
         return {
@@ -180,8 +182,7 @@ class GptOss(Decoder):
             "mlp.experts.down_proj_bias": (experts, features),
         }
 
-    def block(self, x, attend, tensors):
-        """One layer."""
+    def block(self, x: jax.Array, attend: Attend, tensors: Tensors) -> jax.Array:
         x += attend(self.norm(x, tensors["input_layernorm.weight"]))
         return x + self.experts(self.norm(x, tensors["post_attention_layernorm.weight"]), tensors)
 
@@ -233,6 +234,10 @@ def create_decoder(config: Mapping[str, Any], **settings: Any) -> Decoder:
     if model_type not in DECODERS:
         raise NotImplementedError(
             f"model_type={model_type!r}: there are decoders of {', '.join(DECODERS)}"
+        )
+    if quantization := config.get("quantization_config"):
+        raise NotImplementedError(
+            f"quantization_config={quantization!r}: dequantize the checkpoint first"
         )
     missing = {"hidden_size", "intermediate_size", "num_hidden_layers"} - text.keys()
     if DECODERS[model_type] is GptOss:

@@ -74,12 +74,6 @@ _CODEC = Family(
     aliases={"rms_norm_eps": "norm_eps"},
 )
 _VOXTRAL = _unbiased()
-_BLT = _unbiased(
-    interleaved=True,
-    defaults={"rope_theta": 500_000.0},
-    ignored=("cross_attn_all_layers", "cross_attn_k"),
-    notes="The attention among bytes, or among patches; that of the one to the other is not here.",
-)
 
 families: Mapping[str, Family] = MappingProxyType(
     {
@@ -90,8 +84,9 @@ families: Mapping[str, Family] = MappingProxyType(
             extras=extras.elementwise_gate,
             defaults={"sliding_window": 1024, "head_dim": 128, "rms_norm_eps": 1e-5},
         ),
-        "blt_local_encoder": _BLT,
-        "blt_patcher": _BLT,
+        "blt_patcher": _unbiased(
+            interleaved=True, defaults={"sliding_window": 512, "rope_theta": 500_000.0}
+        ),
         "cohere2": Family(
             layer_types=types.every(4),
             rotates=rotation.where_sliding,
@@ -442,9 +437,9 @@ refused: Mapping[str, str] = MappingProxyType(
         ),
         "beam": "a query scale that is a power of the position",
         **dict.fromkeys(
-            ("blt", "blt_local_decoder"),
-            "attention across sequences of bytes and patches; pass the config's patcher_config, "
-            "whose layers are here",
+            ("blt", "blt_local_decoder", "blt_local_encoder"),
+            "attention across sequences of bytes and patches; the layers of its "
+            "patcher_config are here",
         ),
         "deepseek_v4": "keys that are compressed",
         "doge": "a mask that is computed from the values",

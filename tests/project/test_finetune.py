@@ -118,6 +118,7 @@ def test_packed_documents_lose_no_token():
             "layer 0, 'local'.*'k_proj.weight'",
         ),
         (lambda t, c: c.update(model_type="llama"), "'llama': there are decoders of gemma3"),
+        (lambda t, c: c.update(quantization_config={"bits": 4}), "'bits': 4.*dequantize"),
         (lambda t, c: c.pop("hidden_size"), "config.json has no hidden_size"),
         (lambda t, c: t.clear(), r"not one tensor '\*embed_tokens.weight'"),
     ],
