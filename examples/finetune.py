@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
@@ -131,25 +132,23 @@ def loss_of(decoder: Decoder) -> Loss:
 
 
 class Trainer:
-    """Parameters, optimizer and the compiled steps, on the devices of a mesh."""
+    """Parameters and optimizer on the devices of a mesh, and the compiled step."""
 
-    def __init__(self, decoder: Decoder, parameters: Parameters, mesh: Mesh, args):
+    def __init__(self, loss: Loss, parameters: Parameters, mesh: Mesh, args: argparse.Namespace):
         schedule = optax.warmup_cosine_decay_schedule(
             args.learning_rate / 10, args.learning_rate, args.steps // 10, args.steps
         )
-        self.optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
-        self.mesh = mesh
-        self.parameters = jax.device_put(parameters, NamedSharding(mesh, PartitionSpec()))
-        self.state = jax.jit(self.optimizer.init)(self.parameters)
-        loss = loss_of(decoder)
-        self._loss = jax.jit(loss)
+        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
+        self.mesh, everywhere = mesh, NamedSharding(mesh, PartitionSpec())
+        self.parameters = jax.device_put(parameters, everywhere)
+        self.state = jax.jit(optimizer.init, out_shardings=everywhere)(self.parameters)
 
         def step(parameters, state, *batch):
             value, gradients = jax.value_and_grad(loss)(parameters, *batch)
-            updates, state = self.optimizer.update(gradients, state, parameters)
+            updates, state = optimizer.update(gradients, state, parameters)
             return value, optax.apply_updates(parameters, updates), state
 
-        self._step = jax.jit(step, donate_argnums=(0, 1))
+        self._step = jax.jit(step, donate_argnums=(0, 1), out_shardings=everywhere)
 
     def step(self, batch: Batch) -> float:
         """Improves the parameters; returns the loss that they had before."""
@@ -159,16 +158,20 @@ class Trainer:
             )
         return float(loss)
 
-    def loss(self, batches: Sequence[Batch]) -> float:
-        """The mean loss of some batches."""
-        with jax.set_mesh(self.mesh):
-            losses = [self._loss(self.parameters, *put(batch, self.mesh)) for batch in batches]
-        return float(sum(losses)) / len(losses)
+
+def evaluate(loss: Loss, parameters: Parameters, batches: Sequence[Batch], mesh: Mesh) -> float:
+    """The mean loss of some batches."""
+    parameters = jax.device_put(parameters, NamedSharding(mesh, PartitionSpec()))
+    with jax.set_mesh(mesh):
+        losses = [float(loss(parameters, *put(batch, mesh))) for batch in batches]
+    return sum(losses) / len(losses)
 
 
-def put(batch: Batch, mesh: Mesh) -> Batch:
+def put(batch: Batch, mesh: Mesh) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Cuts a batch over the devices."""
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data", "seq")))
+    sharding = NamedSharding(mesh, PartitionSpec("data", "seq"))
+    tokens, targets, segment_ids = (jax.device_put(x, sharding) for x in batch)
+    return tokens, targets, segment_ids
 
 
 def train(trainer: Trainer, batches: Iterator[Batch], steps: int) -> list[float]:
@@ -189,7 +192,28 @@ def train(trainer: Trainer, batches: Iterator[Batch], steps: int) -> list[float]
     return losses
 
 
-def describe(checkpoint: Checkpoint, decoder: Decoder, mesh: Mesh, args) -> None:
+def read(
+    args: argparse.Namespace,
+) -> tuple[Checkpoint, Decoder, Parameters, list[np.ndarray]]:
+    """The checkpoint, its decoder with parameters, and documents.
+
+    Raises:
+        ValueError: files that are missing, or do not fit together.
+        NotImplementedError: a model that is not here.
+        OSError: a folder that cannot be written to.
+    """
+    checkpoint = Checkpoint.read(args.checkpoint)
+    settings = {"batch_axis": "data", "implementation": args.implementation}
+    decoder = create_decoder(checkpoint.config, dtype=args.dtype, **settings)
+    parameters = checkpoint.parameters(decoder)
+    documents = read_documents(args.documents, parameters.vocabulary)
+    args.output.mkdir(parents=True, exist_ok=True)
+    return checkpoint, decoder, parameters, documents
+
+
+def describe(
+    checkpoint: Checkpoint, decoder: Decoder, mesh: Mesh, args: argparse.Namespace
+) -> None:
     """Prints what is trained, and on what."""
     layers = ", ".join(
         f"{n} {kind} (window_size={decoder.model_layers.kinds[kind]['window_size']})"
@@ -209,14 +233,8 @@ def main() -> None:
     args = parse_arguments()
     try:
         mesh = set_up_mesh(args)
-        checkpoint = Checkpoint.read(args.checkpoint)
-        decoder = create_decoder(
-            checkpoint.config, dtype=args.dtype, batch_axis="data",
-            implementation=args.implementation,
-        )  # fmt: skip
-        parameters = checkpoint.parameters(decoder)
-        documents = read_documents(args.documents, parameters.vocabulary)
-    except (ValueError, NotImplementedError) as error:
+        checkpoint, decoder, parameters, documents = read(args)
+    except (ValueError, NotImplementedError, OSError) as error:
         raise SystemExit(f"finetune.py: error: {error}") from error
     describe(checkpoint, decoder, mesh, args)
     packing = {
@@ -224,25 +242,25 @@ def main() -> None:
         "sequence_length": args.sequence_length,
         "seed": args.seed,
     }
-    every = max(2, min(20, len(documents)))
+    every = max(2, min(20, len(documents)))  # of these documents one is held out
     held_out = packed(documents[::every], **packing)
     unseen = [next(held_out) for _ in range(_HELD_OUT_BATCHES)]
     kept = [document for i, document in enumerate(documents) if i % every]
 
-    trainer = Trainer(decoder, parameters, mesh, args)
-    before = trainer.loss(unseen)
-    alone = Trainer(decoder, parameters, make_mesh(1, 1), args).loss(unseen)
+    loss = jax.jit(loss_of(decoder))
+    before = evaluate(loss, parameters, unseen, mesh)
+    alone = evaluate(loss, parameters, unseen, make_mesh(1, 1))
     print(f"held-out loss: {before:.6f} on {mesh.size} devices, {alone:.6f} on one device")
     if not math.isclose(before, alone, rel_tol=1e-4 if args.dtype == "float32" else 1e-2):
         raise SystemExit("the loss must not depend on the devices")
+    trainer = Trainer(loss, parameters, mesh, args)
     losses = train(trainer, packed(kept, **packing), args.steps)
-    after = trainer.loss(unseen)
     print(f"training: loss {losses[0]:.4f} at first, {losses[-1]:.4f} at last")
 
+    after = evaluate(loss, trainer.parameters, unseen, mesh)
     checkpoint.write(args.output, decoder, jax.device_get(trainer.parameters))
-    again = Checkpoint.read(args.output).parameters(decoder)
-    trainer.parameters = jax.device_put(again, NamedSharding(mesh, PartitionSpec()))
-    read_again = trainer.loss(unseen)
+    written = Checkpoint.read(args.output).parameters(decoder)
+    read_again = evaluate(loss, written, unseen, mesh)
     print(f"held-out loss: {after:.6f}, and {read_again:.6f} of what {args.output} holds")
 
 

@@ -30,12 +30,13 @@ def read_documents(path: pathlib.Path, vocabulary: int) -> list[np.ndarray]:
     except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
         raise ValueError(f"cannot read documents from {path}: {error}") from error
     for number, document in enumerate(documents):
-        if document.ndim != 1 or not np.issubdtype(document.dtype, np.integer):
+        is_row = document.ndim == 1 and document.size > 0
+        if not is_row or not np.issubdtype(document.dtype, np.integer):
             raise ValueError(
-                f"document {number} of {path} should be a row of integers, "
+                f"document {number} of {path} should be a row of integers, at least one, "
                 f"got {document.dtype}{list(document.shape)}"
             )
-        if document.size and not 0 <= document.min() <= document.max() < vocabulary:
+        if not 0 <= document.min() <= document.max() < vocabulary:
             raise ValueError(
                 f"document {number} of {path} has tokens from {document.min()} to "
                 f"{document.max()}, but the checkpoint's vocabulary has {vocabulary}: make the "

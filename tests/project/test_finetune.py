@@ -143,6 +143,9 @@ def test_files_that_are_missing_or_no_documents(tmp_path):
         Checkpoint.read(tmp_path)
     with pytest.raises(ValueError, match="cannot read documents"):
         read_documents(tmp_path / "none.npz", 256)
+    np.savez(tmp_path / "documents.npz", np.arange(5), np.arange(0))
+    with pytest.raises(ValueError, match=r"document 1 .* at least one, got int64\[0\]"):
+        read_documents(tmp_path / "documents.npz", 256)
     np.savez(tmp_path / "documents.npz", np.arange(5), np.arange(300))
     with pytest.raises(ValueError, match=r"tokens from 0 to 299, but the .* vocabulary has 256"):
         read_documents(tmp_path / "documents.npz", 256)
