@@ -53,7 +53,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
 
     group = parser.add_argument_group("training")
-    group.add_argument("--steps", type=int, default=30, help=default)
+    group.add_argument("--steps", type=int, default=20, help=default)
     group.add_argument(
         "--sequence-length", type=int, default=8192, help=f"over all devices {default}"
     )

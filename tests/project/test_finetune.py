@@ -14,8 +14,8 @@ from tests.helpers.layers import quick
 pytest.importorskip("safetensors")
 
 MODELS = ["gemma3", "gpt-oss"]
-# Logits of transformers 5.24.0 (torch 2.13.0, float32, eager) for the tiny models' first 160 tokens
-# of byte values 1, 2, 3, ...; those of the last eight, for which the window is shorter.
+# `compare_logits.theirs(folder, TOKENS)[0, -8:]` of the tiny models, transformers 5.24.0 and torch
+# 2.13.0: the last eight tokens, for which the window is shorter than the row.
 LOGITS = pathlib.Path(__file__).parent / "finetune_logits.npz"
 TOKENS = (1 + np.arange(160, dtype=np.int32))[None]
 
