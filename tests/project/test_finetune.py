@@ -185,9 +185,24 @@ def tune(folder, *flags):
 
 @pytest.mark.slow
 def test_errors_of_the_program_have_no_traceback(tmp_path):
-    ((status, _, error),) = processes.outputs([tune(tmp_path)])
-    assert status == 1
-    assert error.startswith("finetune.py: error: cannot read the checkpoint")
+    there = tmp_path / "there"
+    make("gemma3", there)
+    started = [
+        tune(tmp_path),
+        tune(there, "--data=3"),
+        tune(there, "--sequence-length=511"),
+        tune(there, "--implementation=mosaic_gpu"),
+    ]
+    messages = [
+        "cannot read the checkpoint",
+        "--data 3 does not divide the 4 devices",
+        "2 devices do not divide --sequence-length 511",
+        "implementation='mosaic_gpu'",
+    ]
+    for (status, _, error), message in zip(processes.outputs(started), messages, strict=True):
+        assert status == 1
+        assert error.startswith("finetune.py: error: ")
+        assert message in error
 
 
 @pytest.mark.slow

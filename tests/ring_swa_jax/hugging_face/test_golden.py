@@ -77,7 +77,7 @@ def test_whole_and_packed(name, i):
 @pytest.mark.parametrize(("name", "i"), by(CUT))
 def test_cut_over_devices(name, i):
     model = golden(name)
-    mesh = jax.make_mesh((4,), ("seq",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((8,), ("seq",), axis_types=(AxisType.Auto,))
     layer = Layer(model_layers(name), i, model.shapes, mesh=mesh)
     out, gradient = layer.out_and_gradient(jit=quick)
     assert relative_difference(out, model.out[i]) < TOLERANCE
