@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from ring_swa_jax import weights_from_hugging_face, weights_to_hugging_face
 
 from _hugging_face.decoder import Decoder, Parameters
 
+Shape = tuple[int, ...]
 _EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
@@ -79,28 +81,30 @@ class Checkpoint:
         """
         tensors, names = self.tensors, self.names()
         shapes = decoder.shapes(tensors[names[_EMBEDDING]].shape[0])
-        of_attention = [name for name in names if ".self_attn." in name]
-        lacking = shapes.keys() - names.keys()
-        too_many = names.keys() - shapes.keys() - set(of_attention) - {_HEAD}
-        wrong = {
-            name: (shape, tensors[names[name]].shape)
-            for name, shape in shapes.items()
-            if name in names and tensors[names[name]].shape != shape
-        }
-        for what, which in (
-            ("lacks", lacking),
-            ("has tensors that are not understood:", too_many),
-            ("has tensors of other shapes, (expected, there):", wrong),
-        ):
-            if which:
-                first = {name: wrong[name] for name in sorted(wrong)[:4]} or sorted(which)[:4]
-                raise ValueError(f"{self.folder} {what} {first}, {len(which)} in all")
+        self._check(shapes, {name: tensors[full].shape for name, full in names.items()})
         attention = [
             weights_from_hugging_face(self._of_layer(i, np.float32), decoder.model_layers, i)
             for i in range(len(decoder.attention))
         ]
         rest = {name: tensors[names[name]].astype(np.float32) for name in shapes}
         return Parameters(attention, rest)
+
+    def _check(self, expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
+        """Compares shapes of all tensors but the attention's, which are checked elsewhere."""
+        own = {name for name in found if ".self_attn." not in name and name != _HEAD}
+        problems = {
+            "lacks": expected.keys() - found.keys(),
+            "has tensors that are not understood:": own - expected.keys(),
+            "has tensors of other shapes:": {
+                f"{name} {found[name]} instead of {expected[name]}"
+                for name in expected.keys() & found.keys()
+                if found[name] != expected[name]
+            },
+        }
+        for what, which in problems.items():
+            if which:
+                first = ", ".join(sorted(which)[:4])
+                raise ValueError(f"{self.folder} {what} {first} ({len(which)} in all)")
 
     def _of_layer(self, layer: int, dtype: Any = None) -> dict[str, np.ndarray]:
         """The tensors of one attention layer, without its prefix."""
