@@ -53,7 +53,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | {
         "architectures": ["GptOssForCausalLM"],
         "model_type": "gpt_oss",
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 2,
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
         "attention_bias": True,

@@ -1,6 +1,6 @@
 """Model types whose layers are known, each as a record.
 
-Taken from transformers 5.24.0 and compared with it layer by layer (table in docs/migrating.md).
+Taken from transformers 5.24.0 and compared with it layer by layer (table in docs/hugging_face.md).
 """
 
 import dataclasses
