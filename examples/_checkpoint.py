@@ -72,7 +72,7 @@ class Checkpoints:
         arguments = {name: ocp.args.StandardSave(state) for name, state in items.items()}
         self._manager.save(step, args=ocp.args.Composite(**arguments))
 
-    def restore(self, step: int, sharding: Sharding, **objects: nnx.Module) -> None:
+    def restore(self, step: int, sharding: Sharding, **objects: nnx.Module | nnx.Optimizer) -> None:
         """Sets `model=` and, where given, `optimizer=` to the state after `step` steps."""
         wanted = {
             name: ocp.args.StandardRestore(_abstract(nnx.state(value), sharding))

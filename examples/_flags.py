@@ -159,10 +159,9 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.coordinator and args.process_id >= args.num_processes:
         parser.error(f"--process-id {args.process_id}: there are {args.num_processes}, from 0")
     processes = args.num_processes or 1
-    if (args.devices or CPU_DEVICES) % processes:
-        parser.error(
-            f"--devices {args.devices or CPU_DEVICES} is not a multiple of --num-processes {processes}"
-        )
+    devices = args.devices or CPU_DEVICES
+    if devices % processes:
+        parser.error(f"--devices {devices} is not a multiple of --num-processes {processes}")
     if args.text and not pathlib.Path(args.text).is_dir():
         parser.error(f"--text {args.text}: no such folder")
     if args.resume:

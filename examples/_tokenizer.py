@@ -63,9 +63,11 @@ class BytePairs:
     def bytes_of_tokens(self) -> np.ndarray:
         """How many bytes each token stands for; none for BEGIN."""
         # Written in an alphabet that has one character for each byte.
-        lengths = [len(self._tokenizer.id_to_token(token)) for token in range(self.size)]
+        lengths = np.zeros(self.size, np.int32)
+        for text, token in self._tokenizer.get_vocab().items():
+            lengths[token] = len(text)
         lengths[BEGIN] = 0
-        return np.asarray(lengths, np.int32)
+        return lengths
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """The tokens of each text."""

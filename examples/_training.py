@@ -86,7 +86,7 @@ class Stop:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         del frame
         self._asked = True
-        signal.signal(number, self._before[number])
+        signal.signal(number, self._before[signal.Signals(number)])
         tqdm.write("stopping after this step; once more to stop at once")
 
     def asked(self) -> bool:
