@@ -148,7 +148,7 @@ class Trainer:
     def _step(self, step: int) -> tuple[float, float]:
         """One step; returns its loss and its tokens per second."""
         batch = self.batch(step)
-        with self._compiling(f"the training step of {batch.tokens.shape[1]:,} tokens"):
+        with self.compiling(f"the training step of {batch.tokens.shape[1]:,} tokens"):
             start = time.perf_counter()
             arguments = batch.put(cut(self.mesh))
             loss = float(train_step(self.model, self.optimizer, *arguments))
@@ -159,7 +159,7 @@ class Trainer:
 
     def evaluate(self, step: int) -> float:
         """The loss on held-out files after `step` steps, in nats per token."""
-        with self._compiling("the evaluation"):
+        with self.compiling("the evaluation"):
             batches = (batch.put(cut(self.mesh)) for batch in self.held_out)
             loss = float(np.mean([evaluate(self.model, *batch) for batch in batches]))
         self.log.add(step=step, held_out_loss=loss)
@@ -168,7 +168,7 @@ class Trainer:
         return loss
 
     @contextlib.contextmanager
-    def _compiling(self, what: str) -> Iterator[None]:
+    def compiling(self, what: str) -> Iterator[None]:
         """Says at the first use of a program that it is being compiled."""
         if what in self._compiled or jax.process_index() > 0:
             yield

@@ -89,9 +89,9 @@ def describe(settings: Settings, corpus: Corpus, model: nnx.Module, mesh: Mesh) 
 def compare_with_one_device(trainer: Trainer) -> None:
     """The first loss on the mesh and on one device: how many there are must not matter."""
     batch, mesh = trainer.batch(0), one_device_mesh()
-    with jax.set_mesh(trainer.mesh):
+    with jax.set_mesh(trainer.mesh), trainer.compiling("the first loss"):
         together = float(evaluate(trainer.model, *batch.put(cut(trainer.mesh))))
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), trainer.compiling("the first loss for one device"):
         alone = float(evaluate(on_one_device(trainer.model), *batch.put(cut(mesh))))
     number = trainer.mesh.size
     if jax.process_index() == 0:

@@ -5,6 +5,7 @@ import re
 import signal
 import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ sys.path.insert(0, str(processes.ROOT / "examples"))
 from _data import NO_TARGET, PackedStream
 from _flags import check, check_settings, make_parser
 from _model import Size, Transformer, patterns
-from _settings import LAPTOP, Settings
+from _settings import LAPTOP, Settings, fitted
 from _tokenizer import BEGIN, BytePairs
 
 OTHER_MODELS = ["sliding-window", "gemma-like"]
@@ -184,6 +185,23 @@ def test_settings_that_do_not_go_together(changes, message):
     settings = Settings(**SETTINGS_OF_A_RUN | changes)
     with pytest.raises(ValueError, match=re.escape(message)):
         check_settings(settings, data=2, sequence_devices=4)
+
+
+@pytest.mark.parametrize(
+    ("memory", "capability", "expected"),
+    [
+        (80e9, "9.0", (4 * 65536, "bfloat16")),
+        (24e9, "8.9", (4 * 16384, "bfloat16")),
+        (15e9, "7.5", (4 * 8192, "float32")),
+    ],
+)
+def test_the_preset_for_gpus_fits_the_card(memory, capability, expected):
+    card = types.SimpleNamespace(
+        platform="gpu", compute_capability=capability, memory_stats=lambda: {"bytes_limit": memory}
+    )
+    settings = fitted("gpu", card, sequence_devices=4)
+    assert (settings["sequence_length"], settings["dtype"]) == expected
+    assert settings["short_length"] < settings["sequence_length"]
 
 
 @pytest.mark.parametrize(
