@@ -18,8 +18,8 @@ FEWEST_FILES = 40
 
 # Installed packages are not the standard library; the others are mostly tables and test data.
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"}
-# Documents that are turned into tokens at a time.
-_AT_ONCE = 32
+# Texts that are turned into tokens, and whose parts are mixed, at a time.
+_AT_ONCE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,8 @@ class PackedStream:
     on at the token where it stopped.
 
     Args:
-        texts: the documents. In every epoch they follow each other in a new random order.
+        texts: the documents. In every epoch they, and their parts, follow each other in a new
+            random order.
         tokenizer: turns them into tokens, when they are needed.
         document_length: a document of more tokens than this becomes several, so that a sequence
             does not hold one file only.
@@ -158,6 +159,8 @@ class PackedStream:
             for document in documents
             for start in range(0, len(document), most)
         ]
+        # Neighbours of one long text would make batches that are too much alike.
+        parts = [parts[index] for index in self._rng.permutation(len(parts))]
         numbers = self._count + np.arange(len(parts), dtype=np.int32)
         self._count += len(parts)
         self._tokens = np.concatenate([self._tokens, *parts])

@@ -101,9 +101,10 @@ def compare_with_one_device(trainer: Trainer) -> None:
 
 
 def beginning(text: str) -> str:
-    """A text as far as its first function's name, or its first 400 characters."""
-    place = text.find("def ", 0, 2000)
-    return text[:400] if place < 0 else text[: place + len("def ")]
+    """A text as far as the name of its first `__init__`, or its first 400 characters."""
+    name = "    def __init__("
+    place = text.find(name, 0, 6000)
+    return text[:400] if place < 0 else text[: place + len(name)]
 
 
 def finish(
@@ -126,10 +127,12 @@ def finish(
     plot(folder.log, entropy, output)
     print(f"loss curve: {output}")
     name, text = corpus.held_out_names[-1], beginning(corpus.held_out[-1])
-    print(f"\n--- {name}, a held-out file, begins ---\n{text}")
+    shown = "\n".join(text.splitlines()[-8:])
+    print(f"\n--- {name}, a held-out file, as far as the model reads it ---\n{shown}")
     print("--- and the model goes on ---")
     settings = args.sample_length, args.temperature, trainer.settings.seed
-    print(continue_text(trainer.model, tokenizer, text, *settings))
+    more = continue_text(trainer.model, tokenizer, text, *settings)
+    print(shown.splitlines()[-1] + more)
     done = step == trainer.settings.steps
     script = "sample.py" if done else "train_lm.py --resume"
     print(f"\n{'more' if done else 'go on'}: python examples/{script} {folder.path}")
