@@ -28,7 +28,7 @@ def packed_rows(files, rows, rng):
     """Rows full of random documents: tokens, the next tokens, and the document of each token."""
     documents: list[np.ndarray] = []
     while sum(len(document) for document in documents) <= rows * LENGTH:
-        documents.append(files[rng.integers(len(files))][:1000])
+        documents.append(files[rng.integers(len(files))][:500])
     ids = np.repeat(np.arange(len(documents)), [len(document) for document in documents])
     tokens = np.concatenate(documents).astype(np.int32)
     targets = np.where(ids[1:] == ids[:-1], tokens[1:], -1)  # none at a document's end
