@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import sys
 import time
@@ -62,27 +63,39 @@ def test_checkpoint_goes_on_speaking(one_process):
     assert len(text) > len("def ") + 8 - 3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "flags", [["--devices=8"], ["--devices=1"], ["--devices=4", "--data=2"]], ids="-".join
-)
-def test_resume_on_other_devices(flags, tmp_path):
-    """Stopped in the first of two lengths, and gone on with, a run has the same losses."""
+@pytest.fixture(scope="module")
+def whole_and_stopped(tmp_path_factory):
+    """The losses of a whole run, and the folder of one that was stopped before its last steps."""
     settings = ["--steps=6", "--short-length=256", "--short-share=0.7", "--batch-size=2"]
-    settings += ["--data=1", "--checkpoint-every=2", "--evaluate-every=2"]
-    whole = losses_of(tmp_path / "whole", *settings)
-    folder = tmp_path / "stopped"
+    settings += ["--checkpoint-every=2", "--evaluate-every=2"]
+    folders = tmp_path_factory.mktemp("resume")
+    whole = losses_of(folders / "whole", *settings)
+    folder = folders / "stopped"
     process = start(folder, *settings)
     interrupt_after(process, folder, 3)
     output, error = process.communicate(timeout=240)
     assert process.returncode == 0, output + error
     assert "--- and the model goes on ---" in output
-    steps = sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
-    assert 3 <= steps[-1] < 6, "interrupted in time"
+    assert 3 <= newest_checkpoint(folder) < 6, "interrupted in time"
     assert (folder / "loss.png").exists()
+    return whole, folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags", [["--devices=8"], ["--devices=1"], ["--devices=4", "--data=2"]], ids="-".join
+)
+def test_resume_on_other_devices(flags, whole_and_stopped, tmp_path):
+    """Stopped with short sequences, gone on with and with long ones: the same losses."""
+    whole, stopped = whole_and_stopped
+    folder = shutil.copytree(stopped, tmp_path / "run")
     resumed = processes.succeed([resume(folder, *flags)])[0]
-    assert f"from step {steps[-1]} on" in resumed
+    assert f"from step {newest_checkpoint(stopped)} on" in resumed
     assert read_losses(folder) == pytest.approx(whole, rel=1e-4)
+
+
+def newest_checkpoint(folder):
+    return max(int(path.name) for path in (folder / "checkpoints").iterdir())
 
 
 def losses_of(folder, *flags):
