@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import ring_swa_jax as rsj
+from pallas_kernels._xla.kernels import XlaKernels
 from ring_swa_jax.nnx import RingSlidingWindowAttention, attention_fn
 from tests.helpers import exchanges
 from tests.helpers.cases import Case, random_case
@@ -45,6 +46,12 @@ def test_in_triton(name):
 @pytest.mark.parametrize("window", [(3, 5), (None, None)])
 def test_in_dual_chunk_order(window):
     check(Case(8, 2, window, documents=((5, 11),)), whole_arrays(None, "dual_chunk"))
+
+
+def test_rows_that_see_no_halo_go_first(monkeypatch):
+    """As where a launch of these rows hides the transfers."""
+    monkeypatch.setattr(XlaKernels, "prefers_fused_halo_forward", False)
+    check(Case(24, 3, (3, 4), 2, **FEATURES), per_shard("halo"))
 
 
 def two_sided(rng):
