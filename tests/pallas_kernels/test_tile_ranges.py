@@ -16,6 +16,7 @@ from pallas_kernels import _tile_ranges
 from pallas_kernels._masks import min_sink_distance
 from tests.helpers.cases import random_runs
 from tests.helpers.oracle import PADDING, visible
+from tests.helpers.tiles import assert_useful, covered, full_tiles, tiled, tiles_with
 
 T = 24  # queries of a shard
 NO_WINDOW = -1  # window of the oracle's `visible` in which there is not even the query's own key
@@ -55,36 +56,6 @@ def pairs(window, sinks, offset=-T, length=2 * T):
     """[batch, T, length]: which key of a run each query attends."""
     seen = np.stack([visible(starts, window, sinks) for starts in STARTS])
     return seen[:, T:, T + offset : T + offset + length]
-
-
-def tiled(x, axis, tile):
-    """Splits an axis into tiles, the last one filled up with False."""
-    padding = [(0, 0)] * x.ndim
-    padding[axis] = (0, -x.shape[axis] % tile)
-    x = np.pad(x, padding)
-    return x.reshape(*x.shape[:axis], -1, tile, *x.shape[axis + 1 :])
-
-
-def tiles_with(seen, query_tile, key_tile):
-    """[batch, query tiles, key tiles]: which hold a pair."""
-    return tiled(tiled(seen, 2, key_tile), 1, query_tile).any((2, 4))
-
-
-def full_tiles(seen, query_tile, key_tile):
-    """[batch, query tiles, key tiles]: which have all their rows and hold nothing but pairs."""
-    return tiled(tiled(seen, 2, key_tile), 1, query_tile).all((2, 4))
-
-
-def covered(begin, end, count):
-    """[..., count]: which tiles lie in a half-open range."""
-    tile = np.arange(count)
-    return (begin[..., None] <= tile) & (tile < end[..., None])
-
-
-def assert_useful(visited, useful, padded):
-    """No useful tile is missed, and none visited for nothing but where there is padding."""
-    assert not (useful & ~visited).any(), "a tile with pairs is not visited"
-    assert not (visited & ~useful & ~padded).any(), "a tile without pairs is visited"
 
 
 def check_key_plan(window, sinks, rows, query_tile, offset, length, key_tile):
@@ -240,7 +211,7 @@ def test_tiles_of_queries_that_are_distant_from_their_sinks(window, sinks, query
 @pytest.mark.parametrize("key_tile", [1, 5, 24])
 def test_chunks_whose_first_query_has_sinks_in_a_tile(sinks, chunk, key_tile):
     plan = _tile_ranges.sink_chunk_plan(
-        jnp.asarray(START), sinks, rows=T, chunk=chunk, length=T, key_tile=key_tile
+        jnp.asarray(START), sinks, offset=0, rows=T, chunk=chunk, length=T, key_tile=key_tile
     )
     first = START[:, ::chunk, None]
     own = np.arange(T)

@@ -69,6 +69,7 @@ def schedule_of(shard, key_tile, num_kv_heads=1, batch=1, group_size=1):
         num_keys=length,
         num_key_tiles=-(-length // key_tile),
         num_query_tiles=-(-rows // QUERY_TILE),
+        offset=offset,
         halo_key_tiles=-offset // key_tile if has_own_keys else -(-length // key_tile),
         packed=start.ndim > 0,
         window=window,
@@ -188,7 +189,7 @@ def test_tasks_take_as_many_steps_as_the_plan_says(number):
     )
     tiles = np.asarray(tiles)
     expected = (plan[tiles, 3] - plan[tiles, 0]).tolist()
-    assert launch.steps_per_head(offset, halo_is_seen=not first_device) == expected
+    assert launch.steps_per_head(halo_is_seen=not first_device) == expected
 
 
 @pytest.mark.parametrize("parts", [2, 4])

@@ -55,10 +55,11 @@ def test_no_tasks_are_split_where_there_are_very_many():
         num_keys=4096,
         num_key_tiles=64,
         num_query_tiles=64,
+        offset=0,
         halo_key_tiles=0,
         packed=False,
         window=300,
     )
     many = dataclasses.replace(few, batch_kv_heads=64 * 8)
-    assert split_last_tasks(few, 0, 500).split_tasks > 0
-    assert split_last_tasks(many, 0, 132).split_tasks == 0
+    assert split_last_tasks(few, 500).split_tasks > 0
+    assert split_last_tasks(many, 132).split_tasks == 0
