@@ -265,10 +265,9 @@ class RingSlidingWindowAttention(nn.Module):
     @nn.nowrap
     def _layer(self, in_features: int) -> AttentionLayer:
         """The settings, with the features of x where none are given."""
-        names = {field.name for field in dataclasses.fields(AttentionLayer)} - {"in_features"}
-        return AttentionLayer.create(
-            in_features=in_features, **{name: getattr(self, name) for name in names}
-        )
+        names = [field.name for field in dataclasses.fields(AttentionLayer)]
+        given = {name: getattr(self, name) for name in names}
+        return AttentionLayer.create(given | {"in_features": in_features})
 
     @nn.nowrap
     def _layer_and_parts(self, x: Shaped[Array, "..."]) -> tuple[AttentionLayer, _Parts]:

@@ -176,39 +176,8 @@ class RingSlidingWindowAttention(nnx.Module):
         key_norm_metadata: Mapping[str, Any] = _NO_METADATA,
         sink_logits_metadata: Mapping[str, Any] = _NO_METADATA,
     ):
-        self.layer = layer = AttentionLayer.create(
-            num_heads=num_heads,
-            in_features=in_features,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            value_dim=value_dim,
-            out_features=out_features,
-            window_size=window_size,
-            num_sink_tokens=num_sink_tokens,
-            learned_sinks=learned_sinks,
-            logits_soft_cap=logits_soft_cap,
-            scale=scale,
-            qk_norm=qk_norm,
-            qk_norm_epsilon=qk_norm_epsilon,
-            qk_norm_scale=qk_norm_scale,
-            qk_norm_after_rope=qk_norm_after_rope,
-            value_norm=value_norm,
-            context_norm=context_norm,
-            rope=rope,
-            query_scaling=query_scaling,
-            attention_chunk_size=attention_chunk_size,
-            key_as_value=key_as_value,
-            kv_shared=kv_shared,
-            output_gate=output_gate,
-            output_gate_activation=output_gate_activation,
-            mesh=mesh,
-            seq_axis=seq_axis,
-            batch_axis=batch_axis,
-            head_axis=head_axis,
-            layout=layout,
-            exchange=exchange,
-            implementation=implementation,
-        )
+        # The parameters by name, of which the layer takes its settings.
+        self.layer = layer = AttentionLayer.create(locals())
         linear = functools.partial(
             nnx.LinearGeneral, dtype=dtype, param_dtype=param_dtype, precision=precision, rngs=rngs
         )
