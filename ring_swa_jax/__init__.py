@@ -2,9 +2,9 @@
 
 from ring_swa_jax import _plugins as _plugins  # warns of a GPU plug-in that does not fit
 from ring_swa_jax._cache import Cache as Cache
-from ring_swa_jax._cache import init_cache as init_cache
 from ring_swa_jax._cache import next_positions as next_positions
-from ring_swa_jax._cache import prefill_cache as prefill_cache
+from ring_swa_jax._cache_new import init_cache as init_cache
+from ring_swa_jax._cache_new import prefill_cache as prefill_cache
 from ring_swa_jax._chunks import chunk_segment_ids as chunk_segment_ids
 from ring_swa_jax._decode import decode_attention as decode_attention
 from ring_swa_jax._hugging_face import settings_from_hugging_face as settings_from_hugging_face

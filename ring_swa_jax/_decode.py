@@ -1,30 +1,21 @@
 """Attention of new tokens to a cache and to each other."""
 
-from collections.abc import Callable
-from typing import NamedTuple
-
-import einops
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
-from pallas_kernels import accumulator_dtype
 from ring_swa_jax import _checks
 from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._cache import (
     Cache,
-    append_sinks,
-    append_window,
     check_cache,
     effective_window,
     next_positions,
     slot_positions,
-    within_reach,
 )
-from ring_swa_jax._ring import matmul_precision
+from ring_swa_jax._cache_append import append_sinks, append_window, fits_into_cache
+from ring_swa_jax._decode_keys import NewTokens, Rotate, attend_runs
 from ring_swa_jax._window import static_causal_window
-
-Rotate = Callable[[Float[Array, "B S N H"], Int[Array, "B S"]], Float[Array, "B S N H"]]
 
 
 def decode_attention(
@@ -117,60 +108,28 @@ def decode_attention(
         k, v = (jnp.where(valid[..., None, None], x, 0) for x in (k, v))
 
     positions = next_positions(cache, num_tokens, valid)
-    lost = valid & ~within_reach(cache, num_tokens, valid)
-    # The largest cache-relative position, and the window's offset from absolute positions.
-    last_index = num_sinks + (window or 0)  # fits into int32, as the cache has so many slots
-    gap = 0 if window is None else jnp.maximum(cache.length - last_index, 0)[:, None]
-
-    def in_window(key, value, key_positions):
-        distance = positions[:, :, None] - key_positions[:, None]
-        seen = (distance >= 0) & (key_positions >= 0)[:, None] & valid[..., None]
-        if window is not None:
-            seen &= distance <= window
-        if chunk is not None:
-            seen &= distance <= (positions % chunk)[:, :, None]
-        if rotate is None:
-            return _Run(q, key, value, seen)
-        query = rotate(q, jnp.maximum(positions - gap, 0))
-        return _Run(query, _turn(rotate, key, jnp.maximum(key_positions - gap, 0)), value, seen)
-
-    def before_window(key, value, window):
-        slots = jnp.arange(key.shape[2], dtype=jnp.int32)[None]
-        slots = jnp.broadcast_to(slots, (batch, key.shape[2]))
-        seen = (positions[:, :, None] - slots[:, None] > window) & valid[..., None]
-        if rotate is None:
-            return _Run(q, key, value, seen)
-        query = rotate(q, jnp.minimum(positions, last_index))
-        return _Run(query, _turn(rotate, key, slots), value, seen)
-
+    lost = valid & ~fits_into_cache(cache, num_tokens, valid)
+    tokens = NewTokens.create(q, positions, valid, cache, window, num_sinks, chunk, rotate)
     runs = []
     stored = cache.length
     cache = append_sinks(cache, k, v, valid)
     if window is not None and cache.sink_key.shape[2]:
-        runs.append(before_window(cache.sink_key, cache.sink_value, window))
+        runs.append(tokens.before_window(cache.sink_key, cache.sink_value, window))
     if num_tokens == 1:
         # One token overwrites the slot that just left its window, so it is stored first.
         cache = append_window(cache, k, v, valid)
         stored = stored + valid[:, 0].astype(jnp.int32)
     else:
         new_positions = jnp.where(valid, positions, -1)
-        runs.append(in_window(k.swapaxes(1, 2), v.swapaxes(1, 2), new_positions))
-    runs.append(in_window(cache.key, cache.value, slot_positions(stored, cache.num_slots)))
-    out = _attend(runs, sink_logits, scale, cap).astype(q.dtype)
+        runs.append(tokens.in_window(k.swapaxes(1, 2), v.swapaxes(1, 2), new_positions))
+    cached_positions = slot_positions(stored, cache.num_slots)
+    runs.append(tokens.in_window(cache.key, cache.value, cached_positions))
+    out = attend_runs(runs, sink_logits, scale, cap).astype(q.dtype)
     if num_tokens > 1:
         # The barrier orders the read before the write, so XLA writes in place.
         cache, out = lax.optimization_barrier((cache, out))
         cache = append_window(cache, k, v, valid)
     return jnp.where(lost[..., None, None], jnp.nan, out), cache
-
-
-class _Run(NamedTuple):
-    """Some of the keys, and the queries, rotated for these keys' positions."""
-
-    query: Float[Array, "B T N H"]
-    key: Float[Array, "B K _ H"]
-    value: Float[Array, "B K _ Hv"]
-    seen: Bool[Array, "B T _"]
 
 
 def _static_chunk(chunk_size: int | None, window: int | None, num_sinks: int) -> int | None:
@@ -183,46 +142,6 @@ def _static_chunk(chunk_size: int | None, window: int | None, num_sinks: int) ->
             f"tokens, got window_size={window} and num_sink_tokens={num_sinks}"
         )
     return chunk
-
-
-def _turn(
-    rotate: Rotate, key: Float[Array, "B K S H"], positions: Int[Array, "B S"]
-) -> Float[Array, "B K S H"]:
-    return rotate(key.swapaxes(1, 2), positions).swapaxes(1, 2)
-
-
-def _attend(
-    runs: list[_Run], sink_logits: Float[Array, "N"] | None, scale: float, cap: float | None
-) -> Float[Array, "B T N Hv"]:
-    """One softmax over all runs; zeros for a query that sees no key."""
-    batch, length, heads, _ = runs[0].query.shape
-    _, num_kv, _, value_dim = runs[0].value.shape
-    dtype = accumulator_dtype(runs[0].query.dtype)
-    precision = matmul_precision()
-
-    def dot(equation, x, y):
-        return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=dtype)
-
-    def logits(run):
-        grouped = einops.rearrange(run.query, "b t (k g) h -> b t k g h", k=num_kv)
-        x = dot("btkgh,bksh->bkgts", grouped, run.key) * scale
-        x = x if cap is None else cap * jnp.tanh(x / cap)
-        return jnp.where(run.seen[:, None, None], x, -jnp.inf)
-
-    all_logits = [logits(run) for run in runs]
-    top = jnp.max(jnp.stack([x.max(-1) for x in all_logits]), axis=0)
-    if sink_logits is not None:
-        learned = sink_logits.astype(dtype).reshape(1, num_kv, -1, 1)
-        top = jnp.maximum(top, learned)
-    top = jnp.where(top == -jnp.inf, 0, top)
-    total = jnp.zeros_like(top) if sink_logits is None else jnp.exp(learned - top)
-    out = jnp.zeros((batch, num_kv, heads // num_kv, length, value_dim), dtype)
-    for run, x in zip(runs, all_logits, strict=True):
-        weights = jnp.exp(x - top[..., None])
-        total += weights.sum(-1)
-        out += dot("bkgts,bksv->bkgtv", weights.astype(run.value.dtype), run.value)
-    out = out / jnp.where(total == 0, 1, total)[..., None]
-    return einops.rearrange(out, "b k g t v -> b t (k g) v")
 
 
 def _check_fits(

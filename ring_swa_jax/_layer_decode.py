@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from ring_swa_jax import _cache
+from ring_swa_jax import _cache, _cache_new
 from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._cache import Cache
 from ring_swa_jax._decode import decode_attention
@@ -32,7 +32,7 @@ def init_cache(
     relative_positions: bool,
 ) -> Cache:
     """An empty cache of the layer."""
-    return _cache.init_cache(
+    return _cache_new.init_cache(
         batch_size,
         layer.num_kv_heads,
         layer.head_dim,
@@ -68,7 +68,7 @@ def prefill(
     kv = cached = layer.keys_values(projected, learned, positions)
     if relative_positions:
         cached = layer.keys_values(projected, learned, None)
-    cache = _cache.prefill_cache(
+    cache = _cache_new.prefill_cache(
         *cached,
         window_size=layer.cached_window,
         num_sink_tokens=layer.num_sink_tokens,

@@ -174,7 +174,7 @@ class LayerSettings:
         }
 
     @property
-    def cached_window(self) -> WindowSize:
+    def cached_window(self) -> int | None:
         """W of a cache: a chunk's keys lie in a window of its size."""
         if self.attention_chunk_size is not None:
             return self.attention_chunk_size - 1

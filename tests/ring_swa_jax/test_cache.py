@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 import ring_swa_jax as rsj
 from ring_swa_jax import _cache
-from ring_swa_jax._cache import Cache, init_cache, next_positions, prefill_cache
+from ring_swa_jax._cache import Cache, next_positions
+from ring_swa_jax._cache_new import init_cache, prefill_cache
 from ring_swa_jax._decode import decode_attention
 from tests.helpers import oracle
 from tests.helpers.cases import Case
