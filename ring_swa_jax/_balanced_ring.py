@@ -77,13 +77,13 @@ class BalancedRing:
         """The half chunks."""
         return HalfChunks(self.axis, self.chunk)
 
-    def take(self, x: Array, axis: int = 1) -> Array:
+    def to_half_chunks(self, x: Array, axis: int = 1) -> Array:
         """The caller's array as half chunks."""
-        return x if self.layout == "dual_chunk" else self.halves.deal(x, axis)
+        return x if self.layout == "dual_chunk" else self.halves.to_dual_chunks(x, axis)
 
-    def give(self, x: Array, axis: int = 1) -> Array:
-        """The inverse of `take`."""
-        return x if self.layout == "dual_chunk" else self.halves.collect(x, axis)
+    def from_half_chunks(self, x: Array, axis: int = 1) -> Array:
+        """The inverse of `to_half_chunks`."""
+        return x if self.layout == "dual_chunk" else self.halves.from_dual_chunks(x, axis)
 
     def pass_on(self, x: Array) -> Array:
         """Sends ``x`` to the next device; returns the array of the device before."""
@@ -170,24 +170,24 @@ class BalancedRing:
         second = begin_from_end(starts.second, 0)
         both = second + begin_from_end(starts.second, 1)
         second = jnp.where(device > index, both, second)
-        run = self._run(self._turned(keys, self._turn(distance)), -self.chunk)
+        run = self._run(self._shifted(keys, self._shift(distance)), -self.chunk)
         return _Launch(0, run, first), _Launch(1, run, second)
 
-    def turned_back(self, x: Array, distance: Int[Array, ""] | int) -> Array:
+    def shifted_back(self, x: Array, distance: Int[Array, ""] | int) -> Array:
         """Gradients of the shifted keys of `hop_launches`, in the order before the shift."""
-        return self._turned(x, self.chunk - self._turn(distance))
+        return self._shifted(x, self.chunk - self._shift(distance))
 
     def _run(self, keys: Array, offset: int) -> KeyRun:
         return KeyRun(keys[..., : self.dim], keys[..., self.dim :], offset)
 
-    def _turn(self, distance: Int[Array, ""] | int) -> Int[Array, ""]:
+    def _shift(self, distance: Int[Array, ""] | int) -> Int[Array, ""]:
         """How far a device's keys are shifted, so that the visible keys are the last."""
         device = (self.axis.index() - distance) % self.axis.size
         return jnp.where(device > self.axis.index(), 0, self.halves.length(device))
 
-    def _turned(self, x: Array, turn: Int[Array, ""]) -> Array:
-        """``x`` with its first ``turn`` tokens moved to the end."""
-        return lax.dynamic_slice_in_dim(jnp.concatenate([x, x], 1), turn, self.chunk, 1)
+    def _shifted(self, x: Array, shift: Int[Array, ""]) -> Array:
+        """``x`` with its first ``shift`` tokens moved to the end."""
+        return lax.dynamic_slice_in_dim(jnp.concatenate([x, x], 1), shift, self.chunk, 1)
 
     def _first_length(self) -> Int[Array, ""]:
         return self.halves.length(self.axis.index())
@@ -244,7 +244,7 @@ def attend_ring(
 
 
 def _attend_ring_fwd(spec, ring, implementation, query, key, value, sink_logits, start):
-    query, keys = ring.take(query), ring.take(jnp.concatenate([key, value], -1))
+    query, keys = ring.to_half_chunks(query), ring.to_half_chunks(jnp.concatenate([key, value], -1))
     starts = ring.starts(start, query.shape[0])
     if start.ndim:
         query, keys = (ring.without_padding(x, starts) for x in (query, keys))
@@ -252,8 +252,8 @@ def _attend_ring_fwd(spec, ring, implementation, query, key, value, sink_logits,
     _, states = same_varying(ring.axis, query, states)
     out = ring.join(_Halves(*(state.out for state in states))).astype(query.dtype)
     lse = ring.join(_Halves(*(state.lse for state in states)), 2)
-    out = checkpoint_name(ring.give(out), "context")
-    lse = checkpoint_name(ring.give(lse, 2), "context")
+    out = checkpoint_name(ring.from_half_chunks(out), "context")
+    lse = checkpoint_name(ring.from_half_chunks(lse, 2), "context")
     return out, (query, keys, sink_logits, starts, out, lse, start)
 
 
@@ -286,18 +286,18 @@ def _forward(spec, ring, implementation, query, keys, sink_logits, starts):
 
 def _attend_ring_bwd(spec, ring, implementation, residuals, dout):
     query, keys, sink_logits, starts, out, lse, start = residuals
-    outs, douts = ring.take(out), ring.take(dout)
+    outs, douts = ring.to_half_chunks(out), ring.to_half_chunks(dout)
     if start.ndim:
         douts = ring.without_padding(douts, starts)
     outs, douts = ring.split(outs), ring.split(douts)
-    lses = ring.split(ring.take(lse, 2), 2)
+    lses = ring.split(ring.to_half_chunks(lse, 2), 2)
     finals = tuple(map(State, outs, lses))
     backward = _Backward(spec, implementation, ring.split(query), finals, douts)
 
     def of_hop(distance, keys, arrived, dqueries):
         launches = ring.hop_launches(distance, keys, starts)
         dqueries, (first, second), _ = backward.through(launches, dqueries)
-        return dqueries, arrived + ring.turned_back(first + second, distance)
+        return dqueries, arrived + ring.shifted_back(first + second, distance)
 
     def step(carry, distance):
         keys, sums, dqueries = carry
@@ -308,7 +308,7 @@ def _attend_ring_bwd(spec, ring, implementation, residuals, dout):
     following = ring.pass_on(keys)
     launches = ring.own_launches(keys, starts)
     dqueries, (first, second, before), deltas = backward.through(launches, (None, None))
-    sums = ring.join(_Halves(first, second)) + ring.turned_back(before, 0)
+    sums = ring.join(_Halves(first, second)) + ring.shifted_back(before, 0)
     last = ring.axis.size - 1
     distances = jnp.arange(1, last, dtype=jnp.int32)
     (keys, sums, dqueries), _ = lax.scan(step, (following, sums, dqueries), distances)
@@ -319,8 +319,8 @@ def _attend_ring_bwd(spec, ring, implementation, residuals, dout):
         both = zip(lses, deltas[:2], strict=True)
         parts = jnp.stack([sink_logits_gradient(learned, *sums) for sums in both])
         dsink_logits = parts.sum(0).astype(sink_logits.dtype)
-    dquery = ring.give(ring.join(_Halves(*dqueries)).astype(query.dtype))
-    dkeys = ring.give(ring.pass_on(sums).astype(query.dtype))
+    dquery = ring.from_half_chunks(ring.join(_Halves(*dqueries)).astype(query.dtype))
+    dkeys = ring.from_half_chunks(ring.pass_on(sums).astype(query.dtype))
     return dquery, dkeys[..., : ring.dim], dkeys[..., ring.dim :], dsink_logits, None
 
 
