@@ -14,15 +14,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from pallas_kernels import _implementations
-from pallas_kernels._attention import (
-    Halo,
-    add_first,
-    add_last,
-    launch_backward,
-    launch_forward,
-    sink_logits_gradient,
-)
+from pallas_kernels._halo import Halo, add_first, add_last
 from pallas_kernels._kernels import BackwardInputs, ForwardInputs
+from pallas_kernels._launches import launch_backward, launch_forward, sink_logits_gradient
 from pallas_kernels._spec import Ends, KeyRun, SinkRun, Spec, Starts, accumulator_dtype
 from pallas_kernels._varying import vary_as
 
