@@ -81,89 +81,29 @@ def backward_dkv(
         The wanted gradients.
     """
     batch, length, num_kv, _ = run.key.shape
-    key_value = (run.key, run.value)
-    group = queries.query.shape[2] // num_kv
-    start, packed = queries.start, queries.start.ndim > 0
-    head_blocks = group // tiles.heads
-    num_sinks, min_distance = (0, 0) if distant is None else (spec.num_sinks, distant.min_distance)
-    plan = _plan(spec, queries, run, rows, tiles, num_sinks, min_distance)
-    arrays, blocks = query_operands(queries, group)
-    arrays |= {"plan": plan if packed else plan[None], "keys": key_value}
-    blocks |= {"plan": batch_block(arrays["plan"]), "keys": tuple(map(key_block, key_value))}
-    if distant is not None and distant.parts is not None:
-        chunks = sink_chunk_plan(
-            start,
-            num_sinks,
-            rows=rows,
-            chunk=distant.chunk,
-            offset=run.offset,
-            length=length,
-            key_tile=tiles.key,
-        )
-        arrays["chunks"] = chunks if packed else chunks[None]
-        arrays["from_distant"] = [x for x, want in zip(distant.parts, wanted, strict=True) if want]
-        blocks["chunks"] = batch_block(arrays["chunks"])
-        blocks["from_distant"] = [_parts_block(x) for x in arrays["from_distant"]]
+    launch = _Launch(
+        spec=spec,
+        offset=run.offset,
+        length=length,
+        rows=rows,
+        group=queries.query.shape[2] // num_kv,
+        packed=queries.start.ndim > 0,
+        num_sinks=0 if distant is None else spec.num_sinks,
+        min_distance=0 if distant is None else distant.min_distance,
+        distant_chunk=0 if distant is None else distant.chunk,
+        dims=(run.key.shape[3], run.value.shape[3]),
+        tiles=tiles,
+        wanted=wanted,
+        interpret=interpret,
+    )
+    arrays, blocks = launch.operands(queries, run, distant)
     shapes = [
         shape_like_varying(queries.query, x.shape, out_dtype)
-        for x, want in zip(key_value, wanted, strict=True)
+        for x, want in zip((run.key, run.value), wanted, strict=True)
         if want
     ]
-
-    def kernel(refs, *out_refs):
-        index = pl.program_id(0)
-        first_key = index * tiles.key
-        local = first_key + jnp.arange(tiles.key, dtype=jnp.int32)
-        exists = local < length if length % tiles.key else None
-        key_rows = (pl.ds(first_key, tiles.key),)
-        keys = [load_rows(ref, key_rows, exists) for ref in refs["keys"]]
-        j = run.offset + local[:, None]
-
-        def seen(i, start, end):
-            return sees_except_distant_sinks(
-                i, j, start, spec.window, num_sinks, min_distance, packed=packed, end=end
-            )
-
-        def over(begin, end, acc, masked, padded=False):
-            def body(begin, block, acc):
-                mask = seen if masked else None
-                tile = load_queries(
-                    refs, tiles, begin, rows, block, mask, packed=packed, padded=padded
-                )
-                return add_gradients(spec, keys, tile, acc, wanted, interpret)
-
-            return _over_query_tiles(begin, end, tiles.query, head_blocks, body, acc)
-
-        acc = zero_gradients(tiles.key, key_value, wanted)
-        begin, unmasked_begin, unmasked_end, end = (refs["plan"][index, n] for n in range(4))
-        if packed:
-            # Queries whose loads wait for their starts arrive late: only where there is padding.
-            stop = jnp.where(refs["plan"][index, 4] > 0, end, begin)
-            acc = over(begin, stop, acc, True, padded=True)
-            begin, unmasked_begin, unmasked_end = (
-                jnp.maximum(x, stop) for x in (begin, unmasked_begin, unmasked_end)
-            )
-        if tiles.unmasked_loop:
-            acc = over(begin, unmasked_begin, acc, True)
-            acc = over(unmasked_begin, unmasked_end, acc, False)
-            acc = over(unmasked_end, end, acc, True)
-        else:
-            acc = over(begin, end, acc, True)
-        results = scaled_gradients(spec, acc, wanted)
-        if "from_distant" in refs:
-            assert distant is not None
-
-            results = _add_from_distant_queries(
-                refs, distant, run.offset, local, num_sinks, results
-            )
-        if packed:
-            real = real_keys(refs, spec, run.offset, local, exists)[:, None]
-            results = [[jnp.where(real, x, 0.0) for x in result] for result in results]
-        for out_ref, result in zip(out_refs, results, strict=True):
-            store_rows(out_ref, key_rows, result, exists)
-
     return pl.pallas_call(
-        kernel,
+        launch.kernel,
         grid=(pl.cdiv(length, tiles.key), num_kv, batch),
         in_specs=[blocks],
         out_specs=[key_block(x) for x in shapes],
@@ -174,32 +114,159 @@ def backward_dkv(
     )(arrays)
 
 
-def _plan(
-    spec: Spec,
-    queries: Queries,
-    run: KeyRun,
-    rows: int,
-    tiles: TritonTiles,
-    num_sinks: int,
-    min_distance: int,
-) -> Array:
-    """`query_plan`, and whether the queries include padding where they may."""
-    start, end = queries.start, queries.end
-    plan = query_plan(
-        start,
-        spec.window,
-        num_sinks,
-        rows=rows,
-        query_tile=tiles.query,
-        offset=run.offset,
-        length=run.key.shape[1],
-        key_tile=tiles.key,
-        min_distance=min_distance,
-        end=end,
-    )
-    if not start.ndim:
-        return plan
-    return with_padding(plan, start, plan[..., 0], plan[..., 3], tiles.query, end)
+class _Launch(NamedTuple):
+    """A launch, and what its programs do.
+
+    Attributes:
+        spec: static settings.
+        offset: position of the run's first key.
+        length: keys of the run.
+        rows: number of queries.
+        group: query heads of a head of keys.
+        packed: whether there are documents.
+        num_sinks: sinks to look for in the run.
+        min_distance: of distant queries, whose sinks have a launch of their own.
+        distant_chunk: queries of a chunk of that launch.
+        dims: H and Hv.
+        tiles: tile sizes.
+        wanted: which of dkey and dvalue to compute.
+        interpret: run in the interpreter.
+    """
+
+    spec: Spec
+    offset: int
+    length: int
+    rows: int
+    group: int
+    packed: bool
+    num_sinks: int
+    min_distance: int
+    distant_chunk: int
+    dims: tuple[int, int]
+    tiles: TritonTiles
+    wanted: tuple[bool, bool]
+    interpret: bool
+
+    def operands(
+        self, queries: Queries, run: KeyRun, distant: DistantSinks | None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The arrays that a program reads, and their blocks."""
+        key_value = (run.key, run.value)
+        plan = self._plan(queries)
+        arrays, blocks = query_operands(queries, self.group)
+        arrays |= {"plan": plan if self.packed else plan[None], "keys": key_value}
+        blocks |= {"plan": batch_block(arrays["plan"]), "keys": tuple(map(key_block, key_value))}
+        if distant is None or distant.parts is None:
+            return arrays, blocks
+        chunks = sink_chunk_plan(
+            queries.start,
+            self.num_sinks,
+            rows=self.rows,
+            chunk=self.distant_chunk,
+            offset=self.offset,
+            length=self.length,
+            key_tile=self.tiles.key,
+        )
+        arrays["chunks"] = chunks if self.packed else chunks[None]
+        parts = [x for x, want in zip(distant.parts, self.wanted, strict=True) if want]
+        arrays["from_distant"] = parts
+        blocks["chunks"] = batch_block(arrays["chunks"])
+        blocks["from_distant"] = [_parts_block(x) for x in parts]
+        return arrays, blocks
+
+    def _plan(self, queries: Queries) -> Array:
+        """`query_plan`, and whether the queries include padding where they may."""
+        start, end = queries.start, queries.end
+        plan = query_plan(
+            start,
+            self.spec.window,
+            self.num_sinks,
+            rows=self.rows,
+            query_tile=self.tiles.query,
+            offset=self.offset,
+            length=self.length,
+            key_tile=self.tiles.key,
+            min_distance=self.min_distance,
+            end=end,
+        )
+        if not start.ndim:
+            return plan
+        return with_padding(plan, start, plan[..., 0], plan[..., 3], self.tiles.query, end)
+
+    def kernel(self, refs, *out_refs) -> None:
+        """Computes the gradients of a tile of keys."""
+        index = pl.program_id(0)
+        first_key = index * self.tiles.key
+        local = first_key + jnp.arange(self.tiles.key, dtype=jnp.int32)
+        exists = local < self.length if self.length % self.tiles.key else None
+        key_rows = (pl.ds(first_key, self.tiles.key),)
+        keys = [load_rows(ref, key_rows, exists) for ref in refs["keys"]]
+        results = scaled_gradients(self.spec, self._sums(refs, index, keys, local), self.wanted)
+        if "from_distant" in refs:
+            results = self._add_from_distant_queries(refs, local, results)
+        if self.packed:
+            real = real_keys(refs, self.spec, self.offset, local, exists)[:, None]
+            results = [[jnp.where(real, x, 0.0) for x in result] for result in results]
+        for out_ref, result in zip(out_refs, results, strict=True):
+            store_rows(out_ref, key_rows, result, exists)
+
+    def _sums(self, refs, index: Array, keys: list[list[Array]], local: Array):
+        """(dkey / scale, dvalue) of the keys ``local`` through the queries of the plan."""
+        tiles = self.tiles
+        j = self.offset + local[:, None]
+
+        def seen(i, start, end):
+            return sees_except_distant_sinks(
+                i, j, start, self.spec.window, self.num_sinks, self.min_distance,
+                packed=self.packed, end=end,
+            )  # fmt: skip
+
+        def over(begin, end, acc, masked, padded=False):
+            def body(begin, block, acc):
+                mask = seen if masked else None
+                tile = load_queries(
+                    refs, tiles, begin, self.rows, block, mask, packed=self.packed, padded=padded
+                )
+                return add_gradients(self.spec, keys, tile, acc, self.wanted, self.interpret)
+
+            head_blocks = self.group // tiles.heads
+            return _over_query_tiles(begin, end, tiles.query, head_blocks, body, acc)
+
+        acc = zero_gradients(tiles.key, self.dims, self.wanted)
+        begin, unmasked_begin, unmasked_end, end = (refs["plan"][index, n] for n in range(4))
+        if self.packed:
+            # Queries whose loads wait for their starts arrive late: only where there is padding.
+            stop = jnp.where(refs["plan"][index, 4] > 0, end, begin)
+            acc = over(begin, stop, acc, True, padded=True)
+            begin, unmasked_begin, unmasked_end = (
+                jnp.maximum(x, stop) for x in (begin, unmasked_begin, unmasked_end)
+            )
+        if not tiles.unmasked_loop:
+            return over(begin, end, acc, True)
+        acc = over(begin, unmasked_begin, acc, True)
+        acc = over(unmasked_begin, unmasked_end, acc, False)
+        return over(unmasked_end, end, acc, True)
+
+    def _add_from_distant_queries(self, refs, local: Array, results):
+        """Adds what chunks of distant queries found for the sinks among the keys ``local``."""
+        index, num_sinks = pl.program_id(0), self.num_sinks
+
+        def add_chunk(c, results):
+            chunk_start = refs["start"][c * self.distant_chunk if self.packed else 0]
+            first_sink = chunk_start - self.offset if self.offset else chunk_start
+            row = local - jnp.maximum(first_sink, 0)
+            own = (row >= 0) & (row < num_sinks)
+            parts = (
+                load_rows(ref, (c, jnp.clip(row, 0, num_sinks - 1)), own)
+                for ref in refs["from_distant"]
+            )
+            return [
+                [x + y for x, y in zip(result, part, strict=True)]
+                for result, part in zip(results, parts, strict=True)
+            ]
+
+        first_chunk, end_chunk = refs["chunks"][index, 0], refs["chunks"][index, 1]
+        return lax.fori_loop(first_chunk, end_chunk, add_chunk, results)
 
 
 def _over_query_tiles(begin, end, size: int, head_blocks: int, body: Callable, acc):
@@ -219,30 +286,6 @@ def _over_query_tiles(begin, end, size: int, head_blocks: int, body: Callable, a
         return body((begin + n) * size, block, acc)
 
     return lax.fori_loop(0, count * head_blocks, step, acc)
-
-
-def _add_from_distant_queries(
-    refs, distant: DistantSinks, offset: int, local: Array, num_sinks: int, results
-):
-    """Adds what chunks of distant queries found for the sinks among the keys ``local``."""
-    index, packed = pl.program_id(0), refs["start"].shape[0] > 1
-
-    def add_chunk(c, results):
-        chunk_start = refs["start"][c * distant.chunk if packed else 0]
-        first_sink = chunk_start - offset if offset else chunk_start
-        row = local - jnp.maximum(first_sink, 0)
-        own = (row >= 0) & (row < num_sinks)
-        parts = (
-            load_rows(ref, (c, jnp.clip(row, 0, num_sinks - 1)), own)
-            for ref in refs["from_distant"]
-        )
-        return [
-            [x + y for x, y in zip(result, part, strict=True)]
-            for result, part in zip(results, parts, strict=True)
-        ]
-
-    first_chunk, end_chunk = refs["chunks"][index, 0], refs["chunks"][index, 1]
-    return lax.fori_loop(first_chunk, end_chunk, add_chunk, results)
 
 
 def query_operands(queries: Queries, group: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -332,13 +375,11 @@ def _as_row(x: Array) -> Array:
     return x[None, :] if x.ndim else x
 
 
-def zero_gradients(size: int, key_value: tuple[Any, Any], wanted: tuple[bool, bool]):
+def zero_gradients(size: int, dims: tuple[int, int], wanted: tuple[bool, bool]):
     """(dkey, dvalue) in head parts, empty where not wanted."""
     return tuple(
-        tuple(jnp.zeros((size, width), jnp.float32) for _, width in head_parts(x.shape[-1]))
-        if want
-        else ()
-        for want, x in zip(wanted, key_value, strict=True)
+        tuple(jnp.zeros((size, width), jnp.float32) for _, width in head_parts(dim)) if want else ()
+        for want, dim in zip(wanted, dims, strict=True)
     )
 
 

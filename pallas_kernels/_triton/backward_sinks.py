@@ -158,7 +158,7 @@ def _by_chunks(
         # Queries behind the sequence's last may be padding.
         end_query = refs["plan"][index, 2] if packed else rows
         steps = jnp.where(count > first_slot, (end_tile - first_tile) * head_blocks, 0)
-        acc = zero_gradients(tiles.key, key_value, BOTH)
+        acc = zero_gradients(tiles.key, (key_value[0].shape[3], key_value[1].shape[3]), BOTH)
         acc = lax.fori_loop(0, steps, step, acc)
         for out_ref, result in zip(out_refs, scaled_gradients(spec, acc, BOTH), strict=True):
             store_rows(out_ref, (pl.ds(first_slot, tiles.key),), result, slots < spec.num_sinks)
