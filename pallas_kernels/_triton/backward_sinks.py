@@ -16,8 +16,9 @@ from pallas_kernels._kernels import Queries
 from pallas_kernels._masks import min_sink_distance, sees_distant_sink, sees_fetched_sink
 from pallas_kernels._spec import KeyRun, Spec
 from pallas_kernels._tile_ranges import sink_query_plan
-from pallas_kernels._triton.backward_dkv import (
-    DistantSinks,
+from pallas_kernels._triton.backward_dkv import DistantSinks
+from pallas_kernels._triton.blocks import batch_block, div, load_rows, rem, store_rows
+from pallas_kernels._triton.query_tiles import (
     add_gradients,
     key_block,
     load_queries,
@@ -25,7 +26,6 @@ from pallas_kernels._triton.backward_dkv import (
     scaled_gradients,
     zero_gradients,
 )
-from pallas_kernels._triton.blocks import batch_block, div, load_rows, rem, store_rows
 from pallas_kernels._triton.tiles import TritonTiles
 from pallas_kernels._varying import shape_like_varying
 
