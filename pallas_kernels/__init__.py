@@ -3,6 +3,7 @@
 from pallas_kernels._attention import attend as attend
 from pallas_kernels._both_sides import Sides as Sides
 from pallas_kernels._both_sides import attend_both_sides as attend_both_sides
+from pallas_kernels._device import half_precision_dtype as half_precision_dtype
 from pallas_kernels._halo import Halo as Halo
 from pallas_kernels._implementations import NAMES as IMPLEMENTATIONS
 from pallas_kernels._implementations import choose as choose
@@ -30,6 +31,7 @@ __all__ = [
     "attend_keys",
     "attend_keys_backward",
     "choose",
+    "half_precision_dtype",
     "interprets",
     "sink_logits_gradient",
 ]

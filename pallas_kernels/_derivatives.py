@@ -10,17 +10,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.custom_derivatives import linear_call
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jaxtyping import Shaped
+
+from pallas_kernels._vmap import folds_vmap
 
 
 def first_order(launch: Callable, *, has_forward_mode: bool) -> Callable:
-    """``launch``, differentiable in forward mode only, or not at all.
+    """``launch``, differentiable in forward mode only, or not at all; ``jax.vmap`` folds into B.
 
     Derivatives in reverse mode raise NotImplementedError, and without ``has_forward_mode`` those in
     forward mode too.
     """
-    return _forward_mode_only(launch) if has_forward_mode else _no_derivatives(launch)
+    return _forward_mode_only(launch) if has_forward_mode else _no_derivatives(folds_vmap(launch))
 
 
 def _no_derivatives(launch: Callable) -> Callable:
@@ -43,7 +46,7 @@ def _undifferentiable_jvp(primals: tuple, tangents: tuple):
 
 
 def _forward_mode_only(launch: Callable) -> Callable:
-    guarded = jax.custom_jvp(launch)
+    guarded = jax.custom_jvp(folds_vmap(launch))
 
     @guarded.defjvp
     def jvp(primals, tangents):
@@ -52,6 +55,8 @@ def _forward_mode_only(launch: Callable) -> Callable:
         tangents = structure.flatten_up_to(tangents)
         places = [i for i, x in enumerate(flat) if jnp.issubdtype(x.dtype, jnp.floating)]
 
+        # JAX cannot map the derivative of a launch that folds vmap; a derivative folds as well.
+        @folds_vmap
         def push(flat, moved):
             def along(*floats):
                 arguments = list(flat)
@@ -61,8 +66,8 @@ def _forward_mode_only(launch: Callable) -> Callable:
 
             return jax.jvp(along, tuple(flat[i] for i in places), tuple(moved))[1]
 
-        moved = [tangents[i] for i in places]
-        return guarded(*primals), linear_call(push, _refuse, flat, moved)
+        pushed = push(flat, [tangents[i] for i in places])
+        return guarded(*primals), jax.tree.map(_without_transpose.bind, pushed)
 
     return guarded
 
@@ -70,6 +75,16 @@ def _forward_mode_only(launch: Callable) -> Callable:
 def _refuse(*_):
     raise NotImplementedError(
         "the attention has first derivatives in reverse mode, and with implementation='xla' those "
-        "of jax.grad in forward mode, jax.jvp(jax.grad(f), ...); for other second derivatives take "
-        "reference_attention, on one device"
+        "of jax.grad in forward mode: jax.hessian(f), or jax.jvp(jax.grad(f), ...); for other "
+        "second derivatives take reference_attention, on one device"
     )
+
+
+# The identity, which refuses to be transposed, as reverse mode does with tangents. JAX's own way to
+# say that, linear_call, has no rule for vmap, which jax.hessian needs.
+_without_transpose = Primitive("ring_swa_without_transpose")
+_without_transpose.def_impl(lambda x: x)
+_without_transpose.def_abstract_eval(lambda x: x)
+ad.deflinear2(_without_transpose, _refuse)
+batching.defvectorized(_without_transpose)
+mlir.register_lowering(_without_transpose, lambda _, x: [x])

@@ -4,6 +4,7 @@ import re
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 # Of GPUs that are compiled for without being here only the name is known. The first pattern that
 # is found in the name counts.
@@ -41,6 +42,10 @@ SHARED_MEMORY = {
     12.1: 99 * 1024,
 }
 
+# Multiprocessors of the Hopper GPUs, the only ones whose number is asked for: the first pattern
+# that is found in the name counts. H100 and H200 in SXM sockets, NVL and GH200 have 132.
+MULTIPROCESSORS = ((r"\bH20\b", 78), (r"\bPCIe\b", 114), (r"", 132))
+
 
 class Gpu(NamedTuple):
     """What a GPU offers a kernel.
@@ -74,14 +79,22 @@ def compiled_platform() -> str:
 
 def compiled_gpu() -> Gpu:
     """The GPU that is compiled for: read from the device, or from its name if it is not here."""
+    kind, platform = _absent_kind()
+    if kind is not None:
+        return NO_NVIDIA if platform == "rocm" else gpu_of_kind(kind)
     here = jax.devices()[0]
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None and device.device_kind != here.device_kind:
-        return NO_NVIDIA if device.platform == "rocm" else gpu_of_kind(device.device_kind)
     capability = str(getattr(here, "compute_capability", 0))
     if capability.startswith("gfx") or not float(capability):
         return NO_NVIDIA
     return gpu_of_device(float(capability), getattr(here, "shared_memory_per_block_optin", None))
+
+
+def _absent_kind() -> tuple[str | None, str | None]:
+    """Name and platform of the device that is compiled for where it is not the one here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None or device.device_kind == jax.devices()[0].device_kind:
+        return None, None
+    return device.device_kind, device.platform
 
 
 def gpu_of_device(capability: float, shared_memory: int | None) -> Gpu:
@@ -100,6 +113,22 @@ def gpu_of_kind(kind: str) -> Gpu:
 
 
 def multiprocessors() -> int:
-    """How many multiprocessors the GPU compiled for has; a Hopper's 132 if it is not here."""
+    """How many multiprocessors the GPU compiled for has; by its name if it is not here."""
+    kind, _ = _absent_kind()
     here = jax.devices()[0]
-    return getattr(here, "core_count", 132) if here.platform == "gpu" else 132
+    if kind is None and here.platform == "gpu":
+        return here.core_count
+    return next(count for pattern, count in MULTIPROCESSORS if re.search(pattern, kind or ""))
+
+
+def half_precision_dtype() -> jnp.dtype:
+    """The 16-bit floating-point type that the device compiled for has units for.
+
+    bfloat16; but float16 for NVIDIA GPUs before Ampere (T4, V100, RTX 20), which have none for
+    bfloat16.
+
+    Returns:
+        ``bfloat16`` or ``float16``.
+    """
+    older = compiled_platform() == "gpu" and 0 < compiled_gpu().capability < 8
+    return jnp.dtype(jnp.float16 if older else jnp.bfloat16)

@@ -10,7 +10,6 @@ from pallas_kernels import _implementations
 from pallas_kernels._derivatives import first_order
 from pallas_kernels._kernels import BackwardInputs, ForwardInputs, Gradients, Kernels
 from pallas_kernels._spec import Ends, KeyRun, Spec, Starts, State, accumulator_dtype
-from pallas_kernels._vmap import folds_vmap
 
 
 def attend_keys(
@@ -152,4 +151,4 @@ def launch_backward(
 
 def _differentiable(launch: Callable, kernels: Kernels) -> Callable:
     has_forward_mode = kernels is _implementations.kernels_of("xla")
-    return first_order(folds_vmap(launch), has_forward_mode=has_forward_mode)
+    return first_order(launch, has_forward_mode=has_forward_mode)

@@ -1,5 +1,6 @@
 """Ring sliding-window and streaming-LLM attention for sequences cut over many devices."""
 
+from pallas_kernels import half_precision_dtype as half_precision_dtype
 from ring_swa_jax import _plugins as _plugins  # warns of a GPU plug-in that does not fit
 from ring_swa_jax._cache import Cache as Cache
 from ring_swa_jax._cache import next_positions as next_positions
@@ -50,6 +51,7 @@ __all__ = [
     "check_processes",
     "chunk_segment_ids",
     "decode_attention",
+    "half_precision_dtype",
     "init_cache",
     "layer_settings",
     "models",

@@ -20,6 +20,7 @@ from ring_swa_jax._axis import AxisName, SequenceAxis, names_of, reshard, vmappe
 from ring_swa_jax._exchange import check_exchange
 from ring_swa_jax._integers import as_segment_ids
 from ring_swa_jax._layout import check_halves, check_layout
+from ring_swa_jax._nested import nested_shard_map, varying_outside
 from ring_swa_jax._repeated_work import warn_of_unnamed_axes
 from ring_swa_jax._ring import attend_chunk
 from ring_swa_jax._window import WindowSize, static_window
@@ -258,14 +259,16 @@ def _sharded_attention(
             for x, s in zip(arrays, specs, strict=True)
         )
     manual = set(jax.sharding.get_abstract_mesh().manual_axes)
-    return jax.shard_map(
-        attend,
+    shard_map: dict[str, Any] = dict(
         mesh=axes.mesh,
         in_specs=in_specs,
         out_specs=heads,
         axis_names=set(axes.mesh.axis_names) - manual,
         check_vma=not (pallas_kernels.interprets(settings["implementation"]) or vmapped_axes()),
-    )(*arrays)
+    )
+    if varying_outside(arrays):
+        return nested_shard_map(attend, arguments=arrays, **shard_map)
+    return jax.shard_map(attend, **shard_map)(*arrays)
 
 
 def _repeat_heads(x: Float[Array, "B S K H"], axes: _Axes) -> Float[Array, "B S R H"]:

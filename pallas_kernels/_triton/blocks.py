@@ -54,7 +54,9 @@ def store_rows(ref: Any, rows: Rows, parts: list[Array], valid=None) -> None:
 def _columns(ref: Any, rows: Rows, begin: int, width: int):
     vectors = [x for x in rows if getattr(x, "ndim", 0)]
     if not vectors:
-        return ref.at[(*rows, pl.ds(begin, width))]
+        # Under x64 Python's numbers are 64-bit, which interpret mode does not mix with the rows'.
+        start = jnp.int32(begin) if jax.config.read("jax_enable_x64") else begin
+        return ref.at[(*rows, pl.ds(start, width))]
     # Interpret mode takes slices or arrays, not both.
     shape = (vectors[0].size, width)
     columns = jnp.broadcast_to(begin + jnp.arange(width, dtype=jnp.int32), shape)

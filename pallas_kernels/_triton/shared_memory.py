@@ -14,7 +14,8 @@ pipeline of buffers. How many buffers there are depends on the matrix instructio
   product takes the first one's result from registers.
 * ``tcgen05.mma`` (10.x) as ``wgmma``, and one buffer more for a tile that two products read.
 
-The latter two need 64 rows; smaller tiles are left to ``mma.sync``.
+The latter two need 64 rows; smaller tiles are left to ``mma.sync``. IEEE products of float32 have
+no matrix instructions: the result of each first product goes through shared memory.
 """
 
 from typing import NamedTuple
@@ -50,12 +51,14 @@ class Operands(NamedTuple):
         streamed: the arrays of heads that it streams.
         vectors: how many 4-byte numbers it streams with each row.
         sums: sizes of the heads of its results.
+        weights: how many results of first products go into second ones.
     """
 
     held: tuple[int, ...]
     streamed: tuple[Streamed, ...]
     vectors: int
     sums: tuple[int, ...]
+    weights: int = 1
 
 
 def operands(kernel: str, head_dim: int, value_dim: int) -> Operands:
@@ -65,7 +68,7 @@ def operands(kernel: str, head_dim: int, value_dim: int) -> Operands:
     return {
         "forward": Operands((h,), (Streamed(h, True, 1), Streamed(v, False, 1)), 1, (v,)),
         "dquery": Operands((h, v), (Streamed(h, True, 2), Streamed(v, True, 1)), 1, (h,)),
-        "dkey_dvalue": Operands((h, v), (Streamed(h, True, 2), Streamed(v, True, 2)), 3, (h, v)),
+        "dkey_dvalue": Operands((h, v), (Streamed(h, True, 2), Streamed(v, True, 2)), 3, (h, v), 2),
         "dkey": Operands((h, v), (Streamed(h, True, 2), Streamed(v, True, 1)), 3, (h,)),
         "dvalue": Operands((h,), (Streamed(h, True, 1), Streamed(v, False, 1)), 2, (v,)),
     }[kernel]
@@ -97,15 +100,18 @@ def shared_memory(
     held = held_rows * sum(need.held) * itemsize
     row = streamed_rows * itemsize
     vectors = (tiles.stages - 1) * streamed_rows * need.vectors * 4
+    without = held + vectors + (tiles.stages - 1) * row * sum(x.dim for x in need.streamed)
+    # The forward kernel also passes a number a row on, its rescaling.
+    ieee = without + need.weights * held_rows * row + (held_rows * 4 if kernel == "forward" else 0)
     if held_rows < 64 or int(capability) in (8, 12):
-        streamed = (tiles.stages - 1) * row * sum(x.dim for x in need.streamed)
         weights = held_rows * row if held_rows < max(need.sums) else 0
-        return held + streamed + vectors + weights
+        return ieee if itemsize == 4 else without + weights
     more = int(capability) != 9  # tcgen05.mma
     streamed = sum(row * x.dim * _buffers(x, tiles.stages, more) for x in need.streamed)
     # Large arrays are aligned to 1024 bytes, and vectors lie between them.
     small = pl.cdiv(vectors, 1024) * 1024 + (1024 + BARRIERS if more else 0)
-    return held + streamed + small
+    # A precision below IEEE's takes matrix instructions for float32 too.
+    return max(held + streamed + small, ieee if itemsize == 4 else 0)
 
 
 def _buffers(x: Streamed, stages: int, more: bool) -> int:

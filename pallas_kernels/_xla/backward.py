@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from pallas_kernels._kernels import BackwardInputs, Gradients
 from pallas_kernels._logits import delta_of
 from pallas_kernels._masks import is_real
+from pallas_kernels._slices import slice_in_dim, update_in_dim
 from pallas_kernels._spec import SinkRun, Spec
 from pallas_kernels._varying import full_like_varying
 from pallas_kernels._xla.arrays import (
@@ -166,5 +167,5 @@ def _gradients(
 def _add_rows(
     total: Float[Array, "S K H"], part: Float[Array, "s K H"], begin: Int[Array, ""] | int
 ) -> Float[Array, "S K H"]:
-    rows = lax.dynamic_slice_in_dim(total, begin, part.shape[0]) + part
-    return lax.dynamic_update_slice_in_dim(total, rows, begin, 0)
+    rows = slice_in_dim(total, begin, part.shape[0]) + part
+    return update_in_dim(total, rows, begin, 0)

@@ -9,6 +9,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from pallas_kernels._masks import sees, sees_behind_halo, sees_fetched_sink
+from pallas_kernels._slices import slice_in_dim, update_in_dim
 from pallas_kernels._spec import KeyRun, SinkRun, Spec
 from pallas_kernels._tile_ranges import key_plan
 from pallas_kernels._tiles import Tiles
@@ -66,7 +67,7 @@ class QueryTile(NamedTuple):
 
     def rows_of(self, x: Float[Array, "..."], axis: int = 0) -> Float[Array, "..."]:
         """The tile's rows of an array of all queries."""
-        return lax.dynamic_slice_in_dim(x, self.begin, self.positions.size, axis)
+        return slice_in_dim(x, self.begin, self.positions.size, axis)
 
     def put(
         self,
@@ -77,7 +78,7 @@ class QueryTile(NamedTuple):
     ) -> Float[Array, "*whole"]:
         """The array of all queries with new rows of this tile, where they are its own."""
         own = self.own.reshape(-1, *[1] * (x.ndim - axis - 1))
-        return lax.dynamic_update_slice_in_dim(x, jnp.where(own, new, before), self.begin, axis)
+        return update_in_dim(x, jnp.where(own, new, before), self.begin, axis)
 
 
 class KeyTile(NamedTuple):
@@ -119,9 +120,7 @@ class KeyLoop(NamedTuple):
         positions = begin + jnp.arange(size, dtype=jnp.int32)
         bounds = self.bounds
         if bounds.packed:
-            bounds = Bounds(
-                *(None if x is None else lax.dynamic_slice_in_dim(x, begin, size) for x in bounds)
-            )
+            bounds = Bounds(*(None if x is None else slice_in_dim(x, begin, size) for x in bounds))
         return QueryTile(number, begin, positions, bounds, positions >= first)
 
     def over_run(
@@ -153,7 +152,7 @@ class KeyLoop(NamedTuple):
                 packed=tile.bounds.packed or joined,
                 end=end,
             )
-            key, value = (lax.dynamic_slice_in_dim(x, slice_begin, size) for x in key_value)
+            key, value = (slice_in_dim(x, slice_begin, size) for x in key_value)
             seen = seen & tile.own[:, None] & (local >= first_key)
             return visit(KeyTile(key, value, seen, slice_begin), carry)
 

@@ -56,6 +56,13 @@ NAMES = {
 MODERN = [name for name, capability in NAMES.items() if capability >= 8]
 
 
+def compiled_for(kind):
+    """A mesh of one GPU of this name that is not here."""
+    device = AbstractDevice(device_kind=kind, num_cores=None, platform="cuda")
+    mesh = AbstractMesh((1,), ("seq",), axis_types=(AxisType.Auto,), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_capability_by_name(name):
     assert _device.gpu_of_kind(name).capability == NAMES[name]
@@ -129,10 +136,34 @@ def test_refusal_says_the_numbers(monkeypatch):
     ],
 )
 def test_best_backend_of_an_absent_gpu(target, dtype, best):
-    kind = compile_target.device_kind(target)
-    device = AbstractDevice(device_kind=kind, num_cores=None, platform="cuda")
-    mesh = AbstractMesh((1,), ("seq",), axis_types=(AxisType.Auto,), abstract_device=device)
     query = jnp.zeros((1, 512, 4, 256), dtype)
-    with jax.sharding.use_abstract_mesh(mesh):
+    with compiled_for(compile_target.device_kind(target)):
         spec = Spec(None, 0, 1.0, None, "highest")
         assert _implementations.choose(None, spec, query, query) == best
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [
+        ("NVIDIA H20", 78),
+        ("NVIDIA H100 PCIe", 114),
+        ("NVIDIA H800 PCIe", 114),
+        ("NVIDIA H100 80GB HBM3", 132),
+        ("NVIDIA H200 NVL", 132),
+        ("NVIDIA GH200 480GB", 132),
+    ],
+)
+def test_multiprocessors_of_an_absent_hopper(kind, count):
+    with compiled_for(kind):
+        assert _device.multiprocessors() == count
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_half_precision_of_an_absent_gpu(kind):
+    with compiled_for(kind):
+        expected = "bfloat16" if NAMES[kind] >= 8 else "float16"
+        assert _device.half_precision_dtype().name == expected
+
+
+def test_half_precision_here():
+    assert _device.half_precision_dtype() == jnp.bfloat16

@@ -36,3 +36,12 @@ def test_scaling(tmp_path):
         ("strong", 2),
     }
     assert all(x["reason"] is None and x["efficiency"] > 0 for x in points)
+
+
+def test_compile_time(tmp_path):
+    output = tmp_path / "found.json"
+    flags = ("--repeats=1", "--layers=1", f"--output={output}")
+    succeed([start("-m", "benchmarks.compile_time", *flags, **CPU)])
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["dense", "ours"]
+    assert all(row["total"] > row["compile"] > 0 for row in rows)

@@ -140,8 +140,8 @@ def test_a_device_has_the_same_share_of_any_number(layer):
         for got, expected in zip(found, few, strict=True):
             assert got.instructions == expected.instructions
             assert got.temporary == expected.temporary
-            # The number of devices has one digit or two.
-            assert got.characters == pytest.approx(expected.characters, rel=1e-3)
+            # The number of devices has one digit or two, and so have the names of instructions.
+            assert got.characters == pytest.approx(expected.characters, rel=2e-3)
 
 
 def test_the_programs_grow_with_the_hops():

@@ -37,6 +37,15 @@ def test_forward_over_reverse(cut):
     np.testing.assert_allclose(quick(lambda: product(loss_of(attend)))(), right, atol=2e-5)
 
 
+@pytest.mark.parametrize("cut", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_hessian(cut):
+    """All products at once: JAX maps them over a basis."""
+    right = quick(jax.hessian(loss_of(rsj.reference_attention)))(Q)
+    where = dict(mesh=make_mesh(seq=4)) if cut else dict(seq_axis=None)
+    attend = functools.partial(rsj.ring_attention, implementation="xla", **where)
+    np.testing.assert_allclose(quick(jax.hessian(loss_of(attend)))(Q), right, atol=2e-5)
+
+
 @pytest.mark.parametrize("implementation", ["xla", "triton"])
 def test_reverse_over_reverse_says_what_there_is(implementation):
     attend = functools.partial(rsj.ring_attention, seq_axis=None, implementation=implementation)

@@ -1,0 +1,114 @@
+"""CPU seconds to trace and compile the gradient of layers: ``python -m benchmarks.compile_time``.
+
+Of one layer and of four unrolled ones, float32, their sequence cut over four CPU devices, ours
+beside `jax.nn.dot_product_attention`, which XLA distributes. Each figure is the median of fresh
+processes, and counts the CPU time of all threads.
+"""
+
+import argparse
+import datetime
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ring_swa_jax import ring_attention
+
+DEVICES, LENGTH, WINDOW = 4, 4096, 255
+HEADS, KV_HEADS, DIM, FEATURES = 8, 2, 32, 256
+STEPS = ("trace", "lower", "compile")
+
+
+def dense(q, k, v):
+    """The window in a layer of JAX's own."""
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=(WINDOW, 0))
+
+
+def ours(q, k, v):
+    """The same window, as a ring."""
+    return ring_attention(q, k, v, window_size=WINDOW)
+
+
+CONTENDERS = {"dense": dense, "ours": ours}
+
+
+def seconds_of(name: str, layers: int) -> dict[str, float]:
+    """CPU seconds of each step, in this process, which has compiled nothing before."""
+    attend = CONTENDERS[name]
+    mesh = jax.make_mesh((DEVICES,), ("seq",), (AxisType.Auto,))
+
+    def loss(weights, x):
+        for query, key, value, output in weights:
+            q, k, v = (jnp.einsum("bse,enh->bsnh", x, w) for w in (query, key, value))
+            x = x + jnp.einsum("bsnh,nhe->bse", attend(q, k, v), output)
+        return (x**2).mean()
+
+    def shape(*dims: int, spec: P):
+        return jax.ShapeDtypeStruct(dims, jnp.float32, sharding=NamedSharding(mesh, spec))
+
+    projections = [shape(FEATURES, heads, DIM, spec=P()) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    weights = [(*projections, shape(HEADS, DIM, FEATURES, spec=P()))] * layers
+    x = shape(1, LENGTH, FEATURES, spec=P(None, "seq"))
+    with jax.set_mesh(mesh):
+        marks = [time.process_time()]
+        traced = jax.jit(jax.grad(loss)).trace(weights, x)
+        marks.append(time.process_time())
+        lowered = traced.lower()
+        marks.append(time.process_time())
+        lowered.compile()
+        marks.append(time.process_time())
+    return dict(zip(STEPS, (b - a for a, b in itertools.pairwise(marks)), strict=True))
+
+
+def medians(name: str, layers: int, repeats: int) -> dict[str, float]:
+    """Median CPU seconds of processes that each measure once."""
+    command = [sys.executable, "-m", "benchmarks.compile_time", "--only", name, str(layers)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    found = [
+        json.loads(subprocess.run(command, capture_output=True, check=True, env=environment).stdout)
+        for _ in range(repeats)
+    ]
+    row = {step: round(statistics.median(each[step] for each in found), 2) for step in STEPS}
+    total = round(statistics.median(sum(each.values()) for each in found), 2)
+    return {"name": name, "layers": layers, **row, "total": total}
+
+
+def main() -> None:
+    """Prints a line a contender and number of layers, and writes JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--layers", type=int, nargs="*", default=[1, 4])
+    output = Path(__file__).parent / "results" / "compile-time-cpu.json"
+    parser.add_argument("--output", type=Path, default=output)
+    parser.add_argument("--only", nargs=2, metavar=("CONTENDER", "LAYERS"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.only:
+        jax.config.update("jax_num_cpu_devices", DEVICES)
+        name, layers = arguments.only
+        print(json.dumps(seconds_of(name, int(layers))))
+        return
+    rows = []
+    for layers in arguments.layers:
+        for name in CONTENDERS:
+            rows.append(medians(name, layers, arguments.repeats))
+            print(*(f"{key} {value}" for key, value in rows[-1].items()), sep=", ", flush=True)
+    machine = {
+        "device": f"{os.cpu_count()} cores of {platform.machine()}",
+        "jax": jax.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+    arguments.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
