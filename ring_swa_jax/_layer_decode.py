@@ -205,9 +205,10 @@ def _attend_chunks(layer, q, k, v, segment_ids, sink_logits) -> Float[Array, "B 
 
 def _same_positions(layer: AttentionLayer) -> float:
     """The longest prompt for which relative and absolute positions give equal results."""
-    if layer.rope is None or layer.window_size is None or layer.num_sink_tokens == 0:
+    window = layer.cached_window
+    if layer.rope is None or window is None or layer.num_sink_tokens == 0:
         return math.inf
-    return layer.num_sink_tokens + layer.window_size + 1
+    return layer.num_sink_tokens + window + 1
 
 
 def _check_own_kv(layer: AttentionLayer) -> None:

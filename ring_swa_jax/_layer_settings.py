@@ -13,7 +13,7 @@ from ring_swa_jax._exchange import check_exchange
 from ring_swa_jax._layout import check_layout
 from ring_swa_jax._query_scaling import QueryScaling
 from ring_swa_jax._rope import Rope
-from ring_swa_jax._window import WindowSize, static_window
+from ring_swa_jax._window import WindowSize, static_causal_window, static_window
 
 ACTIVATIONS = {"sigmoid": jax.nn.sigmoid, "softplus": jax.nn.softplus}
 
@@ -178,4 +178,4 @@ class LayerSettings:
         """W of a cache: a chunk's keys lie in a window of its size."""
         if self.attention_chunk_size is not None:
             return self.attention_chunk_size - 1
-        return self.window_size
+        return static_causal_window(self.window_size, "decoding")

@@ -112,7 +112,7 @@ def _by_short_windows(
         dkey_dtype=dkey_dtype,
         num_sms=_device.multiprocessors(),
     )
-    return Gradients(dquery, _split_by_runs(inputs.runs, dkeys), None, delta)
+    return Gradients(dquery, _split_by_runs(inputs.runs, 1, dkeys), None, delta)
 
 
 def _by_key_tiles(
@@ -129,11 +129,12 @@ def _by_key_tiles(
     """The `FusedBackward` by ``kernel``: `fused` or `fused_wide_heads`."""
     query, runs, sinks, start = inputs.query, inputs.runs, inputs.sinks, inputs.start
     dout, lse = inputs.dout, inputs.lse
-    has_own_keys = any(run.offset == spec.first_key for run in runs)
+    # Then each tile of queries has a program that adds last to its gradients.
+    has_keys_beside_queries = runs[-1].offset + runs[-1].key.shape[1] > 0
     delta = _logits.delta_of(inputs.out[:, :rows], dout[:, :rows], jnp.float32)
     if start.ndim:
         delta = zero_delta(start, delta)
-    queries = Queries(query, dout, lse, delta, start)
+    queries = Queries(query, dout, lse, delta, start, inputs.end)
     launch = partial(
         kernel.backward,
         spec,
@@ -145,7 +146,7 @@ def _by_key_tiles(
     )
     if _has_sinks_beyond_window(spec, runs, sinks):
         sums, *gradients = launch(dkey_dtype=jnp.dtype(jnp.float32))
-        *before, (dkey, dvalue) = _split_by_runs(runs, gradients)
+        *before, (dkey, dvalue) = _split_by_runs(runs, kernel.KEY_TILE, gradients)
         dquery, dkey, dvalue, dsinks = sinks_backward.backward(
             spec, queries, runs[-1], sinks, sums, dquery, dkey, dvalue, dquery_dtype=dquery_dtype
         )
@@ -157,7 +158,7 @@ def _by_key_tiles(
     if (
         kernel is fused
         and deterministic
-        and has_own_keys
+        and has_keys_beside_queries
         and dquery is None
         and dquery_dtype == query.dtype
         and rounds_within_backward(spec.window, packed=start.ndim > 0)
@@ -168,7 +169,7 @@ def _by_key_tiles(
         dquery = dq_postprocess.postprocess(
             sums, dquery, scale=spec.scale, rows=rows, dtype=dquery_dtype
         )
-    return Gradients(dquery, _split_by_runs(runs, gradients), None, delta)
+    return Gradients(dquery, _split_by_runs(runs, kernel.KEY_TILE, gradients), None, delta)
 
 
 def _has_sinks_beyond_window(spec: Spec, runs: tuple[KeyRun, ...], sinks: SinkRun | None) -> bool:
@@ -194,9 +195,14 @@ def _can_join(spec: Spec, runs: tuple[KeyRun, ...], key_tile: int) -> bool:
 
 
 def _joined(runs: tuple[KeyRun, ...], key_tile: int) -> KeyRun:
-    """Adjacent runs as one, padded in front so that a tile of keys begins at position 0."""
+    """Adjacent runs as one, padded in front so that a tile of keys begins at position 0.
+
+    Padding behind, which makes the length a multiple of 8 for TMA, is behind the last key of the
+    sequence.
+    """
     padding = runs[0].offset % key_tile
-    pad = ((0, 0), (padding, 0), (0, 0), (0, 0))
+    length = padding + sum(run.key.shape[1] for run in runs)
+    pad = ((0, 0), (padding, -length % 8), (0, 0), (0, 0))
     key, value = (
         jnp.pad(jnp.concatenate(x, axis=1), pad)
         for x in zip(*((run.key, run.value) for run in runs), strict=True)
@@ -205,12 +211,14 @@ def _joined(runs: tuple[KeyRun, ...], key_tile: int) -> KeyRun:
 
 
 def _split_by_runs(
-    runs: tuple[KeyRun, ...], gradients: list[Array]
+    runs: tuple[KeyRun, ...], key_tile: int, gradients: list[Array]
 ) -> tuple[tuple[Float[Array, "B _ K H"], Float[Array, "B _ K Hv"]], ...]:
-    """(dkey, dvalue) of each run, without those of padding in front."""
+    """(dkey, dvalue) of each run, without those of padding in front and behind."""
     # Without this barrier, adding a halo's gradients in place crashes the compiler of jax 0.11.2.
     dkey, dvalue = lax.optimization_barrier(tuple(gradients))
-    found, end = [], dkey.shape[1]
+    length = sum(run.key.shape[1] for run in runs)
+    begin_of_all = runs[0].offset % key_tile if len(runs) > 1 else dkey.shape[1] - length
+    found, end = [], begin_of_all + length
     for run in reversed(runs):
         begin = end - run.key.shape[1]
         found.append((dkey[:, begin:end], dvalue[:, begin:end]))

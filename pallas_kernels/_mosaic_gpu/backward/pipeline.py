@@ -97,6 +97,8 @@ class BackwardPipeline:
         )  # fmt: skip
         plan = plan if self.packed else plan[None]
         plan = plan_with_diagonal(plan, self.schedule)
+        if queries.end is not None:
+            plan = _masked_behind(plan, self.schedule, queries.end)
         self.seen = seen_tiles(plan, self.schedule.num_query_tiles)
         self.operands = self._operands(queries, plan)
         if epilogue is not None:
@@ -106,7 +108,7 @@ class BackwardPipeline:
 
     def _operands(self, queries: Queries, plan: Int[Array, "#B tiles 4"]) -> dict[str, Any]:
         """The arrays that the kernel reads, by name."""
-        query, dout, lse, delta, start, _ = queries
+        query, dout, lse, delta, start, end = queries
         length = self.schedule.num_query_tiles * QUERY_TILE
         operands = {
             "query": query,
@@ -116,6 +118,9 @@ class BackwardPipeline:
             "value": self.run.value,
             "plan": plan,
         }
+        if end is not None:
+            assert not end.ndim, "ends of documents are left to other kernels"
+            operands["end"] = end.reshape(1)
         if self.packed:
             pad = ((0, 0), (0, -query.shape[1] % QUERY_TILE))
             operands["start"] = jnp.pad(start, pad, mode="edge")
@@ -147,10 +152,21 @@ class BackwardPipeline:
         index = lax.axis_index("program")
         return ProgramSchedule(self.schedule, index, refs["plan"], refs.get("start"))
 
+    def key_end(self, refs: dict[str, Any]) -> Int[Array, ""] | int | None:
+        """Position behind the last key, if a tile holds anything behind it."""
+        stop = None
+        if self.schedule.num_keys % self.schedule.key_tile:
+            stop = self.run.offset + self.schedule.num_keys
+        if "end" not in refs:
+            return stop
+        end = refs["end"][0]
+        return end if stop is None else jnp.minimum(end, stop)
+
     def mask(
         self,
         start_smem: Any,
         first_key: Int[Array, ""],
+        key_end: Int[Array, ""] | int | None,
         query_block: Int[Array, ""],
         weights: Float32[Array, "64 queries"],
     ) -> Float32[Array, "64 queries"]:
@@ -160,8 +176,8 @@ class BackwardPipeline:
         i, j = i * opaque_to_compiler(1) + query_block * QUERY_TILE, j + first_key
         starts = broadcast_row(load_as(start_smem, ROW)) if self.packed else None
         seen = sees(i, j, starts, self.spec.window, 0, packed=self.packed)
-        if self.schedule.num_keys % self.schedule.key_tile:
-            seen &= j < self.run.offset + self.schedule.num_keys
+        if key_end is not None:
+            seen &= j < key_end
         return jnp.where(seen, weights, 0.0)
 
     def zero_padding_of_queries(
@@ -325,6 +341,19 @@ class BackwardPipeline:
             outputs["out"] = self.epilogue.out_type
         dims = {"dkey": self.dim, "dvalue": self.run.value.shape[3]}
         return semaphores, outputs, dkv_reduce.partial_sum_types(self.schedule, dims)
+
+
+def _masked_behind(
+    plan: Int[Array, "B tiles 4"], schedule: BackwardSchedule, end: Int[Array, ""]
+) -> Int[Array, "B tiles 4"]:
+    """The plan with masks for all tiles that hold keys behind ``end``.
+
+    Which tiles a program visits stays as it is: other programs count on its additions.
+    """
+    number = jnp.arange(1, schedule.num_key_tiles + 1, dtype=jnp.int32)
+    masked = (number * schedule.key_tile + schedule.offset > end)[None]
+    unmasked_end = jnp.where(masked, plan[..., 1], plan[..., 2])
+    return plan.at[..., 2].set(unmasked_end)
 
 
 def _schedule(
