@@ -44,7 +44,9 @@ def launch(
         kernel(dict(zip((*operands, *outputs), refs, strict=True)))
 
     with_names.__name__ = kernel.__name__  # that of the kernel in profiles
-    threads = {} if warpgroups is None else {"num_threads": warpgroups, "thread_name": "warpgroup"}
+    threads: dict[str, Any] = {}
+    if warpgroups is not None:
+        threads = {"num_threads": warpgroups, "thread_name": "warpgroup"}
     results = plgpu.kernel(
         with_names,
         out_type=tuple(outputs.values()),
