@@ -94,6 +94,7 @@ def _attend_bwd(
     if kept is not None:
         joined = inputs._replace(runs=(hop_run(halo, 0, kept), local))
 
+    home: KeyValue | None
     if kept is not None and kernels.prefers_fused_halo_backward(spec, joined):
         gradients = launch_backward(
             spec, kernels, joined, None,
