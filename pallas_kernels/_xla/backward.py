@@ -26,7 +26,7 @@ from pallas_kernels._xla.products import dot, scaled_logits
 from pallas_kernels._xla.tiles import KeyLoop, KeyTile, key_plans
 
 # Gradients of a tile of queries, and of all keys and values of a run.
-_Sums = tuple[Float[Array, "Q K G H"], Float[Array, "S K H"], Float[Array, "S K Hv"]]
+_Sums = tuple[Float[Array, "Q K G H"], Float[Array, "run K H"], Float[Array, "run K Hv"]]
 
 
 def backward(
