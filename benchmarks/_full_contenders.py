@@ -19,7 +19,7 @@ from benchmarks._ring_shapes import RingShape
 from ring_swa_jax import _all_to_all
 from ring_swa_jax._axis import SequenceAxis, same_varying
 from ring_swa_jax._ring import attend_chunk
-from ring_swa_jax._segments import whole_starts
+from ring_swa_jax._segments import whole_bounds
 
 OURS, ONE_GPU = "ours", "one GPU"
 
@@ -54,10 +54,10 @@ def _launches(most: int) -> Build:
             raise NotImplementedError(f"{shape.kv_heads} key/value heads over {devices} devices")
 
         def attend(query, key, value, ends):
-            start = whole_starts(axis, query.shape[1], None, None)
+            start, _ = whole_bounds(axis, query.shape[1], None, None)
             query, key, value, start = same_varying(axis, query, key, value, start)
             name = pallas_kernels.choose(implementation, spec, query, value)
-            arrays = (query, key, value, None, start)
+            arrays = (query, key, value, None, start, None)
             return _all_to_all.attend_heads(spec, exchange, name, *arrays)
 
         return attend

@@ -63,11 +63,17 @@ def _no_sinks(shape: Shape) -> None:
         raise NotImplementedError("takes no sink tokens")
 
 
+def _bounded_window(shape: Shape) -> tuple[int, int] | None:
+    """The window, where it has both bounds."""
+    if shape.window is None or shape.after is None:
+        return None
+    return shape.window, shape.after
+
+
 def _cudnn(shape: Shape) -> Attend:
     _no_sinks(shape)
     if not shape.documents:
-        bounded = shape.window is not None and shape.after is not None
-        window = (shape.window, shape.after) if bounded else None
+        window = _bounded_window(shape)
         causal = shape.after == 0
         return lambda query, key, value, _: jax.nn.dot_product_attention(
             query, key, value, is_causal=causal, local_window_size=window, implementation="cudnn"
@@ -153,8 +159,7 @@ def _tokamax(shape: Shape) -> Attend:
         raise NotImplementedError("takes no packed documents")
     import tokamax
 
-    bounded = shape.window is not None and shape.after is not None
-    window = (shape.window, shape.after) if bounded else None
+    window = _bounded_window(shape)
     causal = shape.after == 0
     # Its other implementations compute O(S * S) logits in the backward pass.
     return lambda query, key, value, _: tokamax.dot_product_attention(

@@ -15,7 +15,7 @@ from _signatures import signature  # noqa: E402
 
 project = "ring-swa-jax"
 copyright = "the ring-swa-jax authors"
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
 suppress_warnings = ["misc.highlighting_failure"]  # commands of IPython in notebooks
 

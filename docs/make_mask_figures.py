@@ -3,6 +3,8 @@
 Masks and tiles are those of the library: the functions that the kernels use say what to fill.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from matplotlib import pyplot
@@ -83,7 +85,7 @@ def draw_mask(figure: Figure, axes: Axes) -> None:
 def draw_tiles(axes: Axes, *, by_query: bool) -> None:
     """The tiles that one row or column of tiles visits, and which of them need a mask."""
     length = TILES * TILE
-    sizes = {"query_tile": TILE, "key_tile": TILE, "offset": 0, "length": length}
+    sizes: dict[str, Any] = {"query_tile": TILE, "key_tile": TILE, "offset": 0, "length": length}
     start = jnp.zeros((), jnp.int32)
     if by_query:
         plan = key_plan(start, TILED_WINDOW, 0, rows=(0, length), **sizes)[:, 2:]

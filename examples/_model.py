@@ -1,5 +1,7 @@
-"""The byte-level Transformers of `train_lm.py`."""
+"""The Transformers of `train_lm.py`."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,13 +13,30 @@ from flax import nnx
 from ring_swa_jax import Rope, segment_positions
 from ring_swa_jax.nnx import RingSlidingWindowAttention
 
-VOCABULARY = 256
-FEATURES = 96
-
 Settings = dict[str, Any]
 # How to ask for attention: (module, features, cache) to (features, cache). The rest of a model is
 # the same in training, where there are no caches, in reading a prompt, and in going on with it.
 Attend = Callable[[RingSlidingWindowAttention, jax.Array, Any], tuple[jax.Array, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Sizes of a model's arrays, and how it computes."""
+
+    vocabulary: int
+    features: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str = "float32"
+    """In which it computes; parameters and logits are float32."""
+    remat: bool = False
+    """Whether the backward pass computes anew what lies between the layers' attention."""
+
+    @property
+    def hidden(self) -> int:
+        """Width of the SwiGLU networks."""
+        return 2 * self.features
 
 
 def patterns(window_size: int) -> dict[str, tuple[Settings, ...]]:
@@ -36,22 +55,27 @@ def patterns(window_size: int) -> dict[str, tuple[Settings, ...]]:
 class Block(nnx.Module):
     """One layer: attention, then a SwiGLU network, each around a residual.
 
-    Nothing here speaks of devices, except that the attention finds the mesh axis "seq", over which
-    the sequence is cut, in the mesh of `jax.set_mesh`.
+    Nothing here speaks of devices, except that the attention finds the axes "data" and "seq", over
+    which batch and sequence are cut, in the mesh of `jax.set_mesh`.
     """
 
-    def __init__(self, settings: Settings, *, rngs: nnx.Rngs):
-        sizes = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 32}
-        common: Settings = {**sizes, "use_bias": False, "rope": Rope()}
-        hidden = 2 * FEATURES
-        self.attention_norm = nnx.RMSNorm(FEATURES, rngs=rngs)
+    def __init__(self, size: Size, settings: Settings, *, rngs: nnx.Rngs):
+        common: Settings = {"use_bias": False, "rope": Rope(), "batch_axis": "data"}
+        heads = {"num_heads": size.num_heads, "num_kv_heads": size.num_kv_heads}
+        dtype = jnp.dtype(size.dtype)
+        self.attention_norm = nnx.RMSNorm(size.features, dtype=dtype, rngs=rngs)
         self.attention = RingSlidingWindowAttention(
-            in_features=FEATURES, **(common | settings), rngs=rngs
+            in_features=size.features,
+            head_dim=size.head_dim,
+            dtype=dtype,
+            **(common | heads | settings),
+            rngs=rngs,
         )
-        self.feed_forward_norm = nnx.RMSNorm(FEATURES, rngs=rngs)
-        self.gate = nnx.Linear(FEATURES, hidden, use_bias=False, rngs=rngs)
-        self.up = nnx.Linear(FEATURES, hidden, use_bias=False, rngs=rngs)
-        self.down = nnx.Linear(hidden, FEATURES, use_bias=False, rngs=rngs)
+        self.feed_forward_norm = nnx.RMSNorm(size.features, dtype=dtype, rngs=rngs)
+        linear = functools.partial(nnx.Linear, use_bias=False, dtype=dtype, rngs=rngs)
+        self.gate = linear(size.features, size.hidden)
+        self.up = linear(size.features, size.hidden)
+        self.down = linear(size.hidden, size.features)
 
     def __call__(self, x: jax.Array, cache: Any, attend: Attend) -> tuple[jax.Array, Any]:
         context, cache = attend(self.attention, self.attention_norm(x), cache)
@@ -62,19 +86,23 @@ class Block(nnx.Module):
 
 # The repeats of a pattern are one list of Blocks whose parameters, and caches, have a leading axis:
 # so one repeat is compiled, not all of them.
-@nnx.vmap(in_axes=(None, 0))
-def _create_blocks(pattern: tuple[Settings, ...], rngs: nnx.Rngs) -> nnx.List[Block]:
-    return nnx.List(Block(settings, rngs=rngs) for settings in pattern)
+@nnx.vmap(in_axes=(None, None, 0))
+def _create_blocks(size: Size, pattern: tuple[Settings, ...], rngs: nnx.Rngs) -> nnx.List[Block]:
+    return nnx.List(Block(size, settings, rngs=rngs) for settings in pattern)
 
 
-class ByteTransformer(nnx.Module):
-    """Predicts the next byte of every document in a pack."""
+class Transformer(nnx.Module):
+    """Predicts the next token of every document in a pack."""
 
-    def __init__(self, pattern: tuple[Settings, ...], repeats: int, *, rngs: nnx.Rngs):
-        self.embedding = nnx.Embed(VOCABULARY, FEATURES, rngs=rngs)
-        self.blocks = _create_blocks(pattern, rngs.fork(split=repeats))
-        self.norm = nnx.RMSNorm(FEATURES, rngs=rngs)
-        self.head = nnx.Linear(FEATURES, VOCABULARY, use_bias=False, rngs=rngs)
+    def __init__(self, size: Size, pattern: tuple[Settings, ...], repeats: int, *, rngs: nnx.Rngs):
+        dtype = jnp.dtype(size.dtype)
+        self.remat = size.remat
+        self.embedding = nnx.Embed(size.vocabulary, size.features, dtype=dtype, rngs=rngs)
+        self.blocks = _create_blocks(size, pattern, rngs.fork(split=repeats))
+        self.norm = nnx.RMSNorm(size.features, dtype=dtype, rngs=rngs)
+        self.head = nnx.Linear(
+            size.features, size.vocabulary, use_bias=False, dtype=dtype, rngs=rngs
+        )
 
     def __call__(self, tokens: jax.Array, segment_ids: jax.Array) -> jax.Array:
         # Positions count from the start of each document, wherever in the pack it lies.
@@ -83,7 +111,7 @@ class ByteTransformer(nnx.Module):
         def attend(module, x, cache):
             return module(x, segment_ids=segment_ids, positions=positions), cache
 
-        return self.apply(tokens, [None] * len(self.blocks), attend)[0]
+        return self.apply(tokens, [None] * len(self.blocks), attend, remat=self.remat)[0]
 
     def prefill(self, tokens: jax.Array, max_length: int) -> tuple[jax.Array, Any]:
         """Logits of whole documents [B, S], and the caches to `decode` what follows."""
@@ -97,25 +125,35 @@ class ByteTransformer(nnx.Module):
         """Logits of the documents' next tokens [B, T], and the caches after these."""
         return self.apply(tokens, caches, RingSlidingWindowAttention.decode)
 
-    def apply(self, tokens: jax.Array, caches: Any, attend: Attend) -> tuple[jax.Array, Any]:
+    def apply(
+        self, tokens: jax.Array, caches: Any, attend: Attend, *, remat: bool = False
+    ) -> tuple[jax.Array, Any]:
         """Logits, and the caches of all blocks, by one way to ask for attention."""
+
+        def call(block, x, cache):
+            return block(x, cache, attend)
+
+        if remat:
+            # Attention's results are kept: its kernels run once in the forward pass.
+            keep = jax.checkpoint_policies.save_only_these_names("context")
+            call = nnx.remat(call, policy=keep)
 
         @nnx.scan(in_axes=(0, nnx.Carry, 0), out_axes=(nnx.Carry, 0))
         def repeat(blocks, x, caches):
             after = []
             for block, cache in zip(blocks, caches, strict=True):
-                x, cache = block(x, cache, attend)
+                x, cache = call(block, x, cache)
                 after.append(cache)
             return x, after
 
         x, caches = repeat(self.blocks, self.embedding(tokens), caches)
-        return self.head(self.norm(x)), caches
+        return self.head(self.norm(x)).astype(jnp.float32), caches
 
 
 def loss_fn(
-    model: ByteTransformer, tokens: jax.Array, targets: jax.Array, segment_ids: jax.Array
+    model: Transformer, tokens: jax.Array, targets: jax.Array, segment_ids: jax.Array
 ) -> jax.Array:
-    """Mean cross entropy in nats per byte, over the bytes that have a target."""
+    """Mean cross entropy in nats per token, over the tokens that have a target."""
     logits = model(tokens, segment_ids)
     has_target = targets >= 0
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
@@ -124,7 +162,7 @@ def loss_fn(
 
 @nnx.jit(static_argnames="length")
 def sample(
-    model: ByteTransformer, prompt: jax.Array, length: int, temperature: float, key: jax.Array
+    model: Transformer, prompt: jax.Array, length: int, temperature: float, key: jax.Array
 ) -> jax.Array:
     """Samples the `length` tokens that follow `prompt` [S], the beginning of a document."""
     logits, caches = model.prefill(prompt[None], prompt.size + length)

@@ -3,9 +3,15 @@
     python examples/train_lm.py
 
 The text is the source code of Python's own standard library: documents packed one after the other
-into sequences of 16384 bytes. The model is a byte-level Transformer whose layers look at a sliding
-window plus the first tokens ("sinks") of the same document. The sequence is cut over 8 CPU devices
-that this script sets up, or over the GPUs where there are some.
+into long sequences. The model's layers look at a sliding window plus the first tokens ("sinks") of
+the same document. The sequence is cut over 4 CPU devices that this script sets up, or over the GPUs
+where there are some; with --data 2, two halves of the batch are cut over half of the devices each.
+
+Ctrl-C ends a run as its last step would: with a checkpoint, the loss curve and a sample. Go on,
+on as many devices as there are now, and sample more, with
+
+    python examples/train_lm.py --resume runs/TIME
+    python examples/sample.py runs/TIME
 
 --model gpt-oss-like and --model gemma-like mix layers with a window and layers that look at the
 whole document, one to one (with learned sinks) and five to one (with norms of queries and keys).
@@ -19,285 +25,161 @@ On a cluster of GPUs that JAX knows (SLURM, Kubernetes, ...) --distributed finds
 """
 
 import argparse
+import dataclasses
 import math
-import pathlib
-import time
-from collections.abc import Iterator, Sequence
+import zlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from tqdm import tqdm
+from jax.sharding import Mesh
 
-import pallas_kernels
 from ring_swa_jax import check_processes
 
-from _data import BEGIN, Batch, load_corpus, packed_batches, shard
-from _model import ByteTransformer, loss_fn, patterns, sample
+from _checkpoint import Checkpoints, RunFolder
+from _data import Batch, Corpus, PackedStream, load_corpus, unigram_entropy
+from _devices import cut, make_mesh, on_one_device, one_device_mesh, replicated, start_jax
+from _flags import check, folder_of, make_parser, settings_of
+from _log import Log, plot, read_series
+from _sampling import continue_text
+from _settings import Settings
+from _tokenizer import BytePairs
+from _training import Trainer, create_model, create_optimizer, evaluate
+
+# Files of four are enough to learn frequent pairs from, and quicker.
+TOKENIZER_SHARE = 4
+HELD_OUT_BATCHES = 1
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def learn_tokenizer(corpus: Corpus, settings: Settings) -> BytePairs:
+    """Byte pairs of the text that is trained on."""
+    return BytePairs.train(corpus.train[::TOKENIZER_SHARE], settings.vocabulary)
+
+
+def streams(
+    corpus: Corpus, tokenizer: BytePairs, settings: Settings
+) -> tuple[PackedStream, list[Batch]]:
+    """The stream to train on, and batches of held-out files."""
+    options = {"document_length": settings.document_length, "seed": settings.seed}
+    unseen = PackedStream(corpus.held_out, tokenizer, **options)
+    shape = settings.batch_size, settings.sequence_length
+    held_out = [unseen.batch(i * math.prod(shape), *shape) for i in range(HELD_OUT_BATCHES)]
+    return PackedStream(corpus.train, tokenizer, **options), held_out
+
+
+def describe(settings: Settings, corpus: Corpus, model: nnx.Module, mesh: Mesh) -> None:
+    """Prints what is trained on what, where."""
+    parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    kind = mesh.devices.flat[0].device_kind
+    characters = sum(map(len, corpus.train))
+    print(f"text: {characters:,} characters in {len(corpus.train)} files")
+    print(
+        f"model: {settings.model}, {settings.layers} layers, {parameters:,} parameters, "
+        f"window {settings.window}"
     )
-    default = "(default: %(default)s)"
-
-    group = parser.add_argument_group("training")
-    group.add_argument("--steps", type=int, default=70, help=default)
-    group.add_argument(
-        "--sequence-length", type=int, default=16384, help=f"over all devices {default}"
-    )
-    group.add_argument("--batch-size", type=int, default=1, help=f"sequences in a step {default}")
-    group.add_argument(
-        "--document-length", type=int, default=8192, help=f"longer files are cut up {default}"
-    )
-    group.add_argument("--learning-rate", type=float, default=4e-3, help=f"at its peak {default}")
-    group.add_argument(
-        "--seed", type=int, default=0, help=f"of parameters, data and sampling {default}"
-    )
-
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model", choices=patterns(0), default="sliding-window", help=f"its kind {default}"
-    )
-    group.add_argument(
-        "--window",
-        type=int,
-        default=127,
-        help=f"bytes that a local layer looks back, besides the byte itself {default}",
-    )
-    group.add_argument(
-        "--sinks",
-        type=int,
-        help="first bytes of its document that every byte sees besides, in layers with a window "
-        "(default: 4 in sliding-window, else 0)",
-    )
-    group.add_argument(
-        "--layers", type=int, help="(default: 3, 4 in gpt-oss-like, 6 in gemma-like)"
-    )
-
-    group = parser.add_argument_group("devices")
-    group.add_argument("--devices", type=int, help="how many (default: all GPUs, or 8 CPU devices)")
-    group.add_argument(
-        "--implementation",
-        choices=pallas_kernels.IMPLEMENTATIONS,
-        help="of the attention (default: the best for the device)",
-    )
-    group.add_argument("--coordinator", help="several processes: host:port of process 0")
-    group.add_argument("--num-processes", type=int, help="how many there are")
-    group.add_argument("--process-id", type=int, help="which of them this is, from 0")
-    group.add_argument("--distributed", action="store_true", help="find these three by itself")
-
-    group = parser.add_argument_group("at the end")
-    group.add_argument("--output", default="train_lm.png", help=f"the loss curve {default}")
-    group.add_argument("--sample-length", type=int, default=300, help=f"in bytes {default}")
-    group.add_argument("--temperature", type=float, default=0.7, help=f"of the sample {default}")
-    args = parser.parse_args(arguments)
-    if args.steps < 1:
-        parser.error(f"--steps {args.steps}: at least one")
-    length = len(patterns(args.window)[args.model])
-    if args.layers is None:
-        args.layers = -(-3 // length) * length
-    if args.layers < 1 or args.layers % length:
-        parser.error(f"--layers {args.layers}: {args.model} needs a multiple of {length}")
-    return args
-
-
-def set_up_mesh(args: argparse.Namespace) -> Mesh:
-    """Starts JAX, in several processes if asked for; returns a mesh of the devices of all."""
-    # This must come before JAX looks at its devices for the first time.
-    if args.coordinator or args.distributed:
-        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
-    cpus, processes = args.devices or 8, args.num_processes or 1
-    if cpus % processes:
-        raise SystemExit(f"--devices {cpus} is not a multiple of --num-processes {processes}")
-    jax.config.update("jax_num_cpu_devices", cpus // processes)
-
-    number = args.devices or jax.device_count()
-    if number > jax.device_count():
-        raise SystemExit(f"--devices {number}, but there are {jax.device_count()}")
-    if args.sequence_length % number:
-        raise SystemExit(f"{number} devices do not divide --sequence-length {args.sequence_length}")
-    # "Auto": the compiler distributes everything but the attention, which does that itself.
-    return jax.make_mesh((number,), ("seq",), (AxisType.Auto,), devices=jax.devices()[:number])
-
-
-def one_device_mesh() -> Mesh:
-    """The same mesh with one device of this process only: nothing is distributed."""
-    return jax.make_mesh((1,), ("seq",), (AxisType.Auto,), devices=jax.local_devices()[:1])
-
-
-def create_model(args: argparse.Namespace, mesh: Mesh) -> tuple[ByteTransformer, nnx.Optimizer]:
-    """Makes model and optimizer, replicated over the devices of the mesh."""
-    given = {"num_sink_tokens": args.sinks, "implementation": args.implementation}
-    given = {name: value for name, value in given.items() if value is not None}
-    pattern = tuple({**settings, **given} for settings in patterns(args.window)[args.model])
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=args.learning_rate / 10,
-        peak_value=args.learning_rate,
-        warmup_steps=args.steps // 10,
-        decay_steps=args.steps,
-        end_value=args.learning_rate / 20,
-    )
-    adamw = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.05)
+    lengths = f"{settings.sequence_length:,} tokens"
+    if settings.short_steps:
+        lengths = f"{settings.short_length:,} tokens, {lengths} from step {settings.short_steps} on"
+    print(
+        f"sequence: {lengths}, over {mesh.shape['seq']} devices ({kind}); "
+        f"batch: {settings.batch_size}, over {mesh.shape['data']}"
     )
 
-    @nnx.jit(out_shardings=NamedSharding(mesh, PartitionSpec()))
-    def create() -> tuple[ByteTransformer, nnx.Optimizer]:
-        model = ByteTransformer(pattern, args.layers // len(pattern), rngs=nnx.Rngs(args.seed))
-        return model, nnx.Optimizer(model, adamw, wrt=nnx.Param)
 
-    with jax.set_mesh(mesh):
-        return create()
-
-
-def on_one_device(model: ByteTransformer) -> ByteTransformer:
-    """A copy of the replicated model on one device of this process."""
-    graph, parameters = nnx.split(model)
-    return nnx.merge(graph, jax.device_put(jax.device_get(parameters), jax.local_devices()[0]))
-
-
-def put(batch: Batch, mesh: Mesh) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Cuts a batch [batch, sequence] along its sequence, over the devices of the mesh."""
-    return shard(batch, NamedSharding(mesh, PartitionSpec(None, "seq")))
-
-
-evaluate = nnx.jit(loss_fn)
-
-
-@nnx.jit(donate_argnames=("model", "optimizer"))
-def train_step(
-    model: ByteTransformer,
-    optimizer: nnx.Optimizer,
-    tokens: jax.Array,
-    targets: jax.Array,
-    segment_ids: jax.Array,
-) -> jax.Array:
-    """Improves the model; returns the loss that it had before."""
-    loss, gradients = nnx.value_and_grad(loss_fn)(model, tokens, targets, segment_ids)
-    optimizer.update(model, gradients)
-    return loss
-
-
-def train(
-    model: ByteTransformer,
-    optimizer: nnx.Optimizer,
-    batches: Iterator[Batch],
-    mesh: Mesh,
-    *,
-    steps: int,
-    entropy: float,
-) -> list[float]:
-    """Trains the model in place; returns the loss of every step."""
-    quiet = jax.process_index() > 0
-    losses: list[float] = []
-    start = time.perf_counter()
-    with tqdm(total=steps, unit="step", disable=quiet, dynamic_ncols=True) as bar:
-        for step, batch in zip(range(steps), batches, strict=False):
-            if step == 0:
-                alone = loss_on_one_device(model, batch)
-            with jax.set_mesh(mesh):
-                losses.append(float(train_step(model, optimizer, *put(batch, mesh))))
-            status = f"loss {losses[-1]:.3f} (unigram entropy {entropy:.3f})"
-            if step == 0:
-                compare_first_loss(losses[0], alone, mesh)
-                start = time.perf_counter()  # do not count the time that the compiler took
-            else:
-                speed = step * batch.tokens.size / (time.perf_counter() - start)
-                status += f", {speed:,.0f} tokens/s"
-            bar.set_postfix_str(status, refresh=False)
-            bar.update()
-    return losses
-
-
-def loss_on_one_device(model: ByteTransformer, batch: Batch) -> float:
-    """The loss of the same model on the same batch where there is nothing to exchange."""
-    mesh = one_device_mesh()
-    with jax.set_mesh(mesh):
-        return float(evaluate(on_one_device(model), *put(batch, mesh)))
-
-
-def compare_first_loss(ring: float, alone: float, mesh: Mesh) -> None:
-    """How many devices share the sequence must not matter beyond rounding."""
+def compare_with_one_device(trainer: Trainer) -> None:
+    """The first loss on the mesh and on one device: how many there are must not matter."""
+    batch, mesh = trainer.batch(0), one_device_mesh()
+    with jax.set_mesh(trainer.mesh), trainer.compiling("the first loss"):
+        together = float(evaluate(trainer.model, *batch.put(cut(trainer.mesh))))
+    with jax.set_mesh(mesh), trainer.compiling("the first loss for one device"):
+        alone = float(evaluate(on_one_device(trainer.model), *batch.put(cut(mesh))))
+    number = trainer.mesh.size
     if jax.process_index() == 0:
-        tqdm.write(f"first loss: {ring:.6f} on {mesh.size} devices, {alone:.6f} on one device")
-    if not math.isclose(ring, alone, rel_tol=1e-4):
-        raise SystemExit(f"the loss on {mesh.size} devices, {ring}, is not that on one, {alone}")
+        print(f"first loss: {together:.6f} on {number} devices, {alone:.6f} on one device")
+    if not math.isclose(together, alone, rel_tol=1e-4):
+        raise SystemExit(f"the loss on {number} devices, {together}, is not that on one, {alone}")
 
 
-def plot(losses: list[float], entropy: float, held_out: float, path: str) -> None:
-    """Writes the loss curve as a PNG."""
-    import matplotlib
-
-    matplotlib.use("agg")  # works without a display
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(range(1, len(losses) + 1), losses, label="training")
-    axes.plot(len(losses), held_out, "o", label=f"held-out files: {held_out:.3f}")
-    axes.axhline(entropy, color="gray", linestyle="--", label=f"unigram entropy: {entropy:.3f}")
-    axes.set(xlabel="step", ylabel="loss (nats per byte)", ylim=(0, None))
-    axes.legend()
-    axes.grid(alpha=0.3)
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+def beginning(text: str) -> str:
+    """A text as far as the name of its first `__init__`, or its first 400 characters."""
+    name = "    def __init__("
+    place = text.find(name, 0, 6000)
+    return text[:400] if place < 0 else text[: place + len(name)]
 
 
-def continue_text(model: ByteTransformer, text: bytes, args: argparse.Namespace) -> str:
-    """Samples what comes after `text`, the beginning of a document."""
-    prompt = jnp.asarray(np.frombuffer(BEGIN + text, np.uint8), jnp.int32)
-    with jax.set_mesh(one_device_mesh()):
-        settings = args.sample_length, args.temperature, jax.random.key(args.seed)
-        tokens = sample(on_one_device(model), prompt, *settings)
-    continuation = np.asarray(tokens).astype(np.uint8).tobytes()
-    return continuation.decode(errors="replace")
+def finish(
+    trainer: Trainer, folder: RunFolder, corpus: Corpus, args: argparse.Namespace, step: int
+) -> None:
+    """Evaluates, draws the loss curve and samples."""
+    with jax.set_mesh(trainer.mesh):
+        loss = trainer.evaluate(step)
+    if jax.process_index() > 0:
+        return
+    tokenizer = folder.tokenizer()
+    targets = np.concatenate([batch.targets[batch.targets >= 0] for batch in trainer.held_out])
+    per_byte = loss * targets.size / tokenizer.bytes_of_tokens[targets].sum()
+    entropy = unigram_entropy(targets)
+    losses = list(read_series(folder.log, "loss").values())
+    print(f"loss: {losses[0]:.6f} at first, {losses[-1]:.6f} at last, in nats per token")
+    print(f"held-out files: {loss:.3f} nats per token ({per_byte:.3f} per byte)", end="")
+    print(f", unigram entropy: {entropy:.3f}")
+    output = args.output or folder.curve
+    plot(folder.log, entropy, output)
+    print(f"loss curve: {output}")
+    name, text = corpus.held_out_names[-1], beginning(corpus.held_out[-1])
+    shown = "\n".join(text.splitlines()[-8:])
+    print(f"\n--- {name}, a held-out file, as far as the model reads it ---\n{shown}")
+    print("--- and the model goes on ---")
+    settings = args.sample_length, args.temperature, trainer.settings.seed
+    more = continue_text(trainer.model, tokenizer, text, *settings)
+    print(shown.splitlines()[-1] + more)
+    done = step == trainer.settings.steps
+    script = "sample.py" if done else "train_lm.py --resume"
+    print(f"\n{'more' if done else 'go on'}: python examples/{script} {folder.path}")
 
 
 def main() -> None:
     """The whole job: data, training, evaluation, loss curve and sample."""
-    args = parse_arguments()
-    mesh = set_up_mesh(args)
-    own = ("coordinator", "process_id", "output")  # all else is the same in every process
-    check_processes(mesh, **{name: x for name, x in vars(args).items() if name not in own})
-    corpus = load_corpus()
-    entropy = corpus.unigram_entropy()
-    model, optimizer = create_model(args, mesh)
-    packing = {
-        "batch_size": args.batch_size,
-        "sequence_length": args.sequence_length,
-        "document_length": args.document_length,
-        "seed": args.seed,
-    }
-
-    # Every process does the same work; only the first one speaks of it.
+    parser = make_parser(__doc__)
+    args = parser.parse_args()
+    check(parser, args)
+    try:
+        devices = start_jax(args)
+        settings = settings_of(args, devices)
+        corpus = load_corpus(settings.text)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    mesh = make_mesh(args.data, devices // args.data)
+    folder = folder_of(args)
+    tokenizer = folder.tokenizer() if args.resume else learn_tokenizer(corpus, settings)
+    # Wrong numbers would be the price of processes that differ.
+    check_processes(
+        mesh, **dataclasses.asdict(settings), tokenizer=zlib.crc32(tokenizer.json.encode())
+    )
     first_process = jax.process_index() == 0
+    if first_process and not args.resume:
+        folder.create(settings, tokenizer)
+
+    model = create_model(settings, tokenizer.size, args.implementation, mesh)
+    optimizer = create_optimizer(settings, model, mesh)
+    checkpoints = Checkpoints(folder)
+    first = max(checkpoints.steps(), default=0)
+    if first:
+        checkpoints.restore(first, replicated(mesh), model=model, optimizer=optimizer)
+    training, held_out = streams(corpus, tokenizer, settings)
+    trainer = Trainer(
+        settings, model, optimizer, mesh, training, held_out, checkpoints,
+        Log(folder.log, writes=first_process), args.checkpoint_every, args.evaluate_every,
+    )  # fmt: skip
+    # Every process does the same work; only the first one speaks of it.
     if first_process:
-        parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
-        kind = mesh.devices.flat[0].device_kind
-        print(f"text: {sum(map(len, corpus.train)):,} bytes in {len(corpus.train)} files")
-        print(f"model: {args.model}, {parameters:,} parameters, window {args.window}")
-        print(f"sequence: {args.sequence_length:,} tokens over {mesh.size} devices ({kind})")
-
-    batches = packed_batches(corpus.train, **packing)
-    losses = train(model, optimizer, batches, mesh, steps=args.steps, entropy=entropy)
-
-    unseen = packed_batches(corpus.held_out, **packing)
-    with jax.set_mesh(mesh):
-        held_out = float(np.mean([evaluate(model, *put(next(unseen), mesh)) for _ in range(4)]))
-
-    if first_process:
-        plot(losses, entropy, held_out, args.output)
-        print(f"loss: {losses[0]:.6f} at first, {losses[-1]:.6f} at last, in nats per byte")
-        print(f"held-out files: {held_out:.3f}, unigram entropy: {entropy:.3f}")
-        print(f"loss curve: {args.output}")
-        name, text = corpus.held_out_names[-1], corpus.held_out[-1][:200]
-        print(f"\n--- {name}, a held-out file, begins ---\n{text.decode(errors='replace')}")
-        print(f"--- and the model goes on ---\n{continue_text(model, text, args)}")
+        describe(settings, corpus, model, mesh)
+        print(f"folder: {folder.path}" + (f", from step {first} on" if first else ""))
+    if not first:
+        compare_with_one_device(trainer)
+    step = trainer.run(first)
+    finish(trainer, folder, corpus, args, step)
+    checkpoints.close()
 
 
 if __name__ == "__main__":

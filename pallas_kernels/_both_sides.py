@@ -1,7 +1,10 @@
-"""Attention of one shard where queries see keys after themselves: one launch, forward and backward.
+"""The differentiable attention of one shard whose queries see keys after themselves.
 
-The halos of both sides and the shard's own keys go through one launch. The halos are kept for the
-backward pass. Gradients of several hops travel and add up in the accumulator's precision.
+Short halos are seen by few rows, the first and the last. The other rows go first, under the
+permutes, then the first rows and then the last ones, each with all their keys. With long halos, and
+in the backward pass, the halos of both sides and the shard's own keys go through one launch. The
+halos are kept for the backward pass. Gradients of several hops travel and add up in the
+accumulator's precision.
 """
 
 from functools import partial
@@ -11,13 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
 from jaxtyping import Float
 
 from pallas_kernels import _implementations
 from pallas_kernels._halo import Halo, add_first, add_last
 from pallas_kernels._kernels import BackwardInputs, ForwardInputs
 from pallas_kernels._launches import launch_backward, launch_forward, sink_logits_gradient
-from pallas_kernels._spec import Ends, KeyRun, SinkRun, Spec, Starts, accumulator_dtype
+from pallas_kernels._spec import Ends, KeyRun, SinkRun, Spec, Starts, State, accumulator_dtype
 from pallas_kernels._varying import vary_as
 
 
@@ -73,13 +77,42 @@ def _attend_fwd(spec, sides, implementation, query, key, value, sinks, sink_logi
         learned = jnp.broadcast_to(sink_logits, shape).astype(accumulator_dtype(query.dtype))
     runs = _runs(spec, sides, (key, value), fetched)
     inputs = ForwardInputs(query, runs, sinks, learned, *spec.moved(start, end))
-    kernels = _implementations.kernels_of(implementation)
-    rows = (0, query.shape[1])
-    state = launch_forward(spec, kernels, inputs, None, rows=rows, out_dtype=query.dtype)
+    state = _launch_all_forward(spec, sides, implementation, inputs)
     # Mosaic GPU's kernels know nothing of manual mesh axes.
     out = checkpoint_name(vary_as(query, state.out), "context")
     lse = checkpoint_name(vary_as(query, state.lse), "context")
     return out, (query, key, value, sinks, sink_logits, start, end, fetched, out, lse)
+
+
+def _launch_all_forward(
+    spec: Spec, sides: Sides, implementation: str, inputs: ForwardInputs
+) -> State:
+    kernels = _implementations.kernels_of(implementation)
+    rows, dtype = inputs.query.shape[1], inputs.query.dtype
+    launch = partial(launch_forward, spec, kernels, out_dtype=dtype)
+    before, own, after = _by_side(sides, inputs.runs)
+    tile = kernels.query_tile_rows(spec, inputs.query, own)
+    begin = pl.cdiv(sum(sides.before.lengths), tile) * tile
+    stop = (rows - sum(sides.after.lengths)) // tile * tile
+    few_rows_see_halos = 2 * (begin + rows - stop) <= rows
+    if kernels.prefers_fused_halo_forward or not (before or after) or not few_rows_see_halos:
+        return launch(inputs, None, rows=(0, rows))
+
+    state = launch(inputs._replace(runs=(own,)), None, rows=(begin, stop))
+    # The rows that need a halo come after this launch: the transfers overlap with it.
+    done = state.lse[0, 0, begin] <= jnp.inf  # True, but no compiler may assume it
+    before, after = ([_once(done, run) for run in runs] for runs in (before, after))
+    if before:
+        state = launch(inputs._replace(runs=(*before, own)), state, rows=(0, begin))
+    if after:
+        state = launch(inputs._replace(runs=(own, *after)), state, rows=(stop, rows))
+    return state
+
+
+def _by_side(sides: Sides, runs: tuple[KeyRun, ...]) -> tuple[list[KeyRun], KeyRun, list[KeyRun]]:
+    """(runs before the shard, its own keys, runs after the shard)."""
+    hops = len(sides.before.lengths)
+    return list(runs[:hops]), runs[hops], list(runs[hops + 1 :])
 
 
 def _attend_bwd(spec, sides, implementation, residuals, dout):

@@ -18,7 +18,10 @@ class Halo(Protocol):
     hop c - 1. Every hop but the last is as long as the shard.
     """
 
-    lengths: tuple[int, ...]
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The number of keys of each hop."""
+        ...
 
     def fetch(
         self,

@@ -10,6 +10,7 @@ from ring_swa_jax._chunks import chunk_segment_ids as chunk_segment_ids
 from ring_swa_jax._decode import decode_attention as decode_attention
 from ring_swa_jax._hugging_face import settings_from_hugging_face as settings_from_hugging_face
 from ring_swa_jax._hugging_face import weights_from_hugging_face as weights_from_hugging_face
+from ring_swa_jax._hugging_face import weights_to_hugging_face as weights_to_hugging_face
 from ring_swa_jax._model_layers import Checkpoint as Checkpoint
 from ring_swa_jax._model_layers import ModelLayers as ModelLayers
 from ring_swa_jax._models import layer_settings as layer_settings
@@ -67,4 +68,5 @@ __all__ = [
     "settings_from_hugging_face",
     "trim_cache",
     "weights_from_hugging_face",
+    "weights_to_hugging_face",
 ]

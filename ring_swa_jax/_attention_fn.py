@@ -38,8 +38,9 @@ def attention_fn(
     """A function for the ``attention_fn`` of Flax's own attention modules.
 
     For `flax.nnx.MultiHeadAttention` and `flax.linen.MultiHeadDotProductAttention` as they are.
-    The attention is **causal whatever the module says**: both modules say ``is_causal=False``, or
-    nothing, by default. Functions made with the same settings compare equal, so jit does not
+    ``window_size`` says what is seen, **whatever the module says**: a number or None is causal, a
+    pair (L, R) sees R keys after the query. Both modules say ``is_causal=False``, or nothing, by
+    default. Functions made with the same settings compare equal, so jit does not
     compile twice.
 
     Flax's modules have no rotations or learned sinks; `RingSlidingWindowAttention` has. For packed
@@ -49,7 +50,8 @@ def attention_fn(
     Args:
         window_size: W; a token sees **W + 1 keys**: the W before it and itself, as
             FlashAttention's ``(W, 0)``. Hugging Face's ``sliding_window=n`` is ``n - 1`` here.
-            None: all keys before it.
+            None: all keys before it. A pair (L, R): L before and R after it, None for no bound;
+            (None, None) is full attention, not causal.
         num_sink_tokens: how many first tokens of the sequence a token always sees.
         logits_soft_cap: logits become ``cap * tanh(logits / cap)``.
         scale: factor of ``q.k``, by default ``H**-0.5``.
@@ -131,14 +133,14 @@ class AttentionFn:
         attn_weights_value_einsum: object = None,
     ) -> Float[Array, "*batch S N Hv"]:
         """Attends; the arguments are those of Flax's `dot_product_attention`."""
-        # These need nothing: the softmax is always float32, the attention always causal.
+        # These need nothing: the softmax is always float32, and window_size says what is causal.
         del is_causal, force_fp32_for_softmax, broadcast_dropout, dropout_rng
         query = jnp.asarray(query)
         if mask is not None and not isinstance(mask, Array):
             mask = np.asarray(mask)  # as it is: JAX would cut off the upper half of 64-bit ids
         refused = {
             "a bias": bias is not None,
-            "a mask (the attention is causal and windowed by itself; for packed rows and padding "
+            "a mask (window_size says what is seen; for packed rows and padding "
             "the mask may be integer segment ids [B, S])": mask is not None
             and not (np.issubdtype(mask.dtype, np.integer) and mask.shape == query.shape[:-2]),
             f"dropout_rate={dropout_rate}": dropout_rate > 0 and not deterministic,

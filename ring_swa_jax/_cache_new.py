@@ -12,7 +12,7 @@ from ring_swa_jax._axis import explicit_axes, mesh_of, reshard, spec_of
 from ring_swa_jax._cache import Cache, effective_window, slot_positions
 from ring_swa_jax._integers import as_segment_ids
 from ring_swa_jax._segments import segment_starts
-from ring_swa_jax._window import static_causal_window
+from ring_swa_jax._window import WindowSize, static_causal_window
 
 
 def init_cache(
@@ -20,7 +20,7 @@ def init_cache(
     num_kv_heads: int,
     head_dim: int,
     *,
-    window_size: int | None,
+    window_size: WindowSize,
     num_sink_tokens: int = 0,
     max_length: int | None = None,
     max_trim: int = 1,
@@ -73,7 +73,7 @@ def prefill_cache(
     k: Float[AnyArray, "B S K H"],
     v: Float[AnyArray, "B S K Hv"],
     *,
-    window_size: int | None,
+    window_size: WindowSize,
     num_sink_tokens: int = 0,
     segment_ids: Int[AnyArray, "B S"] | None = None,
     max_length: int | None = None,

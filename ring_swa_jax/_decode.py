@@ -15,7 +15,7 @@ from ring_swa_jax._cache import (
 )
 from ring_swa_jax._cache_append import append_sinks, append_window, fits_into_cache
 from ring_swa_jax._decode_keys import NewTokens, Rotate, attend_runs
-from ring_swa_jax._window import static_causal_window
+from ring_swa_jax._window import WindowSize, static_causal_window
 
 
 def decode_attention(
@@ -24,7 +24,7 @@ def decode_attention(
     v: Float[AnyArray, "B T K Hv"],
     cache: Cache,
     *,
-    window_size: int | None,
+    window_size: WindowSize,
     num_sink_tokens: int = 0,
     valid: Bool[AnyArray, "B T"] | None = None,
     scale: float | None = None,

@@ -162,10 +162,10 @@ def _attend_ring_fwd(spec, ring, implementation, query, key, value, sink_logits,
     dtype = jnp.promote_types(query.dtype, jnp.float32)
 
     def attend(distance, keys, state):
-        for seen in ring.ranges(distance, bounds, query.shape[0]):
+        for start, end in ring.ranges(distance, bounds, query.shape[0]):
             learned = sink_logits if state is None else None
             state = attend_keys(
-                spec, implementation, query, ring.run(keys), learned, *seen, state, dtype
+                spec, implementation, query, ring.run(keys), learned, start, end, state, dtype
             )
         return state
 
@@ -192,9 +192,9 @@ def _attend_ring_bwd(spec, ring, implementation, residuals, dout):
     def through(distance, keys, dquery):
         """(sum of the queries' gradients, gradient of the visiting keys, delta)."""
         dkeys, deltas = [], []
-        for seen in ring.ranges(distance, bounds, query.shape[0]):
+        for start, end in ring.ranges(distance, bounds, query.shape[0]):
             dquery, dkey, dvalue, delta = attend_keys_backward(
-                spec, implementation, query, ring.run(keys), *seen,
+                spec, implementation, query, ring.run(keys), start, end,
                 final, dout, dquery, dtype, dtype,
             )  # fmt: skip
             dkeys.append(jnp.concatenate([dkey, dvalue], -1))

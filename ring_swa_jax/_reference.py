@@ -74,6 +74,7 @@ def reference_attention(
     if segment_ids is not None:
         ids = as_segment_ids(segment_ids, q.shape[:2])
         bounds = bounds_of(SequenceAxis(None, 1), length, None, ids, ends=True)
+        assert bounds.end is not None
         start, end = bounds.start, bounds.end
     start, end = start[:, :, None], end[:, :, None]
     before, after = (length if x is None else min(x, length) for x in (window.left, window.right))

@@ -32,13 +32,15 @@ def ring_sliding_window_attn(
 ) -> Float[Array, "B T N Hv"]:
     r"""Sliding-window attention of one chunk of a sequence that is cut over a mesh axis.
 
-    Query i attends key j iff ``0 <= i - j <= window_size``:
+    Query i attends key j iff ``0 <= i - j <= window_size``, or for a pair (L, R) iff ``i - j <= L``
+    and ``j - i <= R``:
 
     .. math:: o_i = \frac{\sum_j e^{s_{ij}} v_j}{e^{z} + \sum_j e^{s_{ij}}},
         \quad s_{ij} = \mathrm{cap}(q_i \cdot k_j \cdot \mathrm{scale})
 
     with :math:`e^z` only where there are ``sink_logits``. Under a window each device receives the
-    ``min(window_size, keys before it)`` keys before its chunk, and no others.
+    ``min(window_size, keys before it)`` keys before its chunk, likewise R keys after it for a pair,
+    and no others.
 
     Args:
         q: queries of the chunk; the chunk of axis index r holds positions r*T..(r+1)*T-1.
@@ -46,7 +48,8 @@ def ring_sliding_window_attn(
         v: values, in the dtype of q and k.
         window_size: W; a query sees **W + 1 keys**: the W before it and itself, as
             FlashAttention's ``(W, 0)``. Hugging Face's ``sliding_window=n`` is ``n - 1`` here.
-            None: all keys before it. Static.
+            None: all keys before it. A pair (L, R): L before and R after it, None for no bound;
+            (None, None) is full attention, not causal. Static.
         axis_name: mesh axis (or tuple of axes, major first) that cuts the sequence; None when
             the whole sequence is here.
         scale: factor of ``q.k``, by default ``H**-0.5``.
@@ -112,7 +115,8 @@ def ring_streaming_llm_attn(
         q: queries of the chunk.
         k: keys; N is a multiple of K.
         v: values, in the dtype of q and k.
-        window_size: W: the W keys before a query and itself; None: all before it. Static.
+        window_size: W: the W keys before a query and itself; None: all before it; (L, R): L before
+            and R after it. Static.
         num_sink_tokens: how many first tokens every query sees; at most T on several devices,
             except with exchange="all_to_all".
         axis_name: mesh axis (or tuple of axes) that cuts the sequence, or None.
@@ -179,7 +183,8 @@ def ring_sliding_window_attn_varlen(
         q: queries of the chunk of the packed row.
         k: keys; N is a multiple of K.
         v: values, in the dtype of q and k.
-        window_size: W: the W keys before a query and itself; None: all before it. Static.
+        window_size: W: the W keys before a query and itself; None: all before it; (L, R): L before
+            and R after it. Static.
         cu_seqlens: ends of the sequences in the *global* packed row, the same on every device:
             first 0, non-decreasing. Empty sequences and repeated last entries are fine; tokens
             past the last entry are padding, with zeros as result and gradient. The values are
@@ -244,7 +249,8 @@ def ring_streaming_llm_attn_varlen(
         q: queries of the chunk of the packed row.
         k: keys; N is a multiple of K.
         v: values, in the dtype of q and k.
-        window_size: W: the W keys before a query and itself; None: all before it. Static.
+        window_size: W: the W keys before a query and itself; None: all before it; (L, R): L before
+            and R after it. Static.
         cu_seqlens: ends of the sequences, as in `ring_sliding_window_attn_varlen`.
         num_sink_tokens: how many first tokens of its sequence a query sees; at most T on several
             devices, except with exchange="all_to_all".

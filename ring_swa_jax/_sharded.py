@@ -63,7 +63,8 @@ def ring_attention(
         v: values, in the dtype of q and k.
         window_size: W; a query sees **W + 1 keys**: the W before it and itself, as
             FlashAttention's ``(W, 0)``. Hugging Face's ``sliding_window=n`` is ``n - 1`` here.
-            None: all keys before it. Static.
+            None: all keys before it. A pair (L, R): L before and R after it, None for no bound;
+            (None, None) is full attention, not causal. Static.
         num_sink_tokens: how many first tokens of its own sequence a query always sees; at most a
             chunk on several devices, except with exchange="all_to_all". Static.
         segment_ids: of any integer dtype; a new sequence starts where the id changes; a negative

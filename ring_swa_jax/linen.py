@@ -49,7 +49,7 @@ class _Parts(NamedTuple):
 
 
 class RingSlidingWindowAttention(nn.Module):
-    """Causal self-attention to a sliding window, its sequence cut over the devices of a mesh.
+    """Self-attention to a sliding window, its sequence cut over the devices of a mesh.
 
     The settings, parameters and maths are those of `ring_swa_jax.nnx.RingSlidingWindowAttention`,
     which describes them, except that ``in_features`` may be left to the first x and that metadata
@@ -58,7 +58,7 @@ class RingSlidingWindowAttention(nn.Module):
 
     ``window_size`` is W: a token sees **W + 1 keys**, the W before it and itself, as
     FlashAttention's ``(W, 0)``; Hugging Face's ``sliding_window=n`` is ``n - 1`` here; None makes a
-    full causal layer.
+    full causal layer. A pair (L, R) sees L tokens before and R after; None in it is no bound.
 
     Raises:
         ValueError: sizes or settings that do not fit.

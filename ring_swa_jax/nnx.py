@@ -50,7 +50,8 @@ class RingSlidingWindowAttention(nnx.Module):
         out_features: features of the result, by default ``in_features``.
         window_size: W; a token sees **W + 1 keys**: the W before it and itself, as
             FlashAttention's ``(W, 0)``. Hugging Face's ``sliding_window=n`` is ``n - 1`` here.
-            None: a full causal layer.
+            None: a full causal layer. A pair (L, R): L before and R after it, None for no bound;
+            (None, None) is a full layer that is not causal. A cache takes no R.
         num_sink_tokens: how many first tokens of its own sequence a token always sees.
         learned_sinks: whether each query head has a learned logit, the parameter ``sink_logits``
             [N], that enlarges its softmax denominator, as in gpt-oss.

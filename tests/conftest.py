@@ -1,5 +1,7 @@
 """Eight CPU devices, the marker `gpu`, the compile gate's table, and fixtures that all share."""
 
+from collections import Counter
+
 import jax
 import jaxtyping
 import pytest
@@ -16,6 +18,7 @@ jax.config.update("jax_num_cpu_devices", 8)  # before the first use of a device
 
 # Every test that takes the fixture `implementation` runs once for each of these.
 IMPLEMENTATIONS = ["xla"]
+NO_GPU = "needs a GPU; on a machine with one run `pytest -m gpu -n 0`"
 
 
 def pytest_collection_modifyitems(items):
@@ -24,10 +27,27 @@ def pytest_collection_modifyitems(items):
         return
     for item in items:
         if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+            item.add_marker(pytest.mark.skip(reason=NO_GPU))
 
 
 def pytest_terminal_summary(terminalreporter):
+    """A line for each reason to skip tests, and what the compile gate found."""
+    report_skipped(terminalreporter)
+    report_compiled(terminalreporter)
+
+
+def report_skipped(terminalreporter):
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminalreporter.getreports("skipped")
+    )
+    if reasons:
+        terminalreporter.section("skipped tests")
+    for reason, count in reasons.most_common():
+        terminalreporter.line(f"{count} skipped: {reason}")
+
+
+def report_compiled(terminalreporter):
     """What ptxas said of the kernels that `test_compile.py` compiled, also under xdist."""
     reports = [r for key in ("passed", "failed") for r in terminalreporter.getreports(key)]
     properties = [each for r in reports for each in r.user_properties]

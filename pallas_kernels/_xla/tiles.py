@@ -120,7 +120,10 @@ class KeyLoop(NamedTuple):
         positions = begin + jnp.arange(size, dtype=jnp.int32)
         bounds = self.bounds
         if bounds.packed:
-            bounds = Bounds(*(None if x is None else slice_in_dim(x, begin, size) for x in bounds))
+            start, end = bounds
+            start = slice_in_dim(start, begin, size)
+            end = None if end is None else slice_in_dim(end, begin, size)
+            bounds = Bounds(start, end)
         return QueryTile(number, begin, positions, bounds, positions >= first)
 
     def over_run(

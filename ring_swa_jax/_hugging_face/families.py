@@ -1,6 +1,6 @@
 """Model types whose layers are known, each as a record.
 
-Taken from transformers 5.24.0 and compared with it layer by layer (table in docs/migrating.md).
+Taken from transformers 5.24.0 and compared with it layer by layer (table in docs/hugging_face.md).
 """
 
 import dataclasses
@@ -83,6 +83,9 @@ families: Mapping[str, Family] = MappingProxyType(
             qk_norm=True,
             extras=extras.elementwise_gate,
             defaults={"sliding_window": 1024, "head_dim": 128, "rms_norm_eps": 1e-5},
+        ),
+        "blt_patcher": _unbiased(
+            interleaved=True, defaults={"sliding_window": 512, "rope_theta": 500_000.0}
         ),
         "cohere2": Family(
             layer_types=types.every(4),
@@ -371,6 +374,20 @@ families: Mapping[str, Family] = MappingProxyType(
         "qwen3_moe": Family(
             qk_norm=True, defaults={"use_sliding_window": False, "num_key_value_heads": 4}
         ),
+        "qwen3_omni_moe": Family(
+            layer_types=types.full,
+            qk_norm=True,
+            defaults={"num_key_value_heads": 4, "rope_theta": 1_000_000.0},
+            notes="For text, whose three positions are one; images ask for mrope, not here.",
+        ),
+        "qwen3_omni_moe_code2wav": Family(
+            defaults={
+                "num_attention_heads": 16,
+                "num_key_value_heads": 16,
+                "sliding_window": 72,
+                "rms_norm_eps": 1e-5,
+            },
+        ),
         "recurrent_gemma": Family(
             layer_types=types.cycle("recurrent", "recurrent", "attention", key="block_types"),
             out_bias=True,
@@ -419,7 +436,11 @@ refused: Mapping[str, str] = MappingProxyType(
             "its windows reach to both sides",
         ),
         "beam": "a query scale that is a power of the position",
-        "blt": "attention across sequences of bytes and patches",
+        **dict.fromkeys(
+            ("blt", "blt_local_decoder", "blt_local_encoder"),
+            "attention across sequences of bytes and patches; the layers of its "
+            "patcher_config are here",
+        ),
         "deepseek_v4": "keys that are compressed",
         "doge": "a mask that is computed from the values",
         "dory": "norms and factors of its own",

@@ -36,7 +36,7 @@ def test_problems_are_found():
 
 def test_all_install_the_same_way():
     first = {sources(path, "code")[0] for path in run.NOTEBOOKS}
-    assert len(run.NOTEBOOKS) == 3
+    assert len(run.NOTEBOOKS) == 4
     assert len(first) == 1
 
 

@@ -123,11 +123,9 @@ def test_a_process_a_gpu_equals_the_oracle():
 def test_example_in_one_process_and_in_a_process_a_gpu(tmp_path):
     command = ["examples/train_lm.py", *SETTINGS, "--devices=2"]
     flags = [f"--coordinator=127.0.0.1:{free_port()}", "--num-processes=2"]
-    workers = [
-        start(*command, f"--output={tmp_path}/together.png", CUDA_VISIBLE_DEVICES="0,1", **GPU)
-    ]
+    workers = [start(*command, f"--folder={tmp_path}/together", CUDA_VISIBLE_DEVICES="0,1", **GPU)]
     for n in range(2):
-        own = [f"--process-id={n}", f"--output={tmp_path}/{n}.png"]
+        own = [f"--process-id={n}", f"--folder={tmp_path}/apart"]
         workers.append(start(*command, *flags, *own, CUDA_VISIBLE_DEVICES=str(n), **GPU))
     together, first, second = succeed(workers)
     assert losses(first) == pytest.approx(losses(together), rel=1e-4)

@@ -163,7 +163,8 @@ class WorkTile:
 
     def key_range(self, n):
         """Position of the first key of the ``n``-th tile of keys, and the end of its run."""
-        begin = stop = None
+        begin: Any = None
+        stop: Any = None
         before: Any = 0
         for (offset, length), eights, count in zip(
             self.scheduler.runs, self.begins_in_eights, self.key_tiles_of_runs, strict=True

@@ -66,6 +66,7 @@ class Small:
         settings: of the config, besides `SIZES`.
         layers: the layers to compare.
         max_length: for LongRoPE.
+        model_type: for config.json, where the class has none.
     """
 
     folder: str
@@ -74,6 +75,7 @@ class Small:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     layers: tuple[int, ...] = (0,)
     max_length: int | None = None
+    model_type: str = ""
 
     def make_config(self):
         """The small config."""
@@ -101,6 +103,7 @@ def _usual(prefix: str, folder: str, *, text: str = "", **options) -> Small:
 
 SMALL: dict[str, Small] = {
     "afmoe": _usual("Afmoe", "afmoe", layers=(0, 3)),
+    "blt_patcher": Small("blt", "BltPatcherConfig", "BltPatcher"),
     "cohere2": _usual("Cohere2", "cohere2", layers=(0, 3)),
     "cohere2_moe": _usual("Cohere2Moe", "cohere2_moe", layers=(0, 3)),
     "cohere_compass": _usual(
@@ -220,6 +223,12 @@ SMALL: dict[str, Small] = {
                      settings=_MROPE),
     "qwen3": _usual("Qwen3", "qwen3", layers=(0, 2)),
     "qwen3_moe": _usual("Qwen3Moe", "qwen3_moe"),
+    "qwen3_omni_moe": Small(
+        "qwen3_omni_moe", "Qwen3OmniMoeTextConfig", "Qwen3OmniMoeThinkerTextModel",
+        settings=_MROPE),
+    "qwen3_omni_moe_code2wav": Small(
+        "qwen3_omni_moe", "Qwen3OmniMoeCode2WavConfig", "Qwen3OmniMoeCode2WavTransformerModel",
+        model_type="qwen3_omni_moe_code2wav"),
     "recurrent_gemma": _usual("RecurrentGemma", "recurrent_gemma", layers=(2,)),
     "smollm3": _usual("SmolLM3", "smollm3", layers=(0, 3)),
     "starcoder2": _usual("Starcoder2", "starcoder2"),

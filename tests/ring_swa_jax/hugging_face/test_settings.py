@@ -170,6 +170,7 @@ def test_yarn_with_mscale():
         ),
         ({"model_type": "modernbert", "local_attention": 128}, "modernbert.*both sides"),
         ({"model_type": "zaya"}, "zaya.*convolutions"),
+        ({"model_type": "blt"}, "blt.*bytes and patches.*patcher_config"),
         ({"model_type": "newcomer", "clever_trick": 7}, "newcomer.*clever_trick=7"),
         (
             {"model_type": "gemma4_text", "per_layer_config": {"1": {"sliding_window": 3}}},

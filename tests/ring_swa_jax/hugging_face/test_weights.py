@@ -8,7 +8,7 @@ from flax import nnx
 import ring_swa_jax as rsj
 import ring_swa_jax.nnx
 from tests.ring_swa_jax.hugging_face.cases import weights_of
-from tests.ring_swa_jax.hugging_face.golden import golden
+from tests.ring_swa_jax.hugging_face.golden import golden, names
 
 SIZES = {
     "num_hidden_layers": 2,
@@ -81,6 +81,45 @@ def test_nnx_update_takes_them(name):
         state = nnx.to_pure_dict(nnx.state(module, nnx.Param))
         assert jax.tree.structure(state) == jax.tree.structure(parameters)
         jax.tree.map(np.testing.assert_array_equal, state, parameters)
+
+
+@pytest.mark.parametrize("name", names())
+def test_the_way_back(name):
+    model = golden(name)
+    layers = rsj.settings_from_hugging_face(model.config, max_length=model.max_length)
+    for i, shapes in model.shapes.items():
+        tensors = weights_of(shapes, i)
+        parameters = rsj.weights_from_hugging_face(tensors, layers, i)
+        back = rsj.weights_to_hugging_face(parameters, layers, i, like=tensors)
+        assert back.keys() == tensors.keys()
+        for key, tensor in tensors.items():
+            assert back[key].dtype == tensor.dtype
+            np.testing.assert_allclose(back[key], tensor, atol=1e-6)
+
+
+def test_the_way_back_has_the_dtypes_of_the_checkpoint():
+    layers = layers_of("gemma3_text")
+    tensors = {name: t.astype(jax.numpy.bfloat16) for name, t in tensors_of(layers).items()}
+    wide = {name: t.astype(np.float32) for name, t in tensors.items()}
+    parameters = rsj.weights_from_hugging_face(wide, layers, 0)
+    back = rsj.weights_to_hugging_face(parameters, layers, 0, like=tensors)
+    jax.tree.map(np.testing.assert_array_equal, back, tensors)
+    assert {t.dtype for t in back.values()} == {np.dtype(jax.numpy.bfloat16)}
+
+
+def test_parameters_that_are_no_layer_of_the_checkpoint():
+    layers = layers_of("mistral")
+    tensors = tensors_of(layers)
+    good = rsj.weights_from_hugging_face(tensors, layers, 0)
+    query = {"query": {"kernel": good["key"]["kernel"]}}
+    without = {name: p for name, p in good.items() if name != "value"}
+    for parameters, message in (
+        (good | query, r"'query.kernel' should have .*\(12, 4, 6\), got \(12, 2, 6\)"),
+        (without, r"'value.kernel' should have .*\(12, 2, 6\), got None"),
+        (good | {"sink_logits": np.zeros(4)}, r"no tensor has a place for \['sink_logits'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rsj.weights_to_hugging_face(parameters, layers, 0, like=tensors)
 
 
 def test_the_dtype_stays():

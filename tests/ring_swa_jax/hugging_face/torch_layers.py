@@ -25,6 +25,7 @@ def config_and_results(small: Small) -> tuple[dict[str, Any], dict[int, Results]
     torch.manual_seed(0)
     config = small.make_config()
     written = json.loads(config.to_json_string(use_diff=True))
+    written["model_type"] = written.get("model_type") or small.model_type
     model = small.make_model(config)
     layers = _attention_layers(model)
     for i, layer in layers.items():
@@ -77,7 +78,8 @@ def _captured(model, config, layers, length: int) -> dict[int, dict[str, Any]]:
         arguments["encoder_hidden_states"] = torch.zeros(1, 3, config.hidden_size)
     if type(model).__name__ == "VoxtralRealtimeTextModel":
         arguments["t_cond"] = torch.zeros(1, config.hidden_size)
-    if "input_ids" in names:
+    has_embedding = any(isinstance(module, torch.nn.Embedding) for module in model.modules())
+    if "input_ids" in names and has_embedding:
         arguments["input_ids"] = ids
     elif "inputs_embeds" in names:
         arguments["inputs_embeds"] = torch.randn(1, length, config.hidden_size)
