@@ -1,15 +1,15 @@
 """Attention kernels for one shard: tiles and dtypes, no meshes."""
 
-from pallas_kernels._attention import Halo as Halo
 from pallas_kernels._attention import attend as attend
-from pallas_kernels._attention import attend_keys as attend_keys
-from pallas_kernels._attention import attend_keys_backward as attend_keys_backward
-from pallas_kernels._attention import sink_logits_gradient as sink_logits_gradient
 from pallas_kernels._both_sides import Sides as Sides
 from pallas_kernels._both_sides import attend_both_sides as attend_both_sides
 from pallas_kernels._device import half_precision_dtype as half_precision_dtype
+from pallas_kernels._halo import Halo as Halo
 from pallas_kernels._implementations import NAMES as IMPLEMENTATIONS
 from pallas_kernels._implementations import choose as choose
+from pallas_kernels._launches import attend_keys as attend_keys
+from pallas_kernels._launches import attend_keys_backward as attend_keys_backward
+from pallas_kernels._launches import sink_logits_gradient as sink_logits_gradient
 from pallas_kernels._spec import KeyRun as KeyRun
 from pallas_kernels._spec import SinkRun as SinkRun
 from pallas_kernels._spec import Spec as Spec

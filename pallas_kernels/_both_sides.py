@@ -18,15 +18,9 @@ from jax.experimental import pallas as pl
 from jaxtyping import Float
 
 from pallas_kernels import _implementations
-from pallas_kernels._attention import (
-    Halo,
-    add_first,
-    add_last,
-    launch_backward,
-    launch_forward,
-    sink_logits_gradient,
-)
+from pallas_kernels._halo import Halo, add_first, add_last
 from pallas_kernels._kernels import BackwardInputs, ForwardInputs
+from pallas_kernels._launches import launch_backward, launch_forward, sink_logits_gradient
 from pallas_kernels._spec import Ends, KeyRun, SinkRun, Spec, Starts, State, accumulator_dtype
 from pallas_kernels._varying import vary_as
 

@@ -30,7 +30,7 @@ from pallas_kernels import (
     sink_logits_gradient,
 )
 from ring_swa_jax._axis import SequenceAxis, same_varying
-from ring_swa_jax._layout import HalfChunks
+from ring_swa_jax._layout import in_order_of_tokens
 from ring_swa_jax._segments import Bounds, bounds_of
 
 _Range = tuple[Int[Array, ""] | Int[Array, "B T"], Int[Array, "B T"] | None]
@@ -122,11 +122,11 @@ def attend(
     name = choose(implementation, spec, q, v)
     bounds = bounds_of(axis, chunk, cu_seqlens, segment_ids, ends=True)
     q, k, v, sink_logits, bounds = same_varying(axis, q, k, v, sink_logits, bounds)
-    dual, halves = layout == "dual_chunk", HalfChunks(axis, chunk)
-    if dual:
-        q, k, v = (halves.collect(x) for x in (q, k, v))
-    out = attend_ring(spec, ring, name, q, k, v, sink_logits, bounds)
-    return halves.deal(out) if dual else out
+
+    def attend_in_order(q, k, v):
+        return attend_ring(spec, ring, name, q, k, v, sink_logits, bounds)
+
+    return in_order_of_tokens(attend_in_order, axis, layout, q, k, v)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 import pallas_kernels
 from pallas_kernels import SinkRun, Spec, accumulator_dtype
 from ring_swa_jax._axis import SequenceAxis, same_varying
-from ring_swa_jax._layout import HalfChunks
+from ring_swa_jax._layout import in_order_of_tokens
 from ring_swa_jax._segments import Bounds, bounds_of
 
 
@@ -146,21 +146,20 @@ def attend(
     name = pallas_kernels.choose(implementation, spec, q, v)
     bounds = bounds_of(axis, chunk, cu_seqlens, segment_ids, ends=spec.lookahead > 0)
     q, k, v, sink_logits, bounds = same_varying(axis, q, k, v, sink_logits, bounds)
-    dual, halves = layout == "dual_chunk" and axis.size > 1, HalfChunks(axis, chunk)
-    if dual:
-        q, k, v = (halves.collect(x) for x in (q, k, v))
-    sinks = None
-    if spec.num_sinks and axis.size > 1:
-        sinks = fetch_sinks(axis, k, v, bounds, spec.num_sinks)
-    arrays = (q, k, v, sinks, sink_logits, bounds.start)
-    if spec.lookahead:
+
+    def attend_in_order(q, k, v):
+        sinks = None
+        if spec.num_sinks and axis.size > 1:
+            sinks = fetch_sinks(axis, k, v, bounds, spec.num_sinks)
+        arrays = (q, k, v, sinks, sink_logits, bounds.start)
+        if not spec.lookahead:
+            halo = RingHalo.of_window(axis, chunk, spec.window)
+            return pallas_kernels.attend(spec, halo, name, *arrays)
         before = None if spec.window is None else spec.window - spec.lookahead
         sides = pallas_kernels.Sides(
             RingHalo.of_window(axis, chunk, before),
             RingHalo.of_window(axis, chunk, spec.lookahead, is_after=True),
         )
-        out = pallas_kernels.attend_both_sides(spec, sides, name, *arrays, bounds.end)
-    else:
-        halo = RingHalo.of_window(axis, chunk, spec.window)
-        out = pallas_kernels.attend(spec, halo, name, *arrays)
-    return halves.deal(out) if dual else out
+        return pallas_kernels.attend_both_sides(spec, sides, name, *arrays, bounds.end)
+
+    return in_order_of_tokens(attend_in_order, axis, layout, q, k, v)

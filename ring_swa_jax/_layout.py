@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from ring_swa_jax._axis import SequenceAxis
 
@@ -84,7 +84,7 @@ class HalfChunks:
         """Length of a half chunk."""
         return self.longest - half % 2 * (2 * self.longest - self.chunk)
 
-    def deal(self, x: Array, axis: int = 1) -> Array:
+    def to_dual_chunks(self, x: Array, axis: int = 1) -> Array:
         """From this device's part of a contiguous array to its part in dual-chunk order.
 
         One permute sends the half chunks with even numbers, a second one those with odd numbers.
@@ -95,8 +95,8 @@ class HalfChunks:
         in_order, swapped = (jnp.concatenate(parts, axis) for parts in ((even, odd), (odd, even)))
         return jnp.where(self.axis.index() % 2 == 0, in_order, swapped)
 
-    def collect(self, x: Array, axis: int = 1) -> Array:
-        """The inverse of `deal`."""
+    def from_dual_chunks(self, x: Array, axis: int = 1) -> Array:
+        """The inverse of `to_dual_chunks`."""
         first_is_even = self.axis.index() % 2 == 0
         even, odd = jnp.split(x, [self.longest], axis)
         swapped_odd, swapped_even = jnp.split(x, [self.chunk - self.longest], axis)
@@ -118,3 +118,19 @@ class HalfChunks:
             half = 2 * source + parity
             pairs.append(pair(source, min(half, last - half)))
         return lax.ppermute(x, self.axis.name, pairs)
+
+
+def in_order_of_tokens(
+    attend: Callable[[Array, Array, Array], Array],
+    axis: SequenceAxis,
+    layout: str,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K Hv"],
+) -> Float[Array, "B T N Hv"]:
+    """``attend(q, k, v)``, called with contiguous arrays where those given are in this layout."""
+    if layout != "dual_chunk" or axis.size == 1:
+        return attend(q, k, v)
+    halves = HalfChunks(axis, q.shape[1])
+    q, k, v = (halves.from_dual_chunks(x) for x in (q, k, v))
+    return halves.to_dual_chunks(attend(q, k, v))

@@ -361,7 +361,7 @@ def _exchange_and_attend(
 ) -> Float[Array, "B T N Hv"]:
     """Attention with checked settings."""
     if layout == "dual_chunk" and axis.size > 1 and segment_ids is not None:
-        segment_ids = HalfChunks(axis, q.shape[1]).collect(segment_ids)
+        segment_ids = HalfChunks(axis, q.shape[1]).from_dual_chunks(segment_ids)
     ring = _full_ring if spec.lookahead else _balanced_ring
     attend = {"halo": _halo.attend, "all_to_all": _all_to_all.attend, "ring": ring.attend}
     return attend[exchange](

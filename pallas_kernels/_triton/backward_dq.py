@@ -4,6 +4,8 @@ It recomputes the softmax from the log-sum-exp over all keys, and leaves ``delta
 of the keys' gradients.
 """
 
+from functools import partial
+
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
@@ -63,23 +65,13 @@ def backward_dq(
             load_rows(refs[name], tile.rows, tile.valid) for name in ("query", "out", "dout")
         )
         lse_log2 = log2_sums(load_vector(refs["lse"], tile.flat, tile.valid))
-        delta = jnp.zeros((loop.size,), jnp.float32)
-        for x, y in zip(outs, douts, strict=True):
-            delta += (x.astype(jnp.float32) * y.astype(jnp.float32)).sum(axis=1)
+        delta = _rowsum(outs, douts, loop.size)
         real = is_real(tile.positions, tile.start, tile.end) if loop.packed else None
         if real is not None:
             delta = jnp.where(real, delta, 0.0)
         plgpu.store(delta_ref.at[tile.flat], delta, mask=tile.valid)
 
-        def body(acc, keys, values, seen):
-            logits, factor, dcap = cap_logits(spec, inner(spec, queries, keys))
-            weights = exp2_scaled(logits, factor, lse_log2[:, None], interpret=interpret)
-            if seen is not None:
-                weights = jnp.where(seen, weights, 0.0)
-            dlogits = weights * (inner(spec, douts, values) - delta[:, None])
-            dlogits = (dlogits if dcap is None else dlogits * dcap).astype(query.dtype)
-            return tuple(x + dot(spec, dlogits, key) for x, key in zip(acc, keys, strict=True))
-
+        body = partial(_add_gradient, spec, queries, douts, lse_log2, delta, interpret)
         acc = tuple(jnp.zeros((loop.size, width), jnp.float32) for _, width in head_parts(dim))
         gradient = [x * spec.scale for x in loop.run(refs, tile, body, acc)]
         if real is not None:
@@ -100,3 +92,33 @@ def backward_dq(
         name="ring_swa_backward_query",
     )(arrays)
     return dquery, delta
+
+
+def _rowsum(xs: list[Array], ys: list[Array], size: int) -> Array:
+    """``rowsum(x * y)`` in float32, of arrays in head parts."""
+    total = jnp.zeros((size,), jnp.float32)
+    for x, y in zip(xs, ys, strict=True):
+        total += (x.astype(jnp.float32) * y.astype(jnp.float32)).sum(axis=1)
+    return total
+
+
+def _add_gradient(
+    spec: Spec,
+    queries: list[Array],
+    douts: list[Array],
+    lse_log2: Array,
+    delta: Array,
+    interpret: bool,
+    acc: tuple[Array, ...],
+    keys: list[Array],
+    values: list[Array],
+    seen: Array | None,
+) -> tuple[Array, ...]:
+    """Adds the part of a tile of keys to dquery / scale, as `KeyLoop.run` calls it."""
+    logits, factor, dcap = cap_logits(spec, inner(spec, queries, keys))
+    weights = exp2_scaled(logits, factor, lse_log2[:, None], interpret=interpret)
+    if seen is not None:
+        weights = jnp.where(seen, weights, 0.0)
+    dlogits = weights * (inner(spec, douts, values) - delta[:, None])
+    dlogits = (dlogits if dcap is None else dlogits * dcap).astype(queries[0].dtype)
+    return tuple(x + dot(spec, dlogits, key) for x, key in zip(acc, keys, strict=True))

@@ -4,6 +4,9 @@ All queries of a long sequence see its few sinks, so chunks of queries share tha
 leaves a partial gradient, in float32, to be added in a fixed order.
 """
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -13,8 +16,9 @@ from pallas_kernels._kernels import Queries
 from pallas_kernels._masks import min_sink_distance, sees_distant_sink, sees_fetched_sink
 from pallas_kernels._spec import KeyRun, Spec
 from pallas_kernels._tile_ranges import sink_query_plan
-from pallas_kernels._triton.backward_dkv import (
-    DistantSinks,
+from pallas_kernels._triton.backward_dkv import DistantSinks
+from pallas_kernels._triton.blocks import batch_block, div, load_rows, rem, store_rows
+from pallas_kernels._triton.query_tiles import (
     add_gradients,
     key_block,
     load_queries,
@@ -22,7 +26,6 @@ from pallas_kernels._triton.backward_dkv import (
     scaled_gradients,
     zero_gradients,
 )
-from pallas_kernels._triton.blocks import batch_block, div, load_rows, rem, store_rows
 from pallas_kernels._triton.tiles import TritonTiles
 from pallas_kernels._varying import shape_like_varying
 
@@ -50,17 +53,9 @@ def backward_own_sinks(
         row = first - spec.first_key if spec.lookahead else first
         return row, first, chunk_start + spec.num_sinks - first
 
+    sinks = _Sinks(min_distance, seen, locate)
     parts = _by_chunks(
-        spec,
-        queries,
-        (run.key, run.value),
-        rows,
-        min_distance,
-        seen,
-        locate,
-        tiles,
-        chunk,
-        interpret,
+        spec, queries, (run.key, run.value), sinks, rows=rows, tiles=tiles, interpret=interpret
     )
     return DistantSinks(parts, chunk, min_distance)
 
@@ -76,7 +71,7 @@ def backward_fetched_sinks(
 ) -> tuple[Array, Array]:
     """Gradients of fetched sinks by chunk of queries, to be summed over the first axis."""
     assert spec.window is not None
-    window, chunk = spec.window, _chunk(tiles)
+    window = spec.window
 
     def seen(i, j, start):
         return sees_fetched_sink(i, j, start, window, spec.num_sinks, first_key=spec.first_key)
@@ -85,17 +80,37 @@ def backward_fetched_sinks(
         before_shard = spec.first_key - chunk_start if spec.lookahead else -chunk_start
         return 0, chunk_start, jnp.minimum(before_shard, spec.num_sinks)
 
-    return _by_chunks(
-        spec, queries, key_value, rows, window + 1, seen, locate, tiles, chunk, interpret
-    )
+    sinks = _Sinks(window + 1, seen, locate)
+    return _by_chunks(spec, queries, key_value, sinks, rows=rows, tiles=tiles, interpret=interpret)
 
 
 def _chunk(tiles: TritonTiles) -> int:
     return max(SINK_CHUNK, tiles.query)
 
 
+class _Sinks(NamedTuple):
+    """Which sinks a launch is for.
+
+    Attributes:
+        min_distance: of a query from its sequence's start, for ``seen`` to hold anything.
+        seen: mask of (query, key, start) positions.
+        locate: from the sequence's start, (row of its first sink here, its position, how many).
+    """
+
+    min_distance: int
+    seen: Callable[[Array, Array, Array], Array]
+    locate: Callable[[Array], tuple[Any, Any, Any]]
+
+
 def _by_chunks(
-    spec, queries, key_value, rows, min_distance, seen, locate, tiles, chunk, interpret
+    spec: Spec,
+    queries: Queries,
+    key_value: tuple[Array, Array],
+    sinks: _Sinks,
+    *,
+    rows: int,
+    tiles: TritonTiles,
+    interpret: bool,
 ) -> tuple[Array, Array]:
     """Gradients of the sinks of the sequence that the first query of each chunk is in.
 
@@ -103,27 +118,23 @@ def _by_chunks(
         spec: static settings.
         queries: all queries, and what belongs to them.
         key_value: keys and values that hold the sinks.
+        sinks: which ones.
         rows: number of queries.
-        min_distance: of a query from its sequence's start, for ``seen`` to hold anything.
-        seen: mask of (query, key, start) positions.
-        locate: from the sequence's start, (row of its first sink here, its position, how many).
         tiles: tile sizes; a tile of keys holds sinks only.
-        chunk: number of queries, a multiple of a tile.
         interpret: run in the interpreter.
 
     Returns:
         dkey and dvalue, [chunks, B, num_sinks, K, H] in float32.
     """
-    batch, length, num_kv, _ = key_value[0].shape
-    group = queries.query.shape[2] // num_kv
+    batch, _, num_kv, _ = key_value[0].shape
+    group, chunk = queries.query.shape[2] // num_kv, _chunk(tiles)
     packed = queries.start.ndim > 0
     plan = sink_query_plan(
-        queries.start, min_distance, rows=rows, query_tile=tiles.query, chunk=chunk
+        queries.start, sinks.min_distance, rows=rows, query_tile=tiles.query, chunk=chunk
     )
     arrays, blocks = query_operands(queries, group)
     arrays |= {"plan": plan if packed else plan[None], "keys": key_value}
     blocks |= {"plan": batch_block(arrays["plan"]), "keys": tuple(map(key_block, key_value))}
-    head_blocks = group // tiles.heads
     num_chunks = pl.cdiv(rows, chunk)
     key_tiles = pl.cdiv(spec.num_sinks, tiles.key)
     shapes = [
@@ -133,38 +144,9 @@ def _by_chunks(
         for x in key_value
     ]
 
-    def kernel(refs, *out_refs):
-        index = div(pl.program_id(0), key_tiles)
-        first_slot = rem(pl.program_id(0), key_tiles) * tiles.key
-        slots = first_slot + jnp.arange(tiles.key, dtype=jnp.int32)
-        row, position, count = locate(refs["start"][index * chunk if packed else 0])
-        count = jnp.minimum(count, length - row)
-        exists = slots < count
-        key_rows = (pl.ds(row + first_slot, tiles.key),)
-        keys = [load_rows(ref, key_rows, exists) for ref in refs["keys"]]
-
-        def seen_by(i, start, end):
-            del end  # a sink of a query's sequence is before its end
-            return seen(i, position + slots[:, None], start) & exists[:, None]
-
-        def step(n, acc):
-            begin = (first_tile + div(n, head_blocks)) * tiles.query
-            tile = load_queries(
-                refs, tiles, begin, end_query, rem(n, head_blocks), seen_by, packed=packed
-            )
-            return add_gradients(spec, keys, tile, acc, BOTH, interpret)
-
-        first_tile, end_tile = refs["plan"][index, 0], refs["plan"][index, 1]
-        # Queries behind the sequence's last may be padding.
-        end_query = refs["plan"][index, 2] if packed else rows
-        steps = jnp.where(count > first_slot, (end_tile - first_tile) * head_blocks, 0)
-        acc = zero_gradients(tiles.key, key_value, BOTH)
-        acc = lax.fori_loop(0, steps, step, acc)
-        for out_ref, result in zip(out_refs, scaled_gradients(spec, acc, BOTH), strict=True):
-            store_rows(out_ref, (pl.ds(first_slot, tiles.key),), result, slots < spec.num_sinks)
-
+    kernel = _Kernel(spec, sinks, rows, group // tiles.heads, packed, tiles, interpret)
     dkey, dvalue = pl.pallas_call(
-        kernel,
+        kernel.run,
         grid=(num_chunks * key_tiles, num_kv, batch),
         in_specs=[blocks],
         out_specs=[
@@ -180,3 +162,59 @@ def _by_chunks(
         name="ring_swa_backward_sinks",
     )(arrays)
     return dkey, dvalue
+
+
+class _Kernel(NamedTuple):
+    """What a program does.
+
+    Attributes:
+        spec: static settings.
+        sinks: which sinks the launch is for.
+        rows: number of queries.
+        head_blocks: tiles of heads of a group.
+        packed: whether there are documents.
+        tiles: tile sizes.
+        interpret: run in the interpreter.
+    """
+
+    spec: Spec
+    sinks: _Sinks
+    rows: int
+    head_blocks: int
+    packed: bool
+    tiles: TritonTiles
+    interpret: bool
+
+    def run(self, refs, *out_refs) -> None:
+        """Computes the gradients of a tile of sinks through a chunk of queries."""
+        spec, tiles, head_blocks = self.spec, self.tiles, self.head_blocks
+        key_tiles = pl.cdiv(spec.num_sinks, tiles.key)
+        index = div(pl.program_id(0), key_tiles)
+        first_slot = rem(pl.program_id(0), key_tiles) * tiles.key
+        slots = first_slot + jnp.arange(tiles.key, dtype=jnp.int32)
+        chunk_start = refs["start"][index * _chunk(tiles) if self.packed else 0]
+        row, position, count = self.sinks.locate(chunk_start)
+        count = jnp.minimum(count, refs["keys"][0].shape[0] - row)
+        exists = slots < count
+        key_rows = (pl.ds(row + first_slot, tiles.key),)
+        keys = [load_rows(ref, key_rows, exists) for ref in refs["keys"]]
+
+        def seen(i, start, end):
+            del end  # a sink of a query's sequence is before its end
+            return self.sinks.seen(i, position + slots[:, None], start) & exists[:, None]
+
+        def step(n, acc):
+            begin = (first_tile + div(n, head_blocks)) * tiles.query
+            tile = load_queries(
+                refs, tiles, begin, end_query, rem(n, head_blocks), seen, packed=self.packed
+            )
+            return add_gradients(spec, keys, tile, acc, BOTH, self.interpret)
+
+        first_tile, end_tile = refs["plan"][index, 0], refs["plan"][index, 1]
+        # Queries behind the sequence's last may be padding.
+        end_query = refs["plan"][index, 2] if self.packed else self.rows
+        steps = jnp.where(count > first_slot, (end_tile - first_tile) * head_blocks, 0)
+        dims = refs["keys"][0].shape[-1], refs["keys"][1].shape[-1]
+        acc = lax.fori_loop(0, steps, step, zero_gradients(tiles.key, dims, BOTH))
+        for out_ref, result in zip(out_refs, scaled_gradients(spec, acc, BOTH), strict=True):
+            store_rows(out_ref, (pl.ds(first_slot, tiles.key),), result, slots < spec.num_sinks)

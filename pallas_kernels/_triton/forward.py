@@ -4,8 +4,12 @@ The online softmax runs in base 2 and keeps ``LOWEST`` instead of -inf as the ma
 that has seen no key, so that no difference of infinities arises.
 """
 
+from functools import partial
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -22,9 +26,12 @@ from pallas_kernels._triton.blocks import (
     load_vector,
     store_rows,
 )
-from pallas_kernels._triton.key_loop import KeyLoop
+from pallas_kernels._triton.key_loop import KeyLoop, QueryTile
 from pallas_kernels._triton.tiles import TritonTiles
 from pallas_kernels._varying import shape_like_varying
+
+# Running maximum and sum of a row's softmax, and its weighted values in head parts.
+_Sums = tuple[Array, ...]
 
 
 def forward(
@@ -59,43 +66,11 @@ def forward(
         tile = loop.query_tile(refs)
         queries = load_rows(refs["query"], tile.rows, tile.valid)
         if resume:
-            out, lse = before
-            acc = [x.astype(jnp.float32) for x in load_rows(out, tile.rows, tile.valid)]
-            lse = load_vector(lse, tile.flat, tile.valid)
-            row_max = jnp.where(lse > -jnp.inf, lse * LOG2_E, LOWEST)
-            row_sum = jnp.where(lse > -jnp.inf, np.float32(1), np.float32(0))
+            sums = _resumed_sums(tile, *before)
         else:
-            widths = [width for _, width in head_parts(value_dim)]
-            acc = [jnp.zeros((loop.size, width), jnp.float32) for width in widths]
-            row_max = jnp.full((loop.size,), LOWEST, jnp.float32)
-            row_sum = jnp.zeros((loop.size,), jnp.float32)
-            if sink_logits is not None:
-                learned = loop.head_values(refs["sink_logits"])
-                row_max = jnp.maximum(row_max, learned * LOG2_E)
-                row_sum = jnp.where(learned > -jnp.inf, 1.0, row_sum)
-
-        def softmax_step(carry, keys, values, seen):
-            row_max, row_sum, *acc = carry
-            logits, factor, _ = cap_logits(spec, inner(spec, queries, keys))
-            if seen is not None:
-                logits = jnp.where(seen, logits, -jnp.inf)
-            new_max = jnp.maximum(row_max, logits.max(axis=1) * factor)
-            rescale = jnp.exp2(row_max - new_max)
-            weights = exp2_scaled(logits, factor, new_max[:, None], interpret=interpret)
-            row_sum = row_sum * rescale + weights.sum(axis=1)
-            weights = weights.astype(values[0].dtype)
-            acc = [
-                x * rescale[:, None] + dot(spec, weights, value)
-                for x, value in zip(acc, values, strict=True)
-            ]
-            return new_max, row_sum, *acc
-
-        row_max, row_sum, *acc = loop.run(refs, tile, softmax_step, (row_max, row_sum, *acc))
-        has_keys = row_sum > 0
-        inverse = jnp.where(has_keys, 1 / row_sum, 0.0)
-        store_rows(out_ref, tile.rows, [x * inverse[:, None] for x in acc], tile.valid)
-        lse = jnp.where(has_keys, row_max / LOG2_E + jnp.log(row_sum), -jnp.inf)
-        plgpu.store(lse_ref.at[tile.flat], lse, mask=tile.valid)
+            sums = _initial_sums(loop, value_dim, refs.get("sink_logits"))
+        step = partial(_softmax_step, spec, queries, interpret)
+        _store(tile, loop.run(refs, tile, step, sums), out_ref, lse_ref)
 
     out, lse = pl.pallas_call(
         kernel,
@@ -109,3 +84,61 @@ def forward(
         name="ring_swa_forward",
     )(before, arrays)
     return State(out, lse)
+
+
+def _initial_sums(loop: KeyLoop, value_dim: int, sink_logits_ref: Any) -> _Sums:
+    """The sums before any key, with the learned sink where there is one."""
+    widths = [width for _, width in head_parts(value_dim)]
+    acc = [jnp.zeros((loop.size, width), jnp.float32) for width in widths]
+    row_max = jnp.full((loop.size,), LOWEST, jnp.float32)
+    row_sum = jnp.zeros((loop.size,), jnp.float32)
+    if sink_logits_ref is not None:
+        learned = loop.head_values(sink_logits_ref)
+        row_max = jnp.maximum(row_max, learned * LOG2_E)
+        row_sum = jnp.where(learned > -jnp.inf, 1.0, row_sum)
+    return row_max, row_sum, *acc
+
+
+def _resumed_sums(tile: QueryTile, out_ref: Any, lse_ref: Any) -> _Sums:
+    """The sums of the launches before, from the state that they left."""
+    acc = [x.astype(jnp.float32) for x in load_rows(out_ref, tile.rows, tile.valid)]
+    lse = load_vector(lse_ref, tile.flat, tile.valid)
+    row_max = jnp.where(lse > -jnp.inf, lse * LOG2_E, LOWEST)
+    row_sum = jnp.where(lse > -jnp.inf, np.float32(1), np.float32(0))
+    return row_max, row_sum, *acc
+
+
+def _softmax_step(
+    spec: Spec,
+    queries: list[Array],
+    interpret: bool,
+    sums: _Sums,
+    keys: list[Array],
+    values: list[Array],
+    seen: Array | None,
+) -> _Sums:
+    """One step of the online softmax, as `KeyLoop.run` calls it."""
+    row_max, row_sum, *acc = sums
+    logits, factor, _ = cap_logits(spec, inner(spec, queries, keys))
+    if seen is not None:
+        logits = jnp.where(seen, logits, -jnp.inf)
+    new_max = jnp.maximum(row_max, logits.max(axis=1) * factor)
+    rescale = jnp.exp2(row_max - new_max)
+    weights = exp2_scaled(logits, factor, new_max[:, None], interpret=interpret)
+    row_sum = row_sum * rescale + weights.sum(axis=1)
+    weights = weights.astype(values[0].dtype)
+    acc = [
+        x * rescale[:, None] + dot(spec, weights, value)
+        for x, value in zip(acc, values, strict=True)
+    ]
+    return new_max, row_sum, *acc
+
+
+def _store(tile: QueryTile, sums: _Sums, out_ref: Any, lse_ref: Any) -> None:
+    """Writes the output and log-sum-exp; zeros and -inf for a query without keys."""
+    row_max, row_sum, *acc = sums
+    has_keys = row_sum > 0
+    inverse = jnp.where(has_keys, 1 / row_sum, 0.0)
+    store_rows(out_ref, tile.rows, [x * inverse[:, None] for x in acc], tile.valid)
+    lse = jnp.where(has_keys, row_max / LOG2_E + jnp.log(row_sum), -jnp.inf)
+    plgpu.store(lse_ref.at[tile.flat], lse, mask=tile.valid)

@@ -130,8 +130,8 @@ def triton_candidates(shapes: Shapes) -> Candidates:
     return _heads_of_128(shapes) if dim <= 128 else _heads_of_256(shapes)
 
 
-def _unmasked_loop(window: int | None) -> bool:
-    """Whether tiles without masked entries get a loop of their own."""
+def _has_unmasked_loop(window: int | None) -> bool:
+    """Whether unmasked tiles get a loop of their own."""
     return window is None or window >= 256
 
 
@@ -144,13 +144,13 @@ def _float32(shapes: Shapes) -> Candidates:
     if dim > 128:
         tiles = TritonTiles(32, 16, 4, 2, unmasked_loop=False)
         return Candidates((tiles,), (tiles,), ({"dkey": tiles, "dvalue": tiles},))
-    tiles = TritonTiles(32 if dim > 64 else 64, 32, 4, 2, _unmasked_loop(shapes.window))
+    tiles = TritonTiles(32 if dim > 64 else 64, 32, 4, 2, _has_unmasked_loop(shapes.window))
     return Candidates((tiles,), (tiles,), ({"dkey_dvalue": tiles},))
 
 
 def _heads_of_64(shapes: Shapes) -> Candidates:
     """Several heads of a group in a tile waste less at the edges of a short window."""
-    if _unmasked_loop(shapes.window):
+    if _has_unmasked_loop(shapes.window):
         return Candidates(
             (TritonTiles(128, 64, 4, 3),),
             (TritonTiles(64, 32, 4, 3),),
@@ -165,19 +165,19 @@ def _heads_of_64(shapes: Shapes) -> Candidates:
 
 def _heads_of_128(shapes: Shapes) -> Candidates:
     """Between short windows and long ones, more rows of one head are as fast or faster."""
-    window, clear = shapes.window, _unmasked_loop(shapes.window)
+    window, unmasked_loop = shapes.window, _has_unmasked_loop(shapes.window)
     short = window is not None and window < 2048
-    one_head = TritonTiles(64, 64, 4, 2, clear)
-    rows = TritonTiles(128, 64, 8, 3, clear)
-    smallest = TritonTiles(64, 32, 4, 2, clear)
+    one_head = TritonTiles(64, 64, 4, 2, unmasked_loop)
+    rows = TritonTiles(128, 64, 8, 3, unmasked_loop)
+    smallest = TritonTiles(64, 32, 4, 2, unmasked_loop)
     if short and shapes.group % 8 == 0:
         forward: tuple[TritonTiles, ...] = (
-            TritonTiles(16, 64, 8, 3, clear, heads=8),
-            TritonTiles(8, 64, 4, 2, clear, 8),
+            TritonTiles(16, 64, 8, 3, unmasked_loop, heads=8),
+            TritonTiles(8, 64, 4, 2, unmasked_loop, 8),
         )
         dquery: tuple[TritonTiles, ...] = (
-            TritonTiles(16, 32, 4, 3, clear, heads=8),
-            TritonTiles(8, 32, 4, 2, clear, 8),
+            TritonTiles(16, 32, 4, 3, unmasked_loop, heads=8),
+            TritonTiles(8, 32, 4, 2, unmasked_loop, 8),
         )
     else:
         forward = (rows, one_head)
@@ -187,34 +187,34 @@ def _heads_of_128(shapes: Shapes) -> Candidates:
         dquery = (TritonTiles(128, 64, 8, 3), *dquery)
     dkv = (
         one_head if short else TritonTiles(16, 64, 4, 2, heads=4),
-        TritonTiles(32, 64, 4, 2, clear),
+        TritonTiles(32, 64, 4, 2, unmasked_loop),
     )
     return Candidates(forward, dquery, tuple({"dkey_dvalue": x} for x in dkv))
 
 
 def _heads_of_256(shapes: Shapes) -> Candidates:
-    clear = _unmasked_loop(shapes.window)
+    unmasked_loop = _has_unmasked_loop(shapes.window)
     return Candidates(
         (
-            TritonTiles(128, 64, 8, 2, clear),
-            TritonTiles(64, 64, 4, 2, clear),
-            TritonTiles(64, 32, 4, 2, clear),
+            TritonTiles(128, 64, 8, 2, unmasked_loop),
+            TritonTiles(64, 64, 4, 2, unmasked_loop),
+            TritonTiles(64, 32, 4, 2, unmasked_loop),
         ),
         (
-            TritonTiles(128, 32, 8, 3, clear),
-            TritonTiles(128, 32, 8, 2, clear),
-            TritonTiles(64, 64, 4, 2, clear),
-            TritonTiles(64, 32, 4, 2, clear),
-            TritonTiles(32, 32, 4, 2, clear),
+            TritonTiles(128, 32, 8, 3, unmasked_loop),
+            TritonTiles(128, 32, 8, 2, unmasked_loop),
+            TritonTiles(64, 64, 4, 2, unmasked_loop),
+            TritonTiles(64, 32, 4, 2, unmasked_loop),
+            TritonTiles(32, 32, 4, 2, unmasked_loop),
         ),
         (
             {
-                "dkey": TritonTiles(64, 64, 4, 2, clear),
-                "dvalue": TritonTiles(64, 128, 8, 2, clear),
+                "dkey": TritonTiles(64, 64, 4, 2, unmasked_loop),
+                "dvalue": TritonTiles(64, 128, 8, 2, unmasked_loop),
             },
             {
-                "dkey": TritonTiles(32, 32, 4, 2, clear),
-                "dvalue": TritonTiles(32, 64, 4, 2, clear),
+                "dkey": TritonTiles(32, 32, 4, 2, unmasked_loop),
+                "dvalue": TritonTiles(32, 64, 4, 2, unmasked_loop),
             },
         ),
     )

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ring_swa_jax as rsj
-from ring_swa_jax import _cache
+from ring_swa_jax import _cache_append
 from ring_swa_jax._cache import Cache, next_positions
 from ring_swa_jax._cache_new import init_cache, prefill_cache
 from ring_swa_jax._decode import decode_attention
@@ -265,12 +265,13 @@ def test_no_slot_is_written_twice_in_a_step(monkeypatch):
     """A scatter with duplicates is undefined, though a CPU lets the last one win."""
     written = []
     monkeypatch.setattr(
-        _cache, "_scatter", lambda buffer, slots, tokens: written.append(slots) or buffer
+        _cache_append, "_scatter", lambda buffer, slots, tokens: written.append(slots) or buffer
     )
     cache = init_cache(3, 2, 16, **settings(BASE))
     valid = jnp.asarray(np.random.default_rng(0).random((3, 20)) < 0.8)
     k = jnp.ones((3, 20, 2, 16))
-    _cache.append_window(_cache.append_sinks(cache, k, k, valid), k, k, valid)
+    sinks_stored = _cache_append.append_sinks(cache, k, k, valid)
+    _cache_append.append_window(sinks_stored, k, k, valid)
     assert len(written) == 4
     for slots, held in zip(written, (2, 2, 6, 6), strict=True):
         assert all(len(set(row)) == 20 for row in slots.tolist())

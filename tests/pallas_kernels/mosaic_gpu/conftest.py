@@ -2,7 +2,7 @@
 
 import pytest
 
-from pallas_kernels import _attention, _device, _support
+from pallas_kernels import _derivatives, _device, _support
 from pallas_kernels._mosaic_gpu.backward import choice
 
 
@@ -13,4 +13,4 @@ def on_hopper(monkeypatch):
     monkeypatch.setattr(_device, "multiprocessors", lambda: 4)
     monkeypatch.setattr(_support, "check_mosaic_gpu", lambda name: None)
     # It would trace what the simulator computes with numbers.
-    monkeypatch.setattr(_attention, "folds_vmap", lambda launch: launch)
+    monkeypatch.setattr(_derivatives, "folds_vmap", lambda launch: launch)

@@ -1,0 +1,154 @@
+"""One launch, forward and backward, of any backend and under JAX's transformations."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from pallas_kernels import _implementations
+from pallas_kernels._derivatives import first_order
+from pallas_kernels._kernels import BackwardInputs, ForwardInputs, Gradients, Kernels
+from pallas_kernels._spec import Ends, KeyRun, Spec, Starts, State, accumulator_dtype
+
+
+def attend_keys(
+    spec: Spec,
+    implementation: str,
+    query: Float[Array, "B T N H"],
+    run: KeyRun,
+    sink_logits: Float[Array, "N"] | None,
+    start: Starts,
+    end: Ends,
+    state: State | None,
+    out_dtype: jnp.dtype,
+) -> State:
+    """One launch of the forward pass, for a schedule that the caller makes.
+
+    Args:
+        spec: static settings.
+        implementation: one of ``IMPLEMENTATIONS``, as `choose` returns it.
+        query: queries of the shard.
+        run: keys that they attend, with the position of the first one relative to the shard.
+        sink_logits: learned sinks; they enter the softmax in this launch, so give them to one.
+        start: where each query's sequence starts, relative to the shard.
+        end: where each query's sequence ends, likewise; None where ``run`` has no key after the
+            query but those of its sequence.
+        state: attention to the keys of earlier launches, or None.
+        out_dtype: of the output; the accumulator's unless this is the only launch.
+
+    Returns:
+        Attention to the keys of this launch and of the earlier ones. Mosaic GPU's kernels know
+        nothing of manual mesh axes, and take no state that varies over any: after the last
+        launch, cast it to vary as the query does.
+    """
+    batch, rows, heads, _ = query.shape
+    if sink_logits is not None:
+        dtype = accumulator_dtype(query.dtype)
+        sink_logits = jnp.broadcast_to(sink_logits[None], (batch, heads)).astype(dtype)
+    inputs = ForwardInputs(
+        query, (spec.moved_run(run),), None, sink_logits, *spec.moved(start, end)
+    )
+    kernels = _implementations.kernels_of(implementation)
+    resume = state is not None
+    return launch_forward(
+        spec, kernels, inputs, state, rows=(0, rows), out_dtype=out_dtype, resume=resume
+    )
+
+
+def attend_keys_backward(
+    spec: Spec,
+    implementation: str,
+    query: Float[Array, "B T N H"],
+    run: KeyRun,
+    start: Starts,
+    end: Ends,
+    final: State,
+    dout: Float[Array, "B T N Hv"],
+    dquery: Float[Array, "B T N H"] | None,
+    dquery_dtype: jnp.dtype,
+    dkey_dtype: jnp.dtype,
+) -> tuple[Array, Array, Array, Array]:
+    """The gradients that flow through the keys of one launch of `attend_keys`.
+
+    Args:
+        spec: static settings.
+        implementation: one of ``IMPLEMENTATIONS``, as `choose` returns it.
+        query: queries of the shard.
+        run: keys of this launch.
+        start: where each query's sequence starts, relative to the shard.
+        end: where each query's sequence ends, as in `attend_keys`.
+        final: attention to the keys of all launches, its output in the dtype of ``query``.
+        dout: the output's cotangent.
+        dquery: gradient of the queries through the keys of other launches, in the accumulator's
+            dtype, or None.
+        dquery_dtype: of the returned gradient of the queries.
+        dkey_dtype: of the returned gradients of keys and values.
+
+    Returns:
+        dquery with this launch's part added, dkey, dvalue and ``delta = rowsum(out * dout)``,
+        which `sink_logits_gradient` takes.
+    """
+    start, end = spec.moved(start, end)
+    run = spec.moved_run(run)
+    inputs = BackwardInputs(query, (run,), None, start, final.out, dout, final.lse, end)
+    kernels, rows = _implementations.kernels_of(implementation), query.shape[1]
+    dquery, ((dkey, dvalue),), _, delta = launch_backward(
+        spec, kernels, inputs, dquery, rows=rows, dquery_dtype=dquery_dtype, dkey_dtype=dkey_dtype
+    )
+    return dquery, dkey, dvalue, delta
+
+
+def sink_logits_gradient(
+    sink_logits: Float[Array, "N"], lse: Float[Array, "B N T"], delta: Float[Array, "B N T"]
+) -> Float[Array, "N"]:
+    """A learned sink is a key with the value zero: its logit's gradient is ``-p * delta``."""
+    has_keys = lse > -jnp.inf
+    learned = sink_logits.astype(lse.dtype)[None, :, None]
+    zero = jnp.zeros((), lse.dtype)
+    weights = jnp.exp(learned - jnp.where(has_keys, lse, zero))
+    weights = jnp.where(has_keys, weights, zero)
+    return -(weights * delta).sum((0, 2)).astype(sink_logits.dtype)
+
+
+def launch_forward(
+    spec: Spec,
+    kernels: Kernels,
+    inputs: ForwardInputs,
+    state: State | None,
+    *,
+    rows: tuple[int, int],
+    out_dtype: jnp.dtype,
+    resume: bool = False,
+) -> State:
+    """`Kernels.forward`, under vmap and inside other transformations too."""
+
+    def launch(inputs, state):
+        return kernels.forward(spec, inputs, state, rows=rows, resume=resume, out_dtype=out_dtype)
+
+    return _differentiable(launch, kernels)(inputs, state)
+
+
+def launch_backward(
+    spec: Spec,
+    kernels: Kernels,
+    inputs: BackwardInputs,
+    dquery: Float[Array, "B R0 N H"] | None,
+    *,
+    rows: int,
+    dquery_dtype: jnp.dtype,
+    dkey_dtype: jnp.dtype,
+) -> Gradients:
+    """`Kernels.backward`, under vmap and inside other transformations too."""
+
+    def launch(inputs, dquery):
+        return kernels.backward(
+            spec, inputs, dquery, rows=rows, dquery_dtype=dquery_dtype, dkey_dtype=dkey_dtype
+        )
+
+    return _differentiable(launch, kernels)(inputs, dquery)
+
+
+def _differentiable(launch: Callable, kernels: Kernels) -> Callable:
+    has_forward_mode = kernels is _implementations.kernels_of("xla")
+    return first_order(launch, has_forward_mode=has_forward_mode)
