@@ -1,4 +1,4 @@
-"""The figures of docs/performance.md are those of benchmarks/results/."""
+"""The figures of docs/performance.md and measuring.md are those of benchmarks/results/."""
 
 import json
 import re
@@ -8,8 +8,16 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-ONE_GPU, RING, RING_MOSAIC, SCALING = re.findall(r"(?:^\|.*\n)+", PAGE, flags=re.MULTILINE)
+
+
+def tables(page: str) -> list[str]:
+    """The tables of a page of the docs."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
+
+
+PLAIN, VARIED, BOTH_SIDES, RING, SCALING, *_ = tables("performance.md")
+_, RING_H200 = tables("measuring.md")
 
 NAMES = (
     "triton",
@@ -56,11 +64,22 @@ def test_one_gpu():
     found: dict[str, dict] = {}
     for row in json.loads((RESULTS / "attention-nvidia-h100-80gb-hbm3.json").read_text())["rows"]:
         found.setdefault(row["shape"], {})[row["name"]] = row
-    for row, times in zip(cells(ONE_GPU), found.values(), strict=True):
-        same(row, [shown(times.get(name)) for name in NAMES])
+    names = [NAMES] * len(cells(PLAIN)) + [NAMES[:5]] * len(cells(VARIED))
+    rows = [*cells(PLAIN), *cells(VARIED)]
+    for row, columns, times in zip(rows, names, found.values(), strict=True):
+        same(row, [shown(times.get(name)) for name in columns])
 
 
-@pytest.mark.parametrize(("table", "device"), [(RING, "h200"), (RING_MOSAIC, "h100-80gb-hbm3")])
+def test_both_sides():
+    found: dict[str, dict] = {}
+    file = RESULTS / "both-sides-nvidia-h100-80gb-hbm3.json"
+    for row in json.loads(file.read_text())["rows"]:
+        found.setdefault(row["shape"], {})[row["name"]] = row
+    for row, times in zip(cells(BOTH_SIDES), found.values(), strict=True):
+        same(row, [shown(times.get(name)) for name in ("mosaic_gpu", "cudnn", "fa3")])
+
+
+@pytest.mark.parametrize(("table", "device"), [(RING, "h100-80gb-hbm3"), (RING_H200, "h200")])
 def test_two_gpus(table, device):
     ring(table, f"ring-2x-nvidia-{device}.json")
 
