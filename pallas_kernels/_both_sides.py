@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from pallas_kernels import _implementations
 from pallas_kernels._halo import Halo, add_first, add_last
@@ -107,6 +107,12 @@ def _launch_all_forward(
     if after:
         state = launch(inputs._replace(runs=(own, *after)), state, rows=(stop, rows))
     return state
+
+
+def _once(done: Bool[Array, ""], run: KeyRun) -> KeyRun:
+    """The run, but only once ``done``, which is true, has been computed."""
+    key, value = (jnp.where(done, x, jnp.nan) for x in (run.key, run.value))
+    return KeyRun(key, value, run.offset)
 
 
 def _by_side(sides: Sides, runs: tuple[KeyRun, ...]) -> tuple[list[KeyRun], KeyRun, list[KeyRun]]:

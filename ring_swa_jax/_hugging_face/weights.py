@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 from einops import rearrange
-from flax.traverse_util import flatten_dict, unflatten_dict
 
+from ring_swa_jax._hugging_face.nested import flatten, unflatten
 from ring_swa_jax._hugging_face.places import Tensors, places
 from ring_swa_jax._model_layers import ModelLayers
 
@@ -51,7 +51,7 @@ def weights_from_hugging_face(
             array = array + np.asarray(place.offset, array.dtype)
         parameters[place.path] = array
     layer_tensors.check_all_taken()
-    return unflatten_dict(parameters)
+    return unflatten(parameters)
 
 
 def weights_to_hugging_face(
@@ -79,7 +79,7 @@ def weights_to_hugging_face(
             fit, as `weights_from_hugging_face` says of its tensors.
     """
     title = _title(model_layers, layer)
-    old, left = Tensors(like, title), flatten_dict(parameters)
+    old, left = Tensors(like, title), flatten(parameters)
     tensors: dict[str, np.ndarray] = {}
     for place in places(old, model_layers, layer):
         name, template = old.take(place.names, place.shape)
@@ -90,7 +90,7 @@ def weights_to_hugging_face(
             raise ValueError(
                 f"{title}: parameter {'.'.join(place.path)!r} should have the shape "
                 f"{expected.shape}, got {None if found is None else np.shape(found)}; all are "
-                f"{sorted('.'.join(path) for path in flatten_dict(parameters))}"
+                f"{sorted('.'.join(path) for path in flatten(parameters))}"
             )
         array = np.asarray(found)
         if place.offset != 0:

@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh, AxisType
 import ring_swa_jax as rsj
 from ring_swa_jax import _exchange
 from ring_swa_jax._axis import SequenceAxis
+from ring_swa_jax._window import Window
 from tests.helpers.errors import complains
 
 
@@ -19,7 +20,7 @@ def choose(exchange=None, *, devices=4, chunk=8, heads=4, window=None, sinks=0):
         SequenceAxis("seq", devices),
         chunk=chunk,
         heads=heads,
-        window_size=window,
+        window=Window.of(window),
         num_sinks=sinks,
     )
 
@@ -40,6 +41,10 @@ def call(exchange, *, devices=4, window=None, heads=4, length=32, **options):
         ("all_to_all", dict(window=8)),  # a chunk and more
         ("halo", dict(window=30, heads=3)),
         ("all_to_all", dict(window=31)),  # as long as the sequence: no window
+        ("halo", dict(window=(7, 5))),
+        ("all_to_all", dict(window=(2, 8))),
+        ("all_to_all", dict(window=(3, None))),
+        ("ring", dict(window=(None, None), heads=6)),
         ("all_to_all", dict(heads=8)),
         ("ring", dict(heads=6)),  # 4 devices do not divide 6 heads
         ("ring", dict(devices=16, heads=40)),
