@@ -139,7 +139,7 @@ def test_hybrids_learn_and_speak(model, flags, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt-oss-like", *(pytest.param(n, marks=pytest.mark.slow) for n in OTHER_MODELS)]
+    "name", [pytest.param(n, marks=pytest.mark.slow) for n in ("gpt-oss-like", *OTHER_MODELS)]
 )
 def test_prompt_and_steps_give_the_logits_of_training(name):
     pattern = [{**settings, "seq_axis": None, "batch_axis": None} for settings in patterns(7)[name]]

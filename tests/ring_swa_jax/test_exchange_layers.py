@@ -37,7 +37,7 @@ def in_dual_order(layer, x, segment_ids):
 @pytest.mark.parametrize(
     ("window", "ids", "kind"),
     [
-        (None, IDS, AxisType.Auto),
+        pytest.param(None, IDS, AxisType.Auto, marks=pytest.mark.slow),
         (5, None, AxisType.Auto),
         pytest.param(5, IDS, AxisType.Explicit, marks=pytest.mark.slow),
     ],

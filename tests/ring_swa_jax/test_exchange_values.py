@@ -56,8 +56,8 @@ def test_documents_by_ids(exchange):
 @pytest.mark.parametrize(
     "case",
     [
-        Case(3, 8, None, heads=(2, 1), learned=True),
-        pytest.param(Case(4, 4, None, heads=(6, 2)), marks=pytest.mark.slow),
+        pytest.param(Case(3, 8, None, heads=(2, 1), learned=True), marks=pytest.mark.slow),
+        Case(4, 4, None, heads=(6, 2)),
         pytest.param(Case(1, 8, None, heads=(3, 1)), marks=pytest.mark.slow),
         pytest.param(Case(1, 2, None), marks=pytest.mark.slow),
     ],

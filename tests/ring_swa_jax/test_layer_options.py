@@ -153,7 +153,10 @@ def test_decoded_in_two_steps(option):
 
 
 @pytest.mark.usefixtures("one_program_for_all")
-@pytest.mark.parametrize("option", ["elementwise_gate", "headwise_softplus_gate", "chunks"])
+@pytest.mark.parametrize(
+    "option",
+    ["headwise_softplus_gate", "chunks", pytest.param("elementwise_gate", marks=pytest.mark.slow)],
+)
 def test_prefill_goes_on_with_the_last_document(option):
     settings = BASE | OPTIONS[option]
     parameters = parameters_of(settings)

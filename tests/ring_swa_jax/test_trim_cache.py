@@ -109,6 +109,7 @@ def test_new_tokens_make_room_for_more():
     is_lost(rsj.trim_cache(cache, jnp.array([2, 3])), [False, True])
 
 
+@pytest.mark.slow
 def test_a_streams_count_may_fall_back():
     """Past 2**30 the count of relative positions falls back; tokens can be taken back there too."""
     options = dict(window_size=4, num_sink_tokens=2)

@@ -96,13 +96,26 @@ def check(chunk, implementation, dtype):
     compare(oracle.Result(*fields), oracle.Result(*expected(chunk, dtype), None), dtype, chunk)
 
 
-@pytest.mark.parametrize("name", CHUNKS)
-@pytest.mark.parametrize("implementation", ["xla", "triton"])
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [
+        *((name, "xla") for name in CHUNKS),
+        ("last", "triton"),
+        *(
+            pytest.param(name, "triton", marks=pytest.mark.slow)
+            for name in CHUNKS
+            if name != "last"
+        ),
+    ],
+)
 def test_keys_around_a_chunk(name, implementation):
     check(CHUNKS[name], implementation, "float32")
 
 
-@pytest.mark.parametrize("name", ["middle", "last", "first", "wide_heads"])
+@pytest.mark.parametrize(
+    "name",
+    ["last", "wide_heads", *(pytest.param(x, marks=pytest.mark.slow) for x in ("middle", "first"))],
+)
 def test_keys_around_a_chunk_on_a_hopper(name, on_hopper):
     with simulated():
         check(CHUNKS[name], "mosaic_gpu", "bfloat16")

@@ -76,12 +76,19 @@ CASES = {
 }
 
 
+LONG = {"wide_sinks", "sinks_rows", "hops_rows", "wide_hops"}
+"""Cases of several seconds, whose kernels other cases launch too."""
+
+
 pytestmark = pytest.mark.usefixtures("on_hopper")
 
 
 @pytest.mark.parametrize(
     ("name", "implementation"),
-    [(name, "mosaic_gpu") for name in CASES]
+    [
+        pytest.param(name, "mosaic_gpu", marks=[pytest.mark.slow] if name in LONG else [])
+        for name in CASES
+    ]
     + [(name, "mosaic_gpu_nondeterministic") for name in ("window_rows", "wide")],
 )
 def test_kernels_compute_what_the_oracle_does(name, implementation):
@@ -96,6 +103,7 @@ def test_kernels_compute_what_the_oracle_does(name, implementation):
     compare(result, repeated_ring.expected(case), case.dtype, case)
 
 
+@pytest.mark.slow
 def test_sinks_where_nothing_is_fetched():
     _, case = CASES["sinks"]
     inputs, dout = case.arrays()
@@ -140,7 +148,7 @@ SPLIT = {
 }
 
 
-FEW_SPLITS = [("window_rows", 2, True), ("hops_rows", None, True), ("no_window", 2, False)]
+FEW_SPLITS = [("window_rows", 2, True), ("no_window", 2, False)]
 ALL_SPLITS = itertools.product(SPLIT, (2, None), (True, False))
 MORE_SPLITS = [x for x in ALL_SPLITS if x not in FEW_SPLITS and x[1:] != (None, False)]
 
