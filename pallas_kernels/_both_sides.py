@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from pallas_kernels import _implementations
 from pallas_kernels._halo import Halo, add_first, add_last
@@ -33,6 +33,10 @@ class Sides(NamedTuple):
 
     before: Halo
     after: Halo
+
+
+_Hops = list[tuple[Float[Array, "B _ K H"], Float[Array, "B _ K Hv"]]]
+_Fetched = tuple[_Hops, _Hops]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -67,17 +71,13 @@ def attend_both_sides(
 
 
 def _attend_fwd(spec, sides, implementation, query, key, value, sinks, sink_logits, start, end):
-    fetched = tuple(
-        [halo.fetch(hop, key, value, start, after=None) for hop in range(len(halo.lengths))]
-        for halo in sides
-    )
     learned = None
     if sink_logits is not None:
         shape = (query.shape[0], query.shape[2])
         learned = jnp.broadcast_to(sink_logits, shape).astype(accumulator_dtype(query.dtype))
-    runs = _runs(spec, sides, (key, value), fetched)
-    inputs = ForwardInputs(query, runs, sinks, learned, *spec.moved(start, end))
-    state = _launch_all_forward(spec, sides, implementation, inputs)
+    own = KeyRun(key, value, spec.first_key)
+    inputs = ForwardInputs(query, (own,), sinks, learned, *spec.moved(start, end))
+    state, fetched = _launch_all_forward(spec, sides, implementation, inputs, start)
     # Mosaic GPU's kernels know nothing of manual mesh axes.
     out = checkpoint_name(vary_as(query, state.out), "context")
     lse = checkpoint_name(vary_as(query, state.lse), "context")
@@ -85,40 +85,42 @@ def _attend_fwd(spec, sides, implementation, query, key, value, sinks, sink_logi
 
 
 def _launch_all_forward(
-    spec: Spec, sides: Sides, implementation: str, inputs: ForwardInputs
-) -> State:
+    spec: Spec, sides: Sides, implementation: str, inputs: ForwardInputs, start: Starts
+) -> tuple[State, _Fetched]:
+    """The state of all rows, and the fetched keys of both sides."""
     kernels = _implementations.kernels_of(implementation)
-    rows, dtype = inputs.query.shape[1], inputs.query.dtype
-    launch = partial(launch_forward, spec, kernels, out_dtype=dtype)
-    before, own, after = _by_side(sides, inputs.runs)
+    (own,), rows = inputs.runs, inputs.query.shape[1]
+    launch = partial(launch_forward, spec, kernels, out_dtype=inputs.query.dtype)
+
+    def fetch(halo, after=None):
+        hops = range(len(halo.lengths))
+        return [halo.fetch(hop, own.key, own.value, start, after=after) for hop in hops]
+
+    def with_runs(before, after):
+        return inputs._replace(runs=_runs(spec, sides, (own.key, own.value), (before, after)))
+
     tile = kernels.query_tile_rows(spec, inputs.query, own)
     begin = pl.cdiv(sum(sides.before.lengths), tile) * tile
     stop = (rows - sum(sides.after.lengths)) // tile * tile
-    few_rows_see_halos = 2 * (begin + rows - stop) <= rows
-    if kernels.prefers_fused_halo_forward or not (before or after) or not few_rows_see_halos:
-        return launch(inputs, None, rows=(0, rows))
+    has_halos, few_rows_see_them = begin or stop < rows, 2 * (begin + rows - stop) <= rows
+    if kernels.prefers_fused_halo_forward or not has_halos or not few_rows_see_them:
+        fetched = fetch(sides.before), fetch(sides.after)
+        return launch(with_runs(*fetched), None, rows=(0, rows)), fetched
 
-    state = launch(inputs._replace(runs=(own,)), None, rows=(begin, stop))
-    # The rows that need a halo come after this launch: the transfers overlap with it.
-    done = state.lse[0, 0, begin] <= jnp.inf  # True, but no compiler may assume it
-    before, after = ([_once(done, run) for run in runs] for runs in (before, after))
+    before = fetch(sides.before)
+    state = launch(inputs, None, rows=(begin, stop))
+    ended = state.lse[0, 0, begin]
+    # Of several messages at once XLA lets only the last travel under a kernel. So the first one
+    # travels under this launch, and the second one under that of the first rows.
+    after = fetch(sides.after, ended if before else None)
+    is_number = ended <= jnp.inf  # True, but no compiler may assume it
     if before:
-        state = launch(inputs._replace(runs=(*before, own)), state, rows=(0, begin))
+        late = [tuple(jnp.where(is_number, x, jnp.nan) for x in hop) for hop in before]
+        state = launch(with_runs(late, []), state, rows=(0, begin))
     if after:
-        state = launch(inputs._replace(runs=(own, *after)), state, rows=(stop, rows))
-    return state
-
-
-def _once(done: Bool[Array, ""], run: KeyRun) -> KeyRun:
-    """The run, but only once ``done``, which is true, has been computed."""
-    key, value = (jnp.where(done, x, jnp.nan) for x in (run.key, run.value))
-    return KeyRun(key, value, run.offset)
-
-
-def _by_side(sides: Sides, runs: tuple[KeyRun, ...]) -> tuple[list[KeyRun], KeyRun, list[KeyRun]]:
-    """(runs before the shard, its own keys, runs after the shard)."""
-    hops = len(sides.before.lengths)
-    return list(runs[:hops]), runs[hops], list(runs[hops + 1 :])
+        late = [tuple(jnp.where(is_number, x, jnp.nan) for x in hop) for hop in after]
+        state = launch(with_runs([], late), state, rows=(stop, rows))
+    return state, (before, after)
 
 
 def _attend_bwd(spec, sides, implementation, residuals, dout):
@@ -148,10 +150,11 @@ attend_both_sides.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _runs(spec, sides, own, fetched) -> tuple[KeyRun, ...]:
-    """All keys in their order, one run for each hop and one for the shard's own."""
+    """The keys in their order, one run for each hop that is given and one for the shard's own."""
     before, after = fetched
     keys = [*reversed(before), own, *after]
-    position, runs = spec.first_key - sum(sides.before.lengths), []
+    position = spec.first_key - sum(sides.before.lengths[: len(before)])
+    runs = []
     for key, value in keys:
         runs.append(KeyRun(key, value, position))
         position += key.shape[1]

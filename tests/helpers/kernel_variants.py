@@ -21,7 +21,10 @@ KERNELS = {FORWARD, QUERY, KEYS, SINKS, FUSED, FINISH, SHORT}
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """Forward and backward of a model's layer, `chunk` tokens on each of the devices."""
+    """Forward and backward of a model's layer, `chunk` tokens on each of the devices.
+
+    ``after`` is how many keys after a query it sees.
+    """
 
     model: Model
     devices: int = 1
@@ -31,6 +34,7 @@ class Variant:
     segments: bool = False
     implementation: str | None = "triton"
     target: str = "h100"
+    after: int = 0
 
     def takes_mosaic(self):
         """Whether Mosaic GPU's kernels compute it."""
@@ -54,6 +58,8 @@ class Variant:
             if self.model.window and self.model.window < self.chunk * self.devices
             else None
         )
+        if window is not None:
+            window += self.after
         shapes = Shapes(
             jnp.dtype(self.dtype), dim, value_dim, window, heads // kv_heads, self.chunk, self.sinks
         )
@@ -108,10 +114,11 @@ class Variant:
         """The output and all gradients; a window's keys come as a halo, however long it is."""
         windowed = self.devices > 1 and self.model.window is not None
         exchange = "halo" if windowed else None
+        window = (self.model.window, self.after) if self.after else self.model.window
 
         def attend(q, k, v, sink):
             return rsj.ring_attention(
-                q, k, v, window_size=self.model.window, num_sink_tokens=self.sinks,
+                q, k, v, window_size=window, num_sink_tokens=self.sinks,
                 segment_ids=ids, sink_logits=sink, logits_soft_cap=self.model.softcap,
                 exchange=exchange, implementation=self.implementation,
             )  # fmt: skip
@@ -138,6 +145,7 @@ VARIANTS = {
     "sinks_segments_ring": Variant(SMALL, devices=4, sinks=4, segments=True),
     "float16": Variant(SMALL, dtype="float16"),
     "float32": Variant(SMALL, dtype="float32"),
+    "both_sides_sinks_segments": Variant(SMALL, sinks=4, segments=True, after=500),
 }
 # Forward a ring launches what one device does, and a halo's launch.
 BOTH = ("mistral_7b_ring", "phi3_mini", "mistral_7b_hops", "float16", "gpt_oss_ring")
@@ -148,6 +156,8 @@ MOSAIC = {name: VARIANTS[name] for name in BOTH} | {
     # Heads of 256 that go on from partial results take the most shared memory.
     "gemma2_9b_hops": Variant(MODELS["gemma2_9b"], devices=4, chunk=2048),
     "gemma3_4b_sinks_segments": Variant(MODELS["gemma3_4b"], sinks=4, segments=True),
+    "both_sides": Variant(SMALL, after=500),
+    "both_sides_ring": Variant(SMALL, devices=4, after=500),
 }
 VARIANTS |= {
     f"{name}_mosaic": dataclasses.replace(variant, implementation="mosaic_gpu")

@@ -54,6 +54,9 @@ SPILLS = {
     ("mistral_7b_hops", KEYS): (72, HEADS),
     ("sinks_segments", KEYS): (160, MASK),
     ("sinks_segments_ring", KEYS): (296, MASK),
+    ("both_sides_sinks_segments", KEYS): (336, MASK),
+    ("both_sides_mosaic", FUSED): (80, GRADIENTS),
+    ("both_sides_ring_mosaic", FUSED): (104, GRADIENTS),
     ("float16", KEYS): (24, TWO),
     ("gemma2_9b_hops_mosaic", FORWARD): (64, WIDE),
     ("gemma2_9b_hops_mosaic", FUSED): (660, GRADIENTS),
@@ -148,10 +151,12 @@ def test_compiles_without_spills(name, record_property):
     if overlaps and variant.model.window < variant.chunk and not variant.sinks:
         steps = program.steps()
         starts, ends = ([n for n, x in enumerate(steps) if x == y] for y in ("start", "done"))
-        assert len(starts) == len(ends) == 2, "the halo, and its gradients"
-        assert FORWARD in steps[starts[0] : ends[0]], "travels under the local kernel"
+        halos = 2 if variant.after else 1
+        assert len(starts) == len(ends) == 2 * halos, "the halos, and their gradients"
+        for begin, end in list(zip(starts, ends, strict=True))[:halos]:
+            assert FORWARD in steps[begin:end], "travels under a kernel"
         if FUSED in kernels:
-            assert FUSED in steps[: starts[1]], "has a halo's gradients and the chunk's"
+            assert FUSED in steps[: starts[halos]], "has a halo's gradients and the chunk's"
         else:
             backward = SHORT if SHORT in kernels else QUERY
             assert backward in steps[starts[1] : ends[1]], "travel under the local kernel"
