@@ -56,7 +56,7 @@ ROUNDS = [(4, (1, 4)), (4, (0, 2)), (1, (0, 1)), (5, (1, 5)), (5, (5, 3)), (3, (
 @pytest.mark.parametrize(
     ("window", "sinks", "relative"),
     [
-        (3, 2, False),
+        pytest.param(3, 2, False, marks=pytest.mark.slow),
         (3, 2, True),
         *(
             pytest.param(*case, relative, marks=pytest.mark.slow)

@@ -76,7 +76,7 @@ CASES = {
 }
 
 
-LONG = {"wide_sinks", "sinks_rows", "hops_rows", "wide_hops"}
+LONG = {"sinks_in_halo", "sinks_rows", "wide_sinks", "wide_halo", "wide_hops", "hops_rows"}
 """Cases of several seconds, whose kernels other cases launch too."""
 
 
@@ -122,7 +122,10 @@ APART = {
 }
 
 
-@pytest.mark.parametrize("name", APART)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in APART],
+)
 def test_a_halo_in_a_launch_of_its_own(name, monkeypatch):
     """As where a kernel for both is not the fastest one."""
     _, case = CASES[name]
