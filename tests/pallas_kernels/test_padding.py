@@ -19,6 +19,8 @@ SETTINGS = {
     "sinks": dict(window_size=5, num_sink_tokens=3),
     "all_to_all": dict(window_size=None, exchange="all_to_all"),
     "ring": dict(window_size=None, exchange="ring"),
+    "both_sides": dict(window_size=(5, 9), num_sink_tokens=3),
+    "full_ring": dict(window_size=(None, None), exchange="ring"),
 }
 
 
@@ -59,6 +61,7 @@ def program(ids, implementation, devices, **settings):
 CASES = [("xla", 2, "sinks"), ("triton", 1, "causal")]
 CASES += [("xla", 2, "all_to_all"), ("xla", 2, "ring")]
 SLOW = [("xla", 1, "causal"), ("triton", 2, "sinks")]
+SLOW += [("xla", 2, "both_sides"), ("triton", 1, "both_sides"), ("xla", 2, "full_ring")]
 SLOW += [("xla", 1, "sinks"), ("xla", 2, "window"), ("triton", 1, "sinks"), ("triton", 2, "window")]
 
 

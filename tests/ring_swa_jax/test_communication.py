@@ -10,6 +10,8 @@ Per device, with Wh = min(W, (devices - 1) * T) and c = 1..ceil(Wh / T):
 * learned sinks: one sum of N numbers backward.
 """
 
+import dataclasses
+
 import pytest
 
 from tests.helpers.cases import Case
@@ -65,6 +67,20 @@ def test_halo_bytes_equal_the_formula(window, implementation):
     forward, backward = programs(case, "shard_novma", implementation)
     assert (hops(forward), hops(backward)) == hops_by_formula(case)
     assert {one.kind for one in forward + backward} <= {"collective-permute"}
+
+
+@pytest.mark.parametrize("window", [(3, 5), pytest.param((T + 2, 2 * T), marks=pytest.mark.slow)])
+def test_halos_of_both_sides_move_what_the_formula_says(window):
+    """The keys before and those after a chunk, and their gradients; nothing is fetched again."""
+    case = Case(T, DEVICES, window, batch=2, heads=(4, 2), dims=(16, 32))
+    fetch = [
+        (side * hop, tokens * row_bytes(case))
+        for side, keys in zip((1, -1), window, strict=True)
+        for hop, tokens in enumerate(hop_lengths(dataclasses.replace(case, window=keys)), 1)
+    ]
+    home = [(-distance, size) for distance, size in fetch]
+    forward, backward = programs(case, "shard_novma", "xla")
+    assert (hops(forward), hops(backward)) == (sorted(fetch), sorted(home))
 
 
 @pytest.mark.parametrize("window", [5, pytest.param(2 * CHUNK + 3, marks=pytest.mark.slow)])
