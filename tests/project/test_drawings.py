@@ -27,7 +27,7 @@ def drawn(tmp_path_factory):
     folder = tmp_path_factory.mktemp("drawings")
     for path in DOCS.glob("*.py"):
         shutil.copy(path, folder)
-    scripts = sorted(folder.glob("make_*.py"))
+    scripts = sorted(folder.glob("make_*_figure*.py"))
     assert scripts
     succeed([start(script, **CPU) for script in scripts])
     assert {path.name for path in folder.glob("*.png")} == PICTURES
