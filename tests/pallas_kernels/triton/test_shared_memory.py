@@ -3,6 +3,8 @@
 Deselected by default, as `test_compile.py`: `pytest -m aot`.
 """
 
+import itertools
+
 import jax.numpy as jnp
 import pytest
 
@@ -15,8 +17,10 @@ from tests.helpers.triton_launches import Launch
 
 pytestmark = pytest.mark.aot
 
-# An RTX PRO 6000 lends as much as an L4, by the same rule.
-GPUS = ("a100", "l4", "b200", "h100")
+# The smallest of each rule: an A100 and an RTX PRO 6000 have an L4's. An H100 has one of its own.
+GPUS = ("l4", "b200")
+OF_HOPPER = ("gpt_oss", "window_1023", "head_256", "float32_128")
+OF_A100 = ("no_window", "float32_256")
 SHAPES = {
     "gpt_oss": Shapes(jnp.dtype("bfloat16"), 64, 64, 127, 8, 2048),
     "head_96": Shapes(jnp.dtype("float16"), 96, 96, 1023, 2, 2048, num_sinks=4),
@@ -58,8 +62,14 @@ def launches(shapes, gpu):
     return [Launch(kernel, tiles, shapes) for kernel, tiles in plan.kernels().items()]
 
 
-@pytest.mark.parametrize("target", GPUS)
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        *itertools.product(SHAPES, GPUS),
+        *((name, "h100") for name in OF_HOPPER),
+        *((name, "a100") for name in OF_A100),
+    ],
+)
 def test_plan_knows_its_shared_memory(name, target, record_property):
     gpu = _device.gpu_of_kind(compile_target.device_kind(target))
     for launch in launches(SHAPES[name], gpu):
