@@ -76,6 +76,7 @@ CASES = {
 
 
 LONG = {"sinks_in_halo", "sinks_rows", "wide_sinks", "wide_halo", "wide_hops", "hops_rows"}
+LONG |= {"no_window_rows", "wide_values"}
 """Cases of several seconds, whose kernels other cases launch too."""
 
 
@@ -150,8 +151,8 @@ SPLIT = {
 }
 
 
-FEW_SPLITS = [("window_rows", 2, True), ("no_window", 2, False)]
-MORE_SPLITS = [(name, 2, True) for name in SPLIT if name != "window_rows"]
+FEW_SPLITS = [("no_window", 2, False)]
+MORE_SPLITS = [(name, 2, True) for name in SPLIT]
 MORE_SPLITS += [("hops_rows", None, True), ("halo", 2, False)]
 
 
