@@ -68,12 +68,14 @@ BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 
 
 def to_run(*languages):
-    """The blocks to run; those of docs/ are slow."""
+    """The blocks to run; those of docs/, and the longest of the README, are slow."""
     return [
         pytest.param(
             block,
             id=f"{block.page}:{block.line}",
-            marks=[pytest.mark.slow] if block.page.startswith("docs") else [],
+            marks=[pytest.mark.slow]
+            if block.page.startswith("docs") or "layer_settings" in block.code
+            else [],
         )
         for block in BLOCKS
         if block.language in languages and block.runs

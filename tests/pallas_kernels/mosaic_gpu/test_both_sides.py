@@ -100,12 +100,7 @@ def check(chunk, implementation, dtype):
     ("name", "implementation"),
     [
         *((name, "xla") for name in CHUNKS),
-        ("last", "triton"),
-        *(
-            pytest.param(name, "triton", marks=pytest.mark.slow)
-            for name in CHUNKS
-            if name != "last"
-        ),
+        *(pytest.param(name, "triton", marks=pytest.mark.slow) for name in CHUNKS),
     ],
 )
 def test_keys_around_a_chunk(name, implementation):

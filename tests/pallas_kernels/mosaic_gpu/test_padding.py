@@ -32,7 +32,7 @@ CASES = {
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(x, marks=[] if x in ("window", "short") else pytest.mark.slow) for x in CASES],
+    [pytest.param(x, marks=[] if x == "window" else pytest.mark.slow) for x in CASES],
 )
 def test_nan_in_padding_reaches_no_result(name):
     kernel, case = CASES[name]
