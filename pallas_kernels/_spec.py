@@ -27,8 +27,8 @@ class KeyRun:
 class SinkRun(NamedTuple):
     """The first tokens of the sequence that crosses into the shard, in float32.
 
-    Slot p stands at position ``start[:, 0] + p``; slots at positions >= 0 are not looked at. Those
-    of one row of the batch, which some kernels take by itself, have no axis B.
+    Slot p stands at position ``start[:, 0] + p``; slots from the shard's first key on are ignored.
+    Those of one row of the batch, which some kernels take by itself, have no axis B.
     """
 
     key: Float[Array, "*B P K H"]
@@ -83,6 +83,11 @@ class Spec:
     def first_key(self) -> int:
         """Position of the shard's own first key."""
         return -self.lookahead
+
+    @property
+    def keys_before(self) -> int | None:
+        """How many keys before a query its window holds; None: all."""
+        return None if self.window is None else self.window - self.lookahead
 
     def sinks_in(self, offset: int) -> int:
         """Sinks to look for in the run at ``offset``: only the shard's own keys hold any.

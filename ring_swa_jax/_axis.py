@@ -51,6 +51,11 @@ class SequenceAxis:
         """Which chunk this device holds."""
         return jnp.int32(0) if self.name is None else lax.axis_index(self.name)
 
+    def pass_on(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        """Sends ``x`` to the next device of the ring; returns the array of the device before."""
+        pairs = [(device, (device + 1) % self.size) for device in range(self.size)]
+        return lax.ppermute(x, self.name, pairs)
+
 
 def same_varying(axis: SequenceAxis, *trees):
     """Casts all arrays to vary over the same manual axes, the sequence's among them.

@@ -66,12 +66,6 @@ class BalancedRing:
         """The inverse of `to_half_chunks`."""
         return x if self.layout == "dual_chunk" else self.halves.from_dual_chunks(x, axis)
 
-    def pass_on(self, x: Array) -> Array:
-        """Sends ``x`` to the next device; returns the array of the device before."""
-        size = self.axis.size
-        pairs = [(device, (device + 1) % size) for device in range(size)]
-        return lax.ppermute(x, self.axis.name, pairs)
-
     def split(self, x: Array, axis: int = 1) -> Halves:
         """The two half chunks, the shorter one padded to the length of the longer one."""
         half = self.halves.longest

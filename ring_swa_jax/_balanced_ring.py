@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from pallas_kernels import (
     Spec,
     State,
+    accumulator_dtype,
     attend_keys,
     attend_keys_backward,
     choose,
@@ -99,7 +100,7 @@ def _attend_ring_fwd(spec, ring, implementation, query, key, value, sink_logits,
 def _forward(spec, ring, implementation, query, keys, sink_logits, starts):
     """The states of both halves of the queries."""
     queries = ring.split(query)
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    dtype = accumulator_dtype(query.dtype)
 
     def attend(launches, states):
         states = list(states)
@@ -112,10 +113,10 @@ def _forward(spec, ring, implementation, query, keys, sink_logits, starts):
 
     def step(carry, distance):
         keys, states = carry
-        following = ring.pass_on(keys)
+        following = ring.axis.pass_on(keys)
         return (following, attend(ring.hop_launches(distance, keys, starts), states)), None
 
-    following = ring.pass_on(keys)
+    following = ring.axis.pass_on(keys)
     states = attend(ring.own_launches(keys, starts), (None, None))
     last = ring.axis.size - 1
     distances = jnp.arange(1, last, dtype=jnp.int32)
@@ -140,18 +141,18 @@ def _attend_ring_bwd(spec, ring, implementation, residuals, dout):
 
     def step(carry, distance):
         keys, sums, dqueries = carry
-        following, arrived = ring.pass_on(keys), ring.pass_on(sums)
+        following, arrived = ring.axis.pass_on(keys), ring.axis.pass_on(sums)
         dqueries, sums = of_hop(distance, keys, arrived, dqueries)
         return (following, sums, dqueries), None
 
-    following = ring.pass_on(keys)
+    following = ring.axis.pass_on(keys)
     launches = ring.own_launches(keys, starts)
     dqueries, (first, second, before), deltas = backward.through(launches, (None, None))
     sums = ring.join(Halves(first, second)) + ring.shifted_back(before, 0)
     last = ring.axis.size - 1
     distances = jnp.arange(1, last, dtype=jnp.int32)
     (keys, sums, dqueries), _ = lax.scan(step, (following, sums, dqueries), distances)
-    dqueries, sums = of_hop(last, keys, ring.pass_on(sums), dqueries)
+    dqueries, sums = of_hop(last, keys, ring.axis.pass_on(sums), dqueries)
     dsink_logits = None
     if sink_logits is not None:
         learned = sink_logits.astype(lse.dtype)
@@ -159,7 +160,7 @@ def _attend_ring_bwd(spec, ring, implementation, residuals, dout):
         parts = jnp.stack([sink_logits_gradient(learned, *sums) for sums in both])
         dsink_logits = parts.sum(0).astype(sink_logits.dtype)
     dquery = ring.from_half_chunks(ring.join(Halves(*dqueries)).astype(query.dtype))
-    dkeys = ring.from_half_chunks(ring.pass_on(sums).astype(query.dtype))
+    dkeys = ring.from_half_chunks(ring.axis.pass_on(sums).astype(query.dtype))
     return dquery, dkeys[..., : ring.dim], dkeys[..., ring.dim :], dsink_logits, None
 
 

@@ -1,10 +1,10 @@
 """Ring attention for windows that reach past the query and lack a bound: exchange="ring".
 
 Each device's keys and values visit all devices in P - 1 hops; the transfer of a hop overlaps with
-the launch of the hop before. The keys of a visiting chunk in a query's window are consecutive, so
-two numbers for each query say which; so are the sink tokens before its window, which have a launch
-of their own. Without bounds all devices compute the same; with one bound a device of one end of the
-sequence computes up to twice the mean.
+the launch of the hop before. The keys of a visiting chunk that lie in a query's window are
+consecutive: two numbers for each query say which. The same holds for the sink tokens before a
+query's window, which have a launch of their own. If the window has no bound, all devices have the
+same work. If it has one, a device at one end of the sequence has up to twice the mean.
 
 The hops are a loop, so that the program does not grow with the number of devices. The keys in
 flight take the memory of three chunks. The partial results, and the gradients of keys and values,
@@ -24,6 +24,7 @@ from pallas_kernels import (
     KeyRun,
     Spec,
     State,
+    accumulator_dtype,
     attend_keys,
     attend_keys_backward,
     choose,
@@ -31,7 +32,7 @@ from pallas_kernels import (
 )
 from ring_swa_jax._axis import SequenceAxis, same_varying
 from ring_swa_jax._layout import in_order_of_tokens
-from ring_swa_jax._segments import Bounds, bounds_of
+from ring_swa_jax._segments import Bounds, bounds_of, without_padding
 
 _Range = tuple[Int[Array, ""] | Int[Array, "B T"], Int[Array, "B T"] | None]
 
@@ -57,12 +58,6 @@ class FullRing:
     before: int | None
     after: int
     num_sinks: int
-
-    def pass_on(self, x: Array) -> Array:
-        """Sends ``x`` to the next device; returns the array of the device before."""
-        size = self.axis.size
-        pairs = [(device, (device + 1) % size) for device in range(size)]
-        return lax.ppermute(x, self.axis.name, pairs)
 
     def run(self, keys: Float[Array, "B T K HHv"]) -> KeyRun:
         """A visiting chunk, placed before all queries: `ranges` alone says what they see."""
@@ -115,8 +110,7 @@ def attend(
 ) -> Float[Array, "B T N Hv"]:
     """Attention of a chunk; half chunks in another layout are first put in the order of tokens."""
     chunk = q.shape[1]
-    before = None if spec.window is None else spec.window - spec.lookahead
-    ring = FullRing(axis, chunk, q.shape[-1], before, spec.lookahead, spec.num_sinks)
+    ring = FullRing(axis, chunk, q.shape[-1], spec.keys_before, spec.lookahead, spec.num_sinks)
     # Which keys a query sees is said for each hop.
     spec = dataclasses.replace(spec, window=None, lookahead=0, num_sinks=0)
     name = choose(implementation, spec, q, v)
@@ -158,8 +152,8 @@ def attend_ring(
 def _attend_ring_fwd(spec, ring, implementation, query, key, value, sink_logits, bounds):
     keys = jnp.concatenate([key, value], -1)
     if bounds.start.ndim:
-        query, keys = (_without_padding(x, bounds) for x in (query, keys))
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
+        query, keys = (without_padding(x, bounds.start) for x in (query, keys))
+    dtype = accumulator_dtype(query.dtype)
 
     def attend(distance, keys, state):
         for start, end in ring.ranges(distance, bounds, query.shape[0]):
@@ -171,9 +165,9 @@ def _attend_ring_fwd(spec, ring, implementation, query, key, value, sink_logits,
 
     def step(carry, distance):
         keys, state = carry
-        return (ring.pass_on(keys), attend(distance, keys, state)), None
+        return (ring.axis.pass_on(keys), attend(distance, keys, state)), None
 
-    following = ring.pass_on(keys)
+    following = ring.axis.pass_on(keys)
     state = attend(0, keys, None)
     last = ring.axis.size - 1
     (following, state), _ = lax.scan(step, (following, state), jnp.arange(1, last, dtype=jnp.int32))
@@ -186,7 +180,7 @@ def _attend_ring_fwd(spec, ring, implementation, query, key, value, sink_logits,
 def _attend_ring_bwd(spec, ring, implementation, residuals, dout):
     query, keys, sink_logits, bounds, out, lse = residuals
     if bounds.start.ndim:
-        dout = _without_padding(dout, bounds)
+        dout = without_padding(dout, bounds.start)
     final, dtype = State(out, lse), lse.dtype
 
     def through(distance, keys, dquery):
@@ -203,19 +197,19 @@ def _attend_ring_bwd(spec, ring, implementation, residuals, dout):
 
     def step(carry, distance):
         keys, sums, dquery = carry
-        following, arrived = ring.pass_on(keys), ring.pass_on(sums)
+        following, arrived = ring.axis.pass_on(keys), ring.axis.pass_on(sums)
         dquery, dkeys, _ = through(distance, keys, dquery)
         return (following, arrived + dkeys, dquery), None
 
-    following = ring.pass_on(keys)
+    following = ring.axis.pass_on(keys)
     dquery, sums, delta = through(0, keys, None)
     last = ring.axis.size - 1
     (following, sums, dquery), _ = lax.scan(
         step, (following, sums, dquery), jnp.arange(1, last, dtype=jnp.int32)
     )
-    arrived = ring.pass_on(sums)
+    arrived = ring.axis.pass_on(sums)
     dquery, dkeys, _ = through(last, following, dquery)
-    dkeys = ring.pass_on(arrived + dkeys).astype(query.dtype)
+    dkeys = ring.axis.pass_on(arrived + dkeys).astype(query.dtype)
     dsink_logits = None
     if sink_logits is not None:
         dsink_logits = sink_logits_gradient(sink_logits, lse, delta)
@@ -224,9 +218,3 @@ def _attend_ring_bwd(spec, ring, implementation, residuals, dout):
 
 
 attend_ring.defvjp(_attend_ring_fwd, _attend_ring_bwd)
-
-
-def _without_padding(x: Float[Array, "B T R D"], bounds: Bounds) -> Float[Array, "B T R D"]:
-    """``x`` with zeros for padding, which other devices do not know of."""
-    real = bounds.start <= jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-    return jnp.where(real[..., None, None], x, jnp.zeros_like(x))

@@ -14,7 +14,7 @@ import pallas_kernels
 from pallas_kernels import SinkRun, Spec, accumulator_dtype
 from ring_swa_jax._axis import SequenceAxis, same_varying
 from ring_swa_jax._layout import in_order_of_tokens
-from ring_swa_jax._segments import Bounds, bounds_of
+from ring_swa_jax._segments import Bounds, bounds_of, without_padding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +65,7 @@ class RingHalo:
         key, value = key[:, begin : begin + length], value[:, begin : begin + length]
         if start.ndim:
             start = start[:, begin : begin + length]
-            real = start <= begin + jnp.arange(length, dtype=jnp.int32)[None]
-            key, value = (
-                jnp.where(real[..., None, None], x, jnp.zeros_like(x)) for x in (key, value)
-            )
+            key, value = (without_padding(x, start, begin) for x in (key, value))
         return self._send(key, value, self._pairs(hop), after)
 
     def give_back(
@@ -155,9 +152,8 @@ def attend(
         if not spec.lookahead:
             halo = RingHalo.of_window(axis, chunk, spec.window)
             return pallas_kernels.attend(spec, halo, name, *arrays)
-        before = None if spec.window is None else spec.window - spec.lookahead
         sides = pallas_kernels.Sides(
-            RingHalo.of_window(axis, chunk, before),
+            RingHalo.of_window(axis, chunk, spec.keys_before),
             RingHalo.of_window(axis, chunk, spec.lookahead, is_after=True),
         )
         return pallas_kernels.attend_both_sides(spec, sides, name, *arrays, bounds.end)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._axis import SequenceAxis, explicit_axes, mesh_of, reshard, spec_of
@@ -202,6 +202,17 @@ def _end_of_last(
     begin = jnp.where(begins_new, chunk_begins, begin)
     begin = lax.cummin(begin, axis=0, reverse=True)
     return jnp.concatenate([begin[1:], jnp.full_like(begin[:1], length)])
+
+
+def without_padding(
+    x: Float[Array, "B S R D"], start: Int[Array, "B S"], first: int = 0
+) -> Float[Array, "B S R D"]:
+    """``x`` with zeros for padding, which other devices do not know of.
+
+    ``start`` is that of `Bounds`, for these tokens; the first one has the position ``first``.
+    """
+    real = start <= first + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+    return jnp.where(real[..., None, None], x, jnp.zeros_like(x))
 
 
 def bounds_of(
