@@ -1,4 +1,4 @@
-"""Which launches the Mosaic GPU kernels leave to other kernels."""
+"""Which launches the Mosaic GPU kernels leave to their fallback: Triton's kernels, or XLA's."""
 
 from pallas_kernels._kernels import BackwardInputs, ForwardInputs
 from pallas_kernels._spec import Spec

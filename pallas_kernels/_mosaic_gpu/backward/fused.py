@@ -193,7 +193,7 @@ class _Consumer:
         self.schedule = pipeline.program_schedule(refs)
         first_row = self.schedule.key_block * KEY_TILE + warpgroup * ROWS
         self.first_key = first_row + pipeline.run.offset
-        self.key_end = pipeline.key_end(refs)
+        self.key_bounds = pipeline.key_bounds(refs)
         self.dlogits_rows = pl.ds(warpgroup * ROWS, ROWS)
         self.sums_smem, self.results_smem = _dquery_buffers(pipeline, smem)
         self.half_dim = pipeline.dim // 2
@@ -226,7 +226,7 @@ class _Consumer:
         shift = broadcast_row(load_as(smem["shift"].at[slot], ROW))
         minus_delta = broadcast_row(load_as(smem["delta"].at[slot], ROW))
         starts = smem["start"].at[slot] if self.pipeline.packed else None
-        mask = partial(self.pipeline.mask, starts, self.first_key, self.key_end, query_block)
+        mask = partial(self.pipeline.mask, starts, self.first_key, self.key_bounds, query_block)
 
         def multiply(accumulators):
             dkey, dvalue, logits, dweights = accumulators

@@ -164,7 +164,7 @@ class _Consumer:
         self.pipeline, self.spec, self.dtype = pipeline, pipeline.spec, pipeline.query.dtype
         self.refs, self.smem, self.barriers, self.warpgroup = refs, smem, barriers, warpgroup
         self.schedule = pipeline.program_schedule(refs)
-        self.key_end = pipeline.key_end(refs)
+        self.key_bounds = pipeline.key_bounds(refs)
         # At first all shared memory is free.
         plgpu.barrier_arrive(barriers["dlogits_free"])
         plgpu.barrier_arrive(barriers["dout_free"].at[0])
@@ -202,7 +202,7 @@ class _Consumer:
         def multiply(accumulators):
             *dvalues, logits = accumulators
             plgpu.wgmma(logits, smem["key"], smem["query"].at[slot].T)
-            mask = partial(self.pipeline.mask, starts, first_key, self.key_end, query_block)
+            mask = partial(self.pipeline.mask, starts, first_key, self.key_bounds, query_block)
             products = plgpu.wgmma_accumulator_load(logits)
             weights, factors = softmax_weights(spec, products, shift, unmasked, mask)
             plgpu.barrier_arrive(barriers["query_free"].at[slot])

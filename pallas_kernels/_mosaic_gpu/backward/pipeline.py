@@ -55,6 +55,13 @@ class StepCopies(NamedTuple):
     slots: int
 
 
+class KeyBounds(NamedTuple):
+    """Positions of the first key that any query sees, and behind the last; None: no mask for it."""
+
+    first: Int[Array, ""] | None
+    stop: Int[Array, ""] | int | None
+
+
 class BackwardPipeline:
     """A launch of a fused backward kernel.
 
@@ -98,7 +105,7 @@ class BackwardPipeline:
         plan = plan if self.packed else plan[None]
         plan = plan_with_diagonal(plan, self.schedule)
         if queries.end is not None:
-            plan = _masked_behind(plan, self.schedule, queries.end)
+            plan = _masked_outside(plan, self.schedule, start, queries.end)
         self.seen = seen_tiles(plan, self.schedule.num_query_tiles)
         self.operands = self._operands(queries, plan)
         if epilogue is not None:
@@ -120,7 +127,7 @@ class BackwardPipeline:
         }
         if end is not None:
             assert not end.ndim, "ends of documents are left to other kernels"
-            operands["end"] = end.reshape(1)
+            operands["bounds"] = jnp.stack([start, end])
         if self.packed:
             pad = ((0, 0), (0, -query.shape[1] % QUERY_TILE))
             operands["start"] = jnp.pad(start, pad, mode="edge")
@@ -152,21 +159,21 @@ class BackwardPipeline:
         index = lax.axis_index("program")
         return ProgramSchedule(self.schedule, index, refs["plan"], refs.get("start"))
 
-    def key_end(self, refs: dict[str, Any]) -> Int[Array, ""] | int | None:
-        """Position behind the last key, if a tile holds anything behind it."""
+    def key_bounds(self, refs: dict[str, Any]) -> KeyBounds:
+        """The positions of the keys that any query sees, where tiles hold others too."""
         stop = None
         if self.schedule.num_keys % self.schedule.key_tile:
             stop = self.run.offset + self.schedule.num_keys
-        if "end" not in refs:
-            return stop
-        end = refs["end"][0]
-        return end if stop is None else jnp.minimum(end, stop)
+        if "bounds" not in refs:
+            return KeyBounds(None, stop)
+        first, end = refs["bounds"][0], refs["bounds"][1]
+        return KeyBounds(first, end if stop is None else jnp.minimum(end, stop))
 
     def mask(
         self,
         start_smem: Any,
         first_key: Int[Array, ""],
-        key_end: Int[Array, ""] | int | None,
+        key_bounds: KeyBounds,
         query_block: Int[Array, ""],
         weights: Float32[Array, "64 queries"],
     ) -> Float32[Array, "64 queries"]:
@@ -176,8 +183,10 @@ class BackwardPipeline:
         i, j = i * opaque_to_compiler(1) + query_block * QUERY_TILE, j + first_key
         starts = broadcast_row(load_as(start_smem, ROW)) if self.packed else None
         seen = sees(i, j, starts, self.spec.window, 0, packed=self.packed)
-        if key_end is not None:
-            seen &= j < key_end
+        if key_bounds.first is not None:
+            seen &= j >= key_bounds.first
+        if key_bounds.stop is not None:
+            seen &= j < key_bounds.stop
         return jnp.where(seen, weights, 0.0)
 
     def zero_padding_of_queries(
@@ -343,15 +352,19 @@ class BackwardPipeline:
         return semaphores, outputs, dkv_reduce.partial_sum_types(self.schedule, dims)
 
 
-def _masked_behind(
-    plan: Int[Array, "B tiles 4"], schedule: BackwardSchedule, end: Int[Array, ""]
+def _masked_outside(
+    plan: Int[Array, "B tiles 4"],
+    schedule: BackwardSchedule,
+    start: Int[Array, ""],
+    end: Int[Array, ""],
 ) -> Int[Array, "B tiles 4"]:
-    """The plan with masks for all tiles that hold keys behind ``end``.
+    """The plan with masks for all tiles that hold keys outside of the sequence.
 
-    Which tiles a program visits stays as it is: other programs count on its additions.
+    Which tiles a program visits stays as it is: the program that adds next waits for this one.
     """
-    number = jnp.arange(1, schedule.num_key_tiles + 1, dtype=jnp.int32)
-    masked = (number * schedule.key_tile + schedule.offset > end)[None]
+    first = jnp.arange(schedule.num_key_tiles, dtype=jnp.int32) * schedule.key_tile
+    first += schedule.offset
+    masked = ((first < start) | (first + schedule.key_tile > end))[None]
     unmasked_end = jnp.where(masked, plan[..., 1], plan[..., 2])
     return plan.at[..., 2].set(unmasked_end)
 
