@@ -19,15 +19,19 @@ the accumulator's precision.
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from pallas_kernels import _implementations
-from pallas_kernels._halo import Halo, KeyValue, add_last, fetch_in_turn, hop_run
+from pallas_kernels._halo import Halo, KeyValue, add_last, fetch_in_turn, hop_run, only_after
 from pallas_kernels._kernels import BackwardInputs, ForwardInputs, Gradients, Kernels
-from pallas_kernels._launches import launch_backward, launch_forward, sink_logits_gradient
+from pallas_kernels._launches import (
+    launch_backward,
+    launch_forward,
+    learned_sinks,
+    sink_logits_gradient,
+)
 from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, State, accumulator_dtype
 from pallas_kernels._varying import vary_as
 
@@ -150,14 +154,10 @@ def _launch_all_forward(
     sink_logits: Float[Array, "N"] | None,
     start: Starts,
 ) -> tuple[State, KeyValue | None]:
-    batch, rows, heads, _ = query.shape
-    dtype = accumulator_dtype(query.dtype)
-    lengths = halo.lengths
+    rows, dtype, lengths = query.shape[1], accumulator_dtype(query.dtype), halo.lengths
     local = KeyRun(key, value, 0)
     launch = partial(launch_forward, spec, kernels)
-    if sink_logits is not None:
-        sink_logits = jnp.broadcast_to(sink_logits, (batch, heads)).astype(dtype)
-    inputs = ForwardInputs(query, (local,), sinks, sink_logits, start)
+    inputs = ForwardInputs(query, (local,), sinks, learned_sinks(sink_logits, query), start)
     if not lengths:
         return launch(inputs, None, rows=(0, rows), out_dtype=query.dtype), None
 
@@ -172,10 +172,8 @@ def _launch_all_forward(
     if len(lengths) == 1 and 2 * halo_rows <= rows:
         fetched = halo.fetch(0, *shared, after=None)
         state = launch(inputs, None, rows=(halo_rows, rows), out_dtype=query.dtype)
-        # The rows that need the halo come after this launch: the transfer overlaps with it.
-        done = state.lse[0, 0, -1] <= jnp.inf  # True, but no compiler may assume it
-        late_key, late_value = (jnp.where(done, x, jnp.nan) for x in fetched)
-        joined = inputs._replace(runs=(hop_run(halo, 0, (late_key, late_value)), local))
+        late = only_after(state.lse, -1, fetched)
+        joined = inputs._replace(runs=(hop_run(halo, 0, late), local))
         state = launch(joined, state, rows=(0, halo_rows), out_dtype=query.dtype)
         return state, fetched
 

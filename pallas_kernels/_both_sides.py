@@ -1,27 +1,31 @@
 """The differentiable attention of one shard whose queries see keys after themselves.
 
-Short halos are seen by few rows, the first and the last. The other rows go first, under the
-permutes, then the first rows and then the last ones, each with all their keys. With long halos, and
-in the backward pass, the halos of both sides and the shard's own keys go through one launch. The
-halos are kept for the backward pass. Gradients of several hops travel and add up in the
-accumulator's precision.
+Only the first and the last rows see a short halo. The rows between them go first, while the keys
+before the shard arrive; then the first rows, while the keys after it arrive; then the last rows.
+With long halos, and in the backward pass, one launch takes the halos of both sides and the shard's
+own keys. The halos are kept for the backward pass. Gradients of several hops travel and add up in
+the accumulator's precision.
 """
 
 from functools import partial
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jaxtyping import Float
 
 from pallas_kernels import _implementations
-from pallas_kernels._halo import Halo, add_first, add_last
+from pallas_kernels._halo import Halo, KeyValue, add_first, add_last, only_after
 from pallas_kernels._kernels import BackwardInputs, ForwardInputs
-from pallas_kernels._launches import launch_backward, launch_forward, sink_logits_gradient
-from pallas_kernels._spec import Ends, KeyRun, SinkRun, Spec, Starts, State, accumulator_dtype
+from pallas_kernels._launches import (
+    launch_backward,
+    launch_forward,
+    learned_sinks,
+    sink_logits_gradient,
+)
+from pallas_kernels._spec import Ends, KeyRun, SinkRun, Spec, Starts, State
 from pallas_kernels._varying import vary_as
 
 
@@ -35,8 +39,8 @@ class Sides(NamedTuple):
     after: Halo
 
 
-_Hops = list[tuple[Float[Array, "B _ K H"], Float[Array, "B _ K Hv"]]]
-_Fetched = tuple[_Hops, _Hops]
+# The hops of both sides.
+_Fetched = tuple[list[KeyValue], list[KeyValue]]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -71,10 +75,7 @@ def attend_both_sides(
 
 
 def _attend_fwd(spec, sides, implementation, query, key, value, sinks, sink_logits, start, end):
-    learned = None
-    if sink_logits is not None:
-        shape = (query.shape[0], query.shape[2])
-        learned = jnp.broadcast_to(sink_logits, shape).astype(accumulator_dtype(query.dtype))
+    learned = learned_sinks(sink_logits, query)
     own = KeyRun(key, value, spec.first_key)
     inputs = ForwardInputs(query, (own,), sinks, learned, *spec.moved(start, end))
     state, fetched = _launch_all_forward(spec, sides, implementation, inputs, start)
@@ -109,16 +110,15 @@ def _launch_all_forward(
 
     before = fetch(sides.before)
     state = launch(inputs, None, rows=(begin, stop))
-    ended = state.lse[0, 0, begin]
     # Of several messages at once XLA lets only the last travel under a kernel. So the first one
     # travels under this launch, and the second one under that of the first rows.
-    after = fetch(sides.after, ended if before else None)
-    is_number = ended <= jnp.inf  # True, but no compiler may assume it
+    middle = state.lse
+    after = fetch(sides.after, middle[0, 0, begin] if before else None)
     if before:
-        late = [tuple(jnp.where(is_number, x, jnp.nan) for x in hop) for hop in before]
+        late = [only_after(middle, begin, hop) for hop in before]
         state = launch(with_runs(late, []), state, rows=(0, begin))
     if after:
-        late = [tuple(jnp.where(is_number, x, jnp.nan) for x in hop) for hop in after]
+        late = [only_after(middle, begin, hop) for hop in after]
         state = launch(with_runs([], late), state, rows=(stop, rows))
     return state, (before, after)
 

@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
@@ -44,7 +45,7 @@ class Halo(Protocol):
     ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
         """The transpose of `fetch`.
 
-        Sends a hop's gradients to the device that holds these keys, the last ones of its shard.
+        Sends a hop's gradients to the device that holds these keys.
         """
         ...
 
@@ -65,6 +66,16 @@ def fetch_in_turn(
 ) -> KeyValue:
     """Fetches a hop when the hop before the last is done, so that two are in flight."""
     return halo.fetch(hop, key, value, start, after=done[-2] if len(done) > 1 else None)
+
+
+def only_after(lse: Float[Array, "B N T"], row: int, fetched: KeyValue) -> KeyValue:
+    """The fetched keys and values, once a launch has computed the log-sum-exp of a row.
+
+    So what reads the fetched keys comes after that launch, which the transfer then overlaps with.
+    """
+    done = lse[0, 0, row] <= jnp.inf  # True, but no compiler may assume it
+    key, value = (jnp.where(done, x, jnp.nan) for x in fetched)
+    return key, value
 
 
 def add_last(longer: KeyValue, shorter: KeyValue | None) -> KeyValue:

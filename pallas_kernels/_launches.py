@@ -42,14 +42,9 @@ def attend_keys(
         nothing of manual mesh axes, and take no state that varies over any: after the last
         launch, cast it to vary as the query does.
     """
-    batch, rows, heads, _ = query.shape
-    if sink_logits is not None:
-        dtype = accumulator_dtype(query.dtype)
-        sink_logits = jnp.broadcast_to(sink_logits[None], (batch, heads)).astype(dtype)
-    inputs = ForwardInputs(
-        query, (spec.moved_run(run),), None, sink_logits, *spec.moved(start, end)
-    )
-    kernels = _implementations.kernels_of(implementation)
+    learned = learned_sinks(sink_logits, query)
+    inputs = ForwardInputs(query, (spec.moved_run(run),), None, learned, *spec.moved(start, end))
+    kernels, rows = _implementations.kernels_of(implementation), query.shape[1]
     resume = state is not None
     return launch_forward(
         spec, kernels, inputs, state, rows=(0, rows), out_dtype=out_dtype, resume=resume
@@ -97,6 +92,16 @@ def attend_keys_backward(
         spec, kernels, inputs, dquery, rows=rows, dquery_dtype=dquery_dtype, dkey_dtype=dkey_dtype
     )
     return dquery, dkey, dvalue, delta
+
+
+def learned_sinks(
+    sink_logits: Float[Array, "N"] | None, query: Float[Array, "B T N H"]
+) -> Float[Array, "B N"] | None:
+    """Learned sinks as `ForwardInputs` has them."""
+    if sink_logits is None:
+        return None
+    shape = (query.shape[0], query.shape[2])
+    return jnp.broadcast_to(sink_logits[None], shape).astype(accumulator_dtype(query.dtype))
 
 
 def sink_logits_gradient(

@@ -3,9 +3,9 @@
 Positions count from the first query of the shard, so keys before the shard have negative
 positions. Keys may be moved to the front, see `Spec`: then a window ends with the query whether or
 not the query sees keys after itself. ``start`` is the position of the first key of a query's own
-sequence, ``end`` that behind its last key. ``end`` is None where no key before a query's own
-position is behind its sequence: where keys are not moved. A padding query sees nothing: it has
-``start > i``, or with ends ``start == end``.
+sequence, ``end`` that behind its last key. ``end`` is None if no key up to a query's own position
+lies behind its sequence, as is always so where keys are not moved. A padding query sees nothing: it
+has ``start > i``, or with ends ``start == end``.
 """
 
 import jax.numpy as jnp
@@ -42,8 +42,8 @@ def is_real(i: Positions, start: Positions, end: Positions | None = None) -> Pai
     return start <= i if end is None else start < end
 
 
-def is_before_end(j: Positions, end: Positions | None, seen: Pairs) -> Pairs:
-    """``seen``, and key j is not behind the query's sequence."""
+def up_to_end(seen: Pairs, j: Positions, end: Positions | None) -> Pairs:
+    """The pairs of ``seen`` whose key j is not behind the query's sequence."""
     return seen if end is None else seen & (j < end)
 
 
@@ -66,7 +66,7 @@ def sees(
     if num_sinks:
         assert start is not None
         seen |= is_sink(i, j, start, num_sinks)
-    return is_before_end(j, end, seen)
+    return up_to_end(seen, j, end)
 
 
 def sees_behind_halo(
@@ -87,7 +87,7 @@ def sees_behind_halo(
     seen = in_window(i, j, start if packed else None, window)
     if num_sinks:
         seen |= is_sink(i, j, start, num_sinks) & (j >= first_key)
-    return is_before_end(j, end, seen)
+    return up_to_end(seen, j, end)
 
 
 def sees_fetched_sink(
@@ -150,7 +150,7 @@ def sees_except_distant_sinks(
     seen = in_window(i, j, start if packed else None, window)
     if num_sinks:
         seen |= is_sink(i, j, start, num_sinks) & (i - start < min_distance)
-    return is_before_end(j, end, seen)
+    return up_to_end(seen, j, end)
 
 
 def sees_distant_sink(

@@ -2,10 +2,10 @@
 
 Positions, ``start`` and ``end`` are those of `_masks`. ``start``, ``end``, the first key in the
 window, ``max(start, i - W)``, and the last one, ``min(i, end - 1)``, never decrease along the
-queries. So the keys of a query tile form one
-contiguous range, plus one range of sinks before it; and so do the queries of a key tile, whether
-sequences are packed or not. A plan holds these ranges, in tiles, for every tile of a launch; within
-its range, an *unmasked* tile is one whose every query sees every key, so that it needs no mask.
+queries. So the keys of a query tile form one contiguous range, plus one range of sinks before it;
+and so do the queries of a key tile, whether sequences are packed or not. A plan holds these ranges,
+in tiles, for every tile of a launch; within its range, an *unmasked* tile is one whose every query
+sees every key, so that it needs no mask.
 """
 
 import jax

@@ -51,7 +51,7 @@ def test_in_dual_chunk_order(window):
 def test_rows_that_see_no_halo_go_first(monkeypatch):
     """As where a launch of these rows hides the transfers."""
     monkeypatch.setattr(XlaKernels, "prefers_fused_halo_forward", False)
-    check(Case(24, 3, (3, 4), 2, **FEATURES), per_shard("halo"))
+    check(Case(24, 3, (3, 4), 2, ((23, 26, -3, 20),), **FEATURES), whole_arrays("halo"))
 
 
 def two_sided(rng):
@@ -111,7 +111,7 @@ def test_flax_attention_without_a_causal_mask():
     ).init_cache(1),
 ])  # fmt: skip
 def test_caches_take_no_keys_after_the_query(make):
-    with pytest.raises(ValueError, match=r"must not reach past the query: write 4 or \(4, 0\)"):
+    with pytest.raises(ValueError, match=r"must not reach past the query.*: write 4 or \(4, 0\)"):
         make()
 
 
