@@ -17,8 +17,8 @@ from benchmarks._one_rank import spec_of
 from benchmarks._peers import CONTENDERS, Attend
 from benchmarks._ring_shapes import RingShape
 from ring_swa_jax import _all_to_all
+from ring_swa_jax._attend_chunk import attend_chunk
 from ring_swa_jax._axis import SequenceAxis, same_varying
-from ring_swa_jax._ring import attend_chunk
 from ring_swa_jax._segments import whole_bounds
 
 OURS, ONE_GPU = "ours", "one GPU"

@@ -10,8 +10,8 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from pallas_kernels import accumulator_dtype
+from ring_swa_jax._attend_chunk import matmul_precision
 from ring_swa_jax._cache import Cache
-from ring_swa_jax._ring import matmul_precision
 
 Rotate = Callable[[Float[Array, "B S N H"], Int[Array, "B S"]], Float[Array, "B S N H"]]
 

@@ -16,13 +16,13 @@ from jaxtyping import Float, Int
 import pallas_kernels
 from ring_swa_jax import _checks
 from ring_swa_jax._arrays import AnyArray
+from ring_swa_jax._attend_chunk import attend_chunk
 from ring_swa_jax._axis import AxisName, SequenceAxis, names_of, reshard, vmapped_axes
 from ring_swa_jax._exchange import check_exchange
 from ring_swa_jax._integers import as_segment_ids
 from ring_swa_jax._layout import check_halves, check_layout
 from ring_swa_jax._nested import nested_shard_map, varying_outside
 from ring_swa_jax._repeated_work import warn_of_unnamed_axes
-from ring_swa_jax._ring import attend_chunk
 from ring_swa_jax._window import WindowSize, static_window
 
 
@@ -83,9 +83,9 @@ def ring_attention(
             of MaxText and Transformer Engine).
         exchange: how a device of several comes by its keys. "halo": those that the window reaches.
             "all_to_all": the whole sequence of its share of the heads; the devices must divide
-            the query heads. "ring": without a window, all keys pass by. None: "halo" for a
-            window shorter than a chunk; else "all_to_all" where possible and ``seq_axis`` lies
-            within one host; else "halo" for a window, "ring" without one.
+            the query heads. "ring": all keys pass by, for windows that lack a bound. None: "halo"
+            for a window shorter than a chunk; else "all_to_all" where possible and the axis lies
+            within one host; else "halo" for a window with both bounds, "ring" for others.
         implementation: "xla", "triton", "mosaic_gpu", "mosaic_gpu_nondeterministic", or None for
             the best deterministic one here.
 

@@ -45,8 +45,7 @@ class Window:
     def reach(self, length: int) -> tuple[int | None, int]:
         """(keys before, keys after) a query in a sequence of this length.
 
-        No number says: all keys before. The keys after a query are always a number, ``length``
-        where that is all of them.
+        The first is None for all keys. The second is always a number: ``length`` for all keys.
         """
         before = None if self.left is None or self.left >= length - 1 else self.left
         after = length if self.right is None or self.right >= length - 1 else self.right
@@ -64,7 +63,7 @@ def static_window(window_size: Any) -> WindowSize:
 
 
 def static_causal_window(window_size: Any, what: str) -> int | None:
-    """As `static_window`, of ``what`` cannot see keys after a query.
+    """As `static_window`, for ``what``, which cannot see keys after a query.
 
     Raises:
         TypeError: as `Window.of`.
@@ -73,8 +72,8 @@ def static_causal_window(window_size: Any, what: str) -> int | None:
     window = Window.of(window_size)
     if window.right != 0:
         raise ValueError(
-            f"{what} computes tokens before those after them exist, so window_size must not reach "
-            f"past the query: write {window.left!r} or ({window.left!r}, 0), got {window_size!r}"
+            f"window_size of {what} must not reach past the query, as later tokens do not exist "
+            f"yet: write {window.left!r} or ({window.left!r}, 0), got {window_size!r}"
         )
     return window.left
 
