@@ -174,8 +174,6 @@ class WorkTile:
             begin = of_run if begin is None else jnp.where(n >= before, of_run, begin)
             stop = end if stop is None else jnp.where(n >= before, end, stop)
             before = before + count
-        if self.end is not None:
-            stop = jnp.minimum(stop, self.end)
         return begin + n * self.scheduler.tiles.key, stop
 
     def first_key_of_all(self, warpgroup):
