@@ -101,9 +101,10 @@ def _launch_all_forward(
         return inputs._replace(runs=_runs(spec, sides, (own.key, own.value), (before, after)))
 
     tile = kernels.query_tile_rows(spec, inputs.query, own)
+    has_halos = any(sides.before.lengths) or any(sides.after.lengths)
     begin = pl.cdiv(sum(sides.before.lengths), tile) * tile
-    stop = (rows - sum(sides.after.lengths)) // tile * tile
-    has_halos, few_rows_see_them = begin or stop < rows, 2 * (begin + rows - stop) <= rows
+    stop = (rows - sum(sides.after.lengths)) // tile * tile if any(sides.after.lengths) else rows
+    few_rows_see_them = 2 * (begin + rows - stop) <= rows
     if kernels.prefers_fused_halo_forward or not has_halos or not few_rows_see_them:
         fetched = fetch(sides.before), fetch(sides.after)
         return launch(with_runs(*fetched), None, rows=(0, rows)), fetched

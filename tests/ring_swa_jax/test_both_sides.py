@@ -54,6 +54,14 @@ def test_rows_that_see_no_halo_go_first(monkeypatch):
     check(Case(24, 3, (3, 4), 2, ((23, 26, -3, 20),), **FEATURES), whole_arrays("halo"))
 
 
+@pytest.mark.parametrize("devices", [1, 3])
+def test_rows_behind_the_last_whole_tile(devices, monkeypatch):
+    """On one device no launch may be left out for want of a halo."""
+    monkeypatch.setattr(XlaKernels, "prefers_fused_halo_forward", False)
+    monkeypatch.setattr(XlaKernels, "query_tile_rows", lambda *_: 16)
+    check(Case(41, devices, (3, 4)), whole_arrays(None))
+
+
 def two_sided(rng):
     """A random case with a window to both sides, and an exchange that it can take."""
     case = random_case(rng)
