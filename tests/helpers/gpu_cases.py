@@ -56,6 +56,14 @@ def edge_case(rng: random.Random, devices=1) -> Case:
     )
 
 
+def to_both_sides(case: Case) -> Case:
+    """The case with a window that reaches past the query; its bounds are next to edges of tiles."""
+    rng = random.Random(case.seed)
+    bounds = [0, 1, 63, 64, 65, 127, 128, 129, case.chunk, rng.randint(0, case.length), None]
+    left, right = rng.choice(bounds), rng.choice([bound for bound in bounds if bound != 0])
+    return dataclasses.replace(case, window=(left, right))
+
+
 def of_eighths(case: Case) -> Case:
     """The case in half precision with chunks of a multiple of 8 tokens, filled up with padding."""
     chunk = -(-case.chunk // 8) * 8

@@ -19,7 +19,15 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels._mosaic_gpu.backward import choice
 from tests.helpers import repeated_ring
 from tests.helpers.cases import Case
-from tests.helpers.gpu_cases import CHUNKS, LONG, edge_case, for_fused, odd_cases, of_eighths
+from tests.helpers.gpu_cases import (
+    CHUNKS,
+    LONG,
+    edge_case,
+    for_fused,
+    odd_cases,
+    of_eighths,
+    to_both_sides,
+)
 from tests.helpers.oracle import Result
 from tests.helpers.poison import poisoned_outputs
 from tests.helpers.pool import compiled, prepared
@@ -89,6 +97,9 @@ def jobs():
             yield pytest.param(
                 local_job(case(seed), implementation), id=f"random-{seed}-{implementation}"
             )
+        for seed in range(12):
+            job = local_job(to_both_sides(case(seed)), implementation)
+            yield pytest.param(job, id=f"both-sides-{seed}-{implementation}")
         if implementation != "triton":
             for name, long_case in LONG.items():
                 job = local_job(long_case, implementation)
@@ -103,9 +114,10 @@ def jobs():
                 job = LastChunk(chunk, implementation)
                 yield pytest.param(job, id=f"chunk-{name}-{implementation}")
         for seed in range(16):
-            ring = case(seed, 2)
-            job = Job(ring, route_of(ring), implementation)
-            yield pytest.param(job, id=f"ring-{seed}-{implementation}")
+            rings = {"ring": case(seed, 2), "ring-both-sides": to_both_sides(case(seed, 2))}
+            for name, ring in rings.items():
+                job = Job(ring, route_of(ring), implementation)
+                yield pytest.param(job, id=f"{name}-{seed}-{implementation}")
 
 
 def taken(case, implementation, fused):
