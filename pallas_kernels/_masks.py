@@ -121,15 +121,16 @@ def sees_sink_before(
     return is_sink(i, j, start, num_sinks) & (j < stop)
 
 
-def min_sink_distance(window: int | None, num_sinks: int, chunk: int) -> int:
+def min_sink_distance(window: int | None, num_sinks: int, chunk: int, lookahead: int = 0) -> int:
     """How far after its sequence's start a query is *distant* from its sinks.
 
-    The sinks of distant queries take a launch of their own. The distance is at least ``chunk``, so
-    that the distant queries of a chunk are of one sequence; and so large that no distant query has
-    a sink in its window.
+    The sinks of distant queries take a launch of their own. Distant queries are at least ``chunk``
+    tokens after their sequence's first one, so that those of a chunk are of one sequence; and so
+    far that no distant query has a sink in its window. As keys are moved to the front by
+    ``lookahead`` positions, the distance to a sequence's start is that much longer.
     """
     assert window is not None
-    return max(chunk, window + num_sinks)
+    return max(chunk + lookahead, window + num_sinks)
 
 
 def sees_except_distant_sinks(

@@ -41,8 +41,8 @@ def backward_own_sinks(
 ) -> DistantSinks:
     """What distant queries add to the gradients of sinks among the shard's own keys."""
     chunk = _chunk(tiles)
-    min_distance = min_sink_distance(spec.window, spec.num_sinks, chunk)
-    if min_distance >= rows + spec.num_sinks:
+    min_distance = min_sink_distance(spec.window, spec.num_sinks, chunk, spec.lookahead)
+    if min_distance >= rows + spec.lookahead + spec.num_sinks:
         return DistantSinks(None, chunk, min_distance)
 
     def seen(i, j, start):

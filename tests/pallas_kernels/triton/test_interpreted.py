@@ -28,6 +28,11 @@ CASES = {
     ),
     "sinks_of_earlier_devices": Case(20, 4, 9, 17, ((17, 63),), packed=True, heads=(3, 1)),
     "distant_sinks": Case(80, 2, 9, 3, ((7, 110, 43), (150, 10)), batch=2, heads=(4, 2)),
+    # A query's distance from its moved sinks is 30 more than that from its sequence's start.
+    "both_sides_distant_sinks": Case(
+        83, 1, (0, 30), 3, ((-9, 74), (13, -2, 68)), batch=2, heads=(2, 1)
+    ),
+    "both_sides_no_bound_after": Case(31, 1, (2, None), 3),
     "head_parts": Case(21, 2, 9, dims=(96, 96), dtype="float16", batch=2),
     "head_parts_192_128": Case(20, 2, 17, dims=(192, 128), learned=True),
     "bfloat16": Case(40, 2, 17, 3, ((25, 55),), dtype="bfloat16", heads=(4, 2), learned=True),
@@ -70,7 +75,9 @@ def check_last_chunk(case):
     compare(result, repeated_ring.expected(case), case.dtype, case)
 
 
-@pytest.mark.parametrize("name", ["ragged", "rows_before_halo"])
+@pytest.mark.parametrize("name", [
+    "ragged", "rows_before_halo", "both_sides_distant_sinks", "both_sides_no_bound_after",
+])  # fmt: skip
 @pytest.mark.parametrize("small_tiles", [True], indirect=True, ids=["unmasked_loop"])
 def test_case(name, small_tiles):
     check_triton(CASES[name])
