@@ -23,6 +23,8 @@ from pallas_kernels._mosaic_gpu.backward import (
     short_windows,
 )
 from pallas_kernels._mosaic_gpu.backward import sinks as sinks_backward
+from pallas_kernels._mosaic_gpu.backward.pipeline import backward_schedule
+from pallas_kernels._mosaic_gpu.backward.scheduler import BackwardSchedule
 from pallas_kernels._mosaic_gpu.backward.short_windows_schedule import LONGEST_WINDOW
 from pallas_kernels._mosaic_gpu.fallback import leaves_to_fallback
 from pallas_kernels._mosaic_gpu.padding import zero_delta
@@ -83,14 +85,15 @@ def fuses_backward(dim: int, window: int | None) -> bool:
     return window is None or window >= shortest
 
 
-def rounds_within_backward(window: int | None, packed: bool) -> bool:
+def rounds_within_backward(schedule: BackwardSchedule) -> bool:
     """Whether `fused` scales and rounds the gradients of queries itself (`DqEpilogue`).
 
     On an H100 80GB that took 2 to 4% off the backward pass under a window. Without a window it
     added 5% to it, and with 1, 8 and 23 documents 3, 10 and 6%: there the program of a document's
     first keys adds last for all of the document's queries, and waits for their sums at each step.
+    So would the last program of a halo that comes last.
     """
-    return window is not None and not packed
+    return schedule.window is not None and not schedule.packed and not schedule.halo_last
 
 
 def _by_short_windows(
@@ -136,13 +139,15 @@ def _by_key_tiles(
     if start.ndim:
         delta = zero_delta(start, delta)
     queries = Queries(query, dout, lse, delta, start, inputs.end)
+    run = _joined(runs, kernel.KEY_TILE) if len(runs) > 1 else pad_to_multiple_of_8(runs)[0]
+    num_sms = _device.multiprocessors()
     launch = partial(
         kernel.backward,
         spec,
         queries,
-        _joined(runs, kernel.KEY_TILE) if len(runs) > 1 else pad_to_multiple_of_8(runs)[0],
+        run,
         rows=rows,
-        num_sms=_device.multiprocessors(),
+        num_sms=num_sms,
         deterministic=deterministic,
     )
     if _has_sinks_beyond_window(spec, runs, sinks):
@@ -156,13 +161,16 @@ def _by_key_tiles(
             for dkey, dvalue in (*before, (dkey, dvalue))
         )
         return Gradients(dquery, rounded, dsinks, delta)
+    schedule = backward_schedule(
+        spec, queries, run, rows=rows, key_tile=kernel.KEY_TILE, num_sms=num_sms
+    )
     if (
         kernel is fused
         and deterministic
         and has_keys_beside_queries
         and dquery is None
         and dquery_dtype == query.dtype
-        and rounds_within_backward(spec.window, packed=start.ndim > 0)
+        and rounds_within_backward(schedule)
     ):
         dquery, *gradients = launch(dkey_dtype=dkey_dtype, dquery_dtype=dquery_dtype)
     else:

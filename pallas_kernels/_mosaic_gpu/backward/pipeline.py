@@ -5,6 +5,7 @@ values, queries and the gradients of outputs to shared memory through TMA. One a
 queries to those of other programs (`dq_accumulate`). `scheduler` says what a program computes.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -25,7 +26,9 @@ from pallas_kernels._mosaic_gpu.backward.scheduler import (
     BackwardSchedule,
     ProgramSchedule,
     fold_steps,
+    halo_is_better_last,
     plan_with_diagonal,
+    plan_with_first_block,
     slot_of,
 )
 from pallas_kernels._mosaic_gpu.backward.softmax import padded_lse_and_delta
@@ -96,8 +99,9 @@ class BackwardPipeline:
         self.deterministic, self.epilogue = deterministic, epilogue
         self.batch, _, self.heads, self.dim = query.shape
         self.packed = start.ndim > 0
-        schedule = _schedule(spec, query, run, rows=rows, key_tile=key_tile, packed=self.packed)
-        self.schedule = split_last_tasks(schedule, num_sms)
+        self.schedule = backward_schedule(
+            spec, queries, run, rows=rows, key_tile=key_tile, num_sms=num_sms
+        )
         plan = query_plan(
             start, spec.window, 0, rows=rows, query_tile=QUERY_TILE,
             offset=run.offset, length=run.key.shape[1], key_tile=key_tile, min_distance=0,
@@ -106,11 +110,14 @@ class BackwardPipeline:
         plan = plan_with_diagonal(plan, self.schedule)
         if queries.end is not None:
             plan = _masked_outside(plan, self.schedule, start, queries.end)
+        if self.schedule.halo_last:
+            plan = plan_with_first_block(plan)
         self.seen = seen_tiles(plan, self.schedule.num_query_tiles)
         self.operands = self._operands(queries, plan)
         if epilogue is not None:
             has_own_keys = run.offset + run.key.shape[1] > 0
-            assert deterministic and has_own_keys and not self.schedule.longest_first
+            assert deterministic and has_own_keys
+            assert not self.schedule.longest_first and not self.schedule.halo_last
         self.dquery_tile = (self.dim // columns, *register_tiles.tile_shape(columns))
 
     def _operands(self, queries: Queries, plan: Int[Array, "#B tiles 4"]) -> dict[str, Any]:
@@ -369,21 +376,15 @@ def _masked_outside(
     return plan.at[..., 2].set(unmasked_end)
 
 
-def _schedule(
-    spec: Spec,
-    query: Float[Array, "B T N H"],
-    run: KeyRun,
-    *,
-    rows: int,
-    key_tile: int,
-    packed: bool,
+def backward_schedule(
+    spec: Spec, queries: Queries, run: KeyRun, *, rows: int, key_tile: int, num_sms: int
 ) -> BackwardSchedule:
-    """The schedule of a launch, without split tasks."""
-    batch, _, heads, _ = query.shape
+    """The schedule of a launch; arguments as of `BackwardPipeline`."""
+    batch, _, heads, _ = queries.query.shape
     _, num_keys, num_kv_heads, _ = run.value.shape
     has_own_keys = run.offset + num_keys > 0
     num_key_tiles = pl.cdiv(num_keys, key_tile)
-    return BackwardSchedule(
+    schedule = BackwardSchedule(
         num_kv_heads=num_kv_heads,
         group_size=heads // num_kv_heads,
         batch_kv_heads=num_kv_heads * batch,
@@ -393,6 +394,9 @@ def _schedule(
         num_query_tiles=pl.cdiv(rows, QUERY_TILE),
         offset=run.offset,
         halo_key_tiles=-run.offset // key_tile if has_own_keys else num_key_tiles,
-        packed=packed,
+        packed=queries.start.ndim > 0,
         window=spec.window,
     )
+    if queries.end is None and halo_is_better_last(schedule, num_sms):
+        schedule = dataclasses.replace(schedule, halo_last=True)
+    return split_last_tasks(schedule, num_sms)

@@ -43,6 +43,8 @@ def split_last_tasks(schedule: BackwardSchedule, num_sms: int) -> BackwardSchedu
     # The programs of a halo's keys wait for those of the own keys of the same heads. So all tiles
     # of keys of a head are split, or none.
     counts = {schedule.num_key_tiles} if has_both else {num_sms // 2, num_sms}
+    if schedule.halo_last:
+        counts = {schedule.halo_tasks}
     split_tasks, parts = choose_split(devices, schedule.group_size, num_sms, counts)
     return dataclasses.replace(schedule, split_tasks=split_tasks, parts=parts)
 

@@ -22,6 +22,7 @@ from pallas_kernels._mosaic_gpu.backward.scheduler import (
     next_state_heads_first,
     next_state_tiles_first,
     plan_with_diagonal,
+    plan_with_first_block,
     task_coordinates,
 )
 from pallas_kernels._tile_ranges import query_plan, seen_tiles
@@ -217,25 +218,79 @@ def test_parts_have_each_head_of_each_task_once(window, split_tasks, parts):
     assert numbers == set(range(split_tasks))
 
 
+def long_window(rng: random.Random):
+    """A random shard, as `shard`, whose window reaches far into a halo, joined with its own keys.
+
+    Some queries see no key of the halo's first tiles, or the sequence starts within the halo.
+    """
+    length = QUERY_TILE * rng.randint(2, 9) + rng.randint(0, QUERY_TILE - 1)
+    halo = KEY_TILE * rng.randint(1, 5)
+    window = rng.randint(max(1, halo - 3 * KEY_TILE), halo + 70)
+    start = rng.choice([0, -halo, -halo - 40, -KEY_TILE, -KEY_TILE - 64])
+    return jnp.int32(start), window, length, -halo, halo + length
+
+
+HALO_ALONE = (jnp.int32(-320), 300, 200, -320, 320)
+"""A launch over the keys of a halo and over no others."""
+LONG_WINDOWS = [*(long_window(random.Random(seed)) for seed in range(8)), HALO_ALONE]
+
+
+@pytest.mark.parametrize("split", [(0, 1), ("halo", 4), ("all", 2)])
+@pytest.mark.parametrize("number", range(len(LONG_WINDOWS)))
+def test_programs_of_a_halo_that_comes_last_wait_for_earlier_ones_only(number, split):
+    launch = dataclasses.replace(
+        schedule_of(LONG_WINDOWS[number], KEY_TILE, num_kv_heads=2, group_size=4), halo_last=True
+    )
+    index = jnp.arange(launch.tasks, dtype=jnp.int32)
+    assert len({*zip(*(x.tolist() for x in launch.task_coordinates(index)), strict=True)}) == len(
+        index
+    )
+    check_order(LONG_WINDOWS[number], launch, split)
+
+
+@pytest.mark.parametrize("first_device", [False, True])
+@pytest.mark.parametrize("number", range(len(LONG_WINDOWS)))
+def test_tasks_of_a_halo_that_comes_last_take_as_many_steps_as_the_plan_says(number, first_device):
+    _, window, rows, offset, length = LONG_WINDOWS[number]
+    start = jnp.int32(0 if first_device else offset)
+    shard = start, window, rows, offset, length
+    launch = dataclasses.replace(schedule_of(shard, KEY_TILE, num_kv_heads=2), halo_last=True)
+    plan = np.asarray(query_plan(
+        start, window, 0, rows=rows, query_tile=QUERY_TILE,
+        offset=offset, length=length, key_tile=KEY_TILE, min_distance=0,
+    ))  # fmt: skip
+    tiles = np.asarray(launch.task_coordinates(jnp.arange(launch.tasks, dtype=jnp.int32))[1])
+    expected = np.maximum(plan[tiles, 3] - plan[tiles, 0], 0).tolist()
+    assert launch.steps_per_head(halo_is_seen=not first_device) == expected
+
+
 @pytest.mark.parametrize("split", [(0, 1), (3, 2), ("all", 4), ("head", 2)])
 @pytest.mark.parametrize("key_tile", [KEY_TILE, QUERY_TILE])
 @pytest.mark.parametrize("number", range(0, len(SHARDS), 2))
 def test_parts_wait_for_earlier_programs_only(number, key_tile, split):
+    launch = schedule_of(SHARDS[number], key_tile, num_kv_heads=2, group_size=4)
+    check_order(SHARDS[number], launch, split)
+
+
+def check_order(shard, launch, split):
     """Programs that ran one after the other, in the order of their indices, would never wait."""
-    start, window, rows, offset, length = SHARDS[number]
+    start, window, rows, offset, length = shard
     plan = query_plan(
         start, window, 0, rows=rows, query_tile=QUERY_TILE,
-        offset=offset, length=length, key_tile=key_tile, min_distance=0,
+        offset=offset, length=length, key_tile=launch.key_tile, min_distance=0,
     )  # fmt: skip
-    launch = schedule_of(SHARDS[number], key_tile, num_kv_heads=2, group_size=4)
     split_tasks, parts = split
-    split_tasks = {"all": launch.tasks, "head": launch.num_key_tiles}.get(split_tasks, split_tasks)
+    named = {"all": launch.tasks, "head": launch.num_key_tiles, "halo": launch.halo_tasks}
+    split_tasks = named.get(split_tasks, split_tasks)
     launch = dataclasses.replace(launch, split_tasks=min(split_tasks, launch.tasks), parts=parts)
     plan = plan_with_diagonal(plan if start.ndim > 0 else plan[None], launch)
+    plan = plan_with_first_block(plan) if launch.halo_last else plan
     added, stored = collections.Counter(), collections.Counter()
     for index in range(launch.programs):
         program = ProgramSchedule(launch, jnp.int32(index), plan, start)
-        blocks = range(int(program.begin), int(program.end))
+        steps = range(int(program.end) - int(program.begin))
+        blocks = [int(program.coordinates(jnp.int32(0), jnp.int32(n))[1]) for n in steps]
+        assert sorted(blocks) == list(range(int(program.begin), int(program.end)))
         before = [int(program.adders_before(jnp.int32(block))) for block in blocks]
         first = int(program.kv_head) * 4 + int(program.part.first_head)
         for head in range(first, first + int(program.part.heads)):
