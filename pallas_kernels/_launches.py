@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Float
 
 from pallas_kernels import _implementations
@@ -131,7 +131,12 @@ def launch_forward(
     def launch(inputs, state):
         return kernels.forward(spec, inputs, state, rows=rows, resume=resume, out_dtype=out_dtype)
 
-    return _differentiable(launch, kernels)(inputs, state)
+    found = _differentiable(launch, kernels)(inputs, state)
+    if state is None:
+        return found
+    # The launch fills a part of what `state` holds. XLA, where a scan stacks the result, would let
+    # it write into the stack instead, where the other part is missing (seen with jax 0.11.2).
+    return State(*lax.optimization_barrier(tuple(found)))
 
 
 def launch_backward(
