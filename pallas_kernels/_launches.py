@@ -132,10 +132,9 @@ def launch_forward(
         return kernels.forward(spec, inputs, state, rows=rows, resume=resume, out_dtype=out_dtype)
 
     found = _differentiable(launch, kernels)(inputs, state)
-    if state is None:
-        return found
-    # The launch fills a part of what `state` holds. XLA, where a scan stacks the result, would let
-    # it write into the stack instead, where the other part is missing (seen with jax 0.11.2).
+    # Where a scan stacks the result, XLA (seen with jax 0.11.2) lets the launch write into the stack,
+    # where the part of `state` that it leaves as it is would be missing, and launches once more for
+    # what else reads the result.
     return State(*lax.optimization_barrier(tuple(found)))
 
 
