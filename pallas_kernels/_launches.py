@@ -132,9 +132,9 @@ def launch_forward(
         return kernels.forward(spec, inputs, state, rows=rows, resume=resume, out_dtype=out_dtype)
 
     found = _differentiable(launch, kernels)(inputs, state)
-    # Where a scan stacks the result, XLA (seen with jax 0.11.2) lets the launch write into the stack,
-    # where the part of `state` that it leaves as it is would be missing, and launches once more for
-    # what else reads the result.
+    # Where a scan stacks the result, XLA (seen with jax 0.11.2) lets the launch write into the
+    # stack, where the part of `state` that it leaves as it is would be missing, and launches once
+    # more for what else reads the result.
     return State(*lax.optimization_barrier(tuple(found)))
 
 
