@@ -1,7 +1,9 @@
 """One launch, forward and backward, of any backend and under JAX's transformations."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
@@ -10,6 +12,8 @@ from pallas_kernels import _implementations
 from pallas_kernels._derivatives import first_order
 from pallas_kernels._kernels import BackwardInputs, ForwardInputs, Gradients, Kernels
 from pallas_kernels._spec import Ends, KeyRun, Spec, Starts, State, accumulator_dtype
+
+_Results = TypeVar("_Results", State, Gradients)
 
 
 def attend_keys(
@@ -131,11 +135,7 @@ def launch_forward(
     def launch(inputs, state):
         return kernels.forward(spec, inputs, state, rows=rows, resume=resume, out_dtype=out_dtype)
 
-    found = _differentiable(launch, kernels)(inputs, state)
-    # Where a scan stacks the result, XLA (seen with jax 0.11.2) lets the launch write into the
-    # stack, where the part of `state` that it leaves as it is would be missing, and launches once
-    # more for what else reads the result.
-    return State(*lax.optimization_barrier(tuple(found)))
+    return _outside_fusions(kernels, _differentiable(launch, kernels)(inputs, state))
 
 
 def launch_backward(
@@ -155,9 +155,24 @@ def launch_backward(
             spec, inputs, dquery, rows=rows, dquery_dtype=dquery_dtype, dkey_dtype=dkey_dtype
         )
 
-    return _differentiable(launch, kernels)(inputs, dquery)
+    return _outside_fusions(kernels, _differentiable(launch, kernels)(inputs, dquery))
 
 
 def _differentiable(launch: Callable, kernels: Kernels) -> Callable:
-    has_forward_mode = kernels is _implementations.kernels_of("xla")
-    return first_order(launch, has_forward_mode=has_forward_mode)
+    return first_order(launch, has_forward_mode=_is_plain_jax(kernels))
+
+
+def _outside_fusions(kernels: Kernels, results: _Results) -> _Results:
+    """The results of a launch, of which XLA makes arrays of their own.
+
+    Where a scan stacks a result, XLA (seen with jax 0.11.2) would let the launch write into the
+    stack. What an earlier launch has left in the result's other rows would be missing there, and
+    what else reads the result would have a launch of its own.
+    """
+    if _is_plain_jax(kernels):
+        return results
+    return jax.tree.map(lax.optimization_barrier, results)
+
+
+def _is_plain_jax(kernels: Kernels) -> bool:
+    return kernels is _implementations.kernels_of("xla")

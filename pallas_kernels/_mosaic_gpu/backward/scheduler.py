@@ -313,7 +313,7 @@ class ProgramSchedule:
     def _first_block_seen(self, query_block: Int[Array, ""]) -> Int[Array, ""]:
         """The first tile of keys that a tile of queries sees."""
         launch = self.launch
-        assert launch.window is not None
+        assert launch.window is not None and self.first_block is not None
         first_key = query_block * QUERY_TILE - (launch.window + launch.offset)
         block = lax.div(jnp.maximum(first_key, 0), jnp.int32(launch.key_tile))
         return jnp.maximum(block, self.first_block)
