@@ -1,4 +1,4 @@
-"""Draws docs/mask.png and tiles.png: `python docs/make_mask_figures.py`.
+"""Draws docs/mask.png, mask_both_sides.png and tiles.png: `python docs/make_mask_figures.py`.
 
 Masks and tiles are those of the library: the functions that the kernels use say what to fill.
 """
@@ -19,6 +19,7 @@ from ring_swa_jax._segments import segment_starts
 from _drawing import COLORS, cell, save
 
 DEVICES, CHUNK, WINDOW, SINKS = 4, 6, 4, 2
+AFTER = 3  # keys after a query, in the second picture
 DOCUMENTS = [10, 11, 3]  # their lengths; the last three tokens are the third one's
 TILE, TILES, TILED_WINDOW = 4, 8, 13
 UNMASKED, MASKED = "#4477aa", "#cc6677"
@@ -37,14 +38,17 @@ def frame(axes: Axes, length: int, step: int) -> None:
     axes.set_ylabel("query position")
 
 
-def draw_mask(figure: Figure, axes: Axes) -> None:
-    """Which keys every query sees, and who holds them."""
+def draw_mask(figure: Figure, axes: Axes, after: int = 0) -> None:
+    """Which keys every query sees, and who holds them; ``after`` of them are after the query."""
     length = DEVICES * CHUNK
     documents = jnp.repeat(jnp.arange(len(DOCUMENTS)), jnp.array(DOCUMENTS))
-    start = segment_starts(documents[None])[0][:, None]
+    lengths = jnp.array(DOCUMENTS)[documents][:, None]
     i, j = jnp.arange(length)[:, None], jnp.arange(length)
-    seen = np.asarray(sees(i, j, start, WINDOW, SINKS, packed=True))
-    windowed = np.asarray(in_window(i, j, start, WINDOW))
+    # Kernels know windows that end with the query: keys are moved to the front (`Spec`).
+    start = segment_starts(documents[None])[0][:, None] - after
+    j, window = j - after, WINDOW + after
+    seen = np.asarray(sees(i, j, start, window, SINKS, packed=True, end=start + lengths))
+    windowed = np.asarray(in_window(i, j, start, window))
     for query, key in zip(*seen.nonzero(), strict=True):
         elsewhere = query // CHUNK != key // CHUNK
         color = COLORS[key // CHUNK]
@@ -115,11 +119,12 @@ def draw_tiles(axes: Axes, *, by_query: bool) -> None:
 
 
 def main() -> None:
-    """Writes both pictures."""
+    """Writes all pictures."""
     pyplot.rcParams.update({"font.size": 11})
-    figure, axes = pyplot.subplots(figsize=(7.4, 7), layout="constrained")
-    draw_mask(figure, axes)
-    save(figure, "mask")
+    for name, after in (("mask", 0), ("mask_both_sides", AFTER)):
+        figure, axes = pyplot.subplots(figsize=(7.4, 7), layout="constrained")
+        draw_mask(figure, axes, after)
+        save(figure, name)
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 5.1), layout="constrained")
     draw_tiles(left, by_query=True)

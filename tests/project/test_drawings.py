@@ -15,6 +15,7 @@ PICTURES = {
     "halo.png",
     "hops.png",
     "mask.png",
+    "mask_both_sides.png",
     "schedule.png",
     "sinks.png",
     "tiles.png",
