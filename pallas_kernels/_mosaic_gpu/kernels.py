@@ -12,7 +12,6 @@ from jaxtyping import Float
 from pallas_kernels import _device, _support
 from pallas_kernels._kernels import BackwardInputs, ForwardInputs, Gradients, Kernels
 from pallas_kernels._mosaic_gpu.backward import choice
-from pallas_kernels._mosaic_gpu.fallback import leaves_to_fallback
 from pallas_kernels._mosaic_gpu.forward.kernel import forward
 from pallas_kernels._mosaic_gpu.padding import is_padding
 from pallas_kernels._mosaic_gpu.primitives import pad_to_multiple_of_8
@@ -64,11 +63,7 @@ class MosaicKernels:
         out_dtype: jnp.dtype,
     ) -> State:
         """As `Kernels.forward`."""
-        if leaves_to_fallback(spec, inputs):
-            return self.fallback.forward(
-                spec, inputs, state, rows=rows, resume=resume, out_dtype=out_dtype
-            )
-        query, runs = inputs.query, _with_zero_padding(inputs.runs, inputs.start)
+        query, runs = inputs.query, _with_zero_padding(spec, inputs.runs, inputs.start)
         return forward(
             spec,
             inputs._replace(runs=pad_to_multiple_of_8(runs)),
@@ -138,16 +133,19 @@ KERNELS: Kernels = _kernels("mosaic_gpu", deterministic=True)
 KERNELS_NONDETERMINISTIC: Kernels = _kernels("mosaic_gpu_nondeterministic", deterministic=False)
 
 
-def _with_zero_padding(runs: tuple[KeyRun, ...], start: Starts) -> tuple[KeyRun, ...]:
+def _with_zero_padding(spec: Spec, runs: tuple[KeyRun, ...], start: Starts) -> tuple[KeyRun, ...]:
     """The runs with zeros in the own values of padding, whose weights are zero.
 
     Masks take care of keys and queries. Those of a halo have been zeros when it was sent.
     """
-    *before, own = runs
-    if not start.ndim or own.offset:
+    if not start.ndim:
         return runs
-    value = jnp.where(is_padding(start)[..., None, None], 0, own.value)
-    return (*before, dataclasses.replace(own, value=value))
+
+    def with_zeros(run):
+        value = jnp.where(is_padding(start, spec.first_key)[..., None, None], 0, run.value)
+        return dataclasses.replace(run, value=value)
+
+    return tuple(with_zeros(run) if run.offset == spec.first_key else run for run in runs)
 
 
 def _programs(spec: Spec) -> int:

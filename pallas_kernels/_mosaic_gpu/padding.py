@@ -1,6 +1,7 @@
 """Sets padding rows to zero in shared memory, whatever the arrays hold there.
 
-Row i is padding if ``start > i``; the masks give padding no weight. But zero times NaN is NaN, so
+Row i is padding if its sequence starts behind its own key, ``start > i + first_key`` (`Spec`); the
+masks give padding no weight. But zero times NaN is NaN, so
 the queries, keys, values and output gradients of padding must be zero before a matrix product reads
 them. Few tiles have padding. Each warpgroup that reads such a tile zeroes the tile's padding
 itself: several warpgroups may write the same zeros.
@@ -31,22 +32,25 @@ SLICE_COLUMNS = 64
 """Columns that `zero_padding` overwrites at a time: those of the widest swizzle."""
 
 
-def is_padding(start: Int[Array, "B T"]) -> Bool[Array, "B T"]:
-    """Whether a row is padding."""
-    return start > jnp.arange(start.shape[1], dtype=start.dtype)[None]
+def is_padding(start: Int[Array, "B T"], first_key: int = 0) -> Bool[Array, "B T"]:
+    """Whether a row is padding; the position of the shard's first key is ``first_key``."""
+    own_keys = jnp.arange(start.shape[1], dtype=start.dtype)[None]
+    return start > (own_keys + first_key if first_key else own_keys)
 
 
-def padding_flags(start: Int[Array, "B T"]) -> Int[Array, "B tiles 32"]:
-    """Whether a tile of `ROWS` rows has padding."""
+def padding_flags(start: Int[Array, "B T"], first_key: int = 0) -> Int[Array, "B tiles 32"]:
+    """Whether a tile of `ROWS` rows has padding; arguments as those of `is_padding`."""
     batch, length = start.shape
-    padding = jnp.pad(is_padding(start), ((0, 0), (0, -length % ROWS)))
+    padding = jnp.pad(is_padding(start, first_key), ((0, 0), (0, -length % ROWS)))
     flags = padding.reshape(batch, -1, ROWS).any(-1).astype(jnp.int32)
     return jnp.broadcast_to(flags[..., None], (*flags.shape, FLAG_WIDTH))
 
 
-def zero_delta(start: Int[Array, "B T"], delta: Float[Array, "B N R"]) -> Float[Array, "B N R"]:
-    """``delta`` of the first R queries, with zeros for padding."""
-    padding = is_padding(start[:, : delta.shape[2]])
+def zero_delta(
+    start: Int[Array, "B T"], delta: Float[Array, "B N R"], first_key: int = 0
+) -> Float[Array, "B N R"]:
+    """``delta`` of the first R queries, with zeros for padding; the others as `is_padding`'s."""
+    padding = is_padding(start[:, : delta.shape[2]], first_key)
     return jnp.where(padding[:, None], 0, delta)
 
 
@@ -56,7 +60,7 @@ def zero_padding(tiles: list[Any], starts: Any, first: Int[Array, ""]) -> None:
     Args:
         tiles: refs of `ROWS` rows.
         starts: ref of the rows' starts, in shared or global memory.
-        first: position of the first row.
+        first: position of the first row's own key.
     """
     starts = load_as(starts, COLUMN)
     for tile in tiles:

@@ -23,7 +23,7 @@ KERNELS = {FORWARD, QUERY, KEYS, SINKS, FUSED, FINISH, SHORT}
 class Variant:
     """Forward and backward of a model's layer, `chunk` tokens on each of the devices.
 
-    ``after`` is how many keys after a query it sees.
+    ``after`` is how many keys after a query it sees, None for all.
     """
 
     model: Model
@@ -34,7 +34,7 @@ class Variant:
     segments: bool = False
     implementation: str | None = "triton"
     target: str = "h100"
-    after: int = 0
+    after: int | None = 0
 
     def takes_mosaic(self):
         """Whether Mosaic GPU's kernels compute it."""
@@ -43,7 +43,9 @@ class Variant:
     def kernels(self):
         """The names of those that compute it."""
         if self.takes_mosaic() and self.is_short():
-            return {FORWARD, SHORT, QUERY, KEYS} if self.devices > 1 else {FORWARD, SHORT}
+            # A causal halo has kernels of its own.
+            halo = {QUERY, KEYS} if self.devices > 1 and self.after == 0 else set()
+            return {FORWARD, SHORT} | halo
         if self.takes_mosaic():
             # Who finishes the gradients of queries of a chunk; those of hops are float32.
             own = {SINKS} if self.sinks else set() if self.rounds_within() else {FINISH}
@@ -85,7 +87,7 @@ class Variant:
     def is_short(self):
         """Whether the window is one of the fused kernel for short ones, which takes no halo."""
         window = self.model.window
-        return window is not None and window <= 128 and max(self.model.dims) <= 64
+        return window is not None and window + self.after <= 128 and max(self.model.dims) <= 64
 
     def rounds_within(self):
         """Whether the fused kernel rounds the gradients of queries."""
@@ -114,7 +116,7 @@ class Variant:
         """The output and all gradients; a window's keys come as a halo, however long it is."""
         windowed = self.devices > 1 and self.model.window is not None
         exchange = "halo" if windowed else None
-        window = (self.model.window, self.after) if self.after else self.model.window
+        window = self.model.window if self.after == 0 else (self.model.window, self.after)
 
         def attend(q, k, v, sink):
             return rsj.ring_attention(
@@ -136,6 +138,7 @@ class Variant:
 DISTINCT = ("mistral_7b", "phi3_mini", "gemma2_9b", "gemma3_4b", "gpt_oss", "mimo_v2_flash")
 MISTRAL = MODELS["mistral_7b"]
 SMALL = dataclasses.replace(MISTRAL, window=1000)
+MODERNBERT = Model((12, 12), (64, 64), 64)
 
 VARIANTS = {
     **{name: Variant(MODELS[name]) for name in (*DISTINCT, "mistral_7b_global")},
@@ -156,8 +159,11 @@ MOSAIC = {name: VARIANTS[name] for name in BOTH} | {
     # Heads of 256 that go on from partial results take the most shared memory.
     "gemma2_9b_hops": Variant(MODELS["gemma2_9b"], devices=4, chunk=2048),
     "gemma3_4b_sinks_segments": Variant(MODELS["gemma3_4b"], sinks=4, segments=True),
-    "both_sides": Variant(SMALL, after=500),
     "both_sides_ring": Variant(SMALL, devices=4, after=500),
+    "both_sides_sinks_segments": Variant(SMALL, sinks=4, segments=True, after=500),
+    "both_sides_segments_256": Variant(MODELS["gemma3_4b"], segments=True, after=512),
+    "modernbert_segments": Variant(MODERNBERT, segments=True, after=64),
+    "not_causal": Variant(MODELS["mistral_7b_global"], after=None),
 }
 VARIANTS |= {
     f"{name}_mosaic": dataclasses.replace(variant, implementation="mosaic_gpu")

@@ -1,18 +1,20 @@
 """Which fused kernel computes a backward launch of "mosaic_gpu", and what is done around it.
 
-`short_windows` is for short windows of the shard's own keys, without sink tokens and for heads of
-32 and 64; `fused` for heads of up to 128 in steps of 32; `fused_wide_heads` for heads of 192 and
-256. `fuses_backward` says where the last two are the fastest kernels. Sinks that windows do not
-reach are left to `sinks`, which runs after the fused kernel and finishes the gradients of queries.
+`short_windows` is for short windows, without sink tokens and for heads of 32 and 64, and under a
+causal window for the shard's own keys alone; `fused` for heads of up to 128 in steps of 32;
+`fused_wide_heads` for heads of 192 and 256. `fuses_backward` says where the last two are the
+fastest kernels. Sinks that windows do not reach are left to `sinks`, which runs after the fused
+kernel and finishes the gradients of queries.
 """
 
+import dataclasses
 from functools import partial
 from types import ModuleType
 from typing import Protocol
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from pallas_kernels import _device, _logits
 from pallas_kernels._kernels import BackwardInputs, Gradients, Queries
@@ -25,9 +27,8 @@ from pallas_kernels._mosaic_gpu.backward import (
 from pallas_kernels._mosaic_gpu.backward import sinks as sinks_backward
 from pallas_kernels._mosaic_gpu.backward.pipeline import backward_schedule
 from pallas_kernels._mosaic_gpu.backward.scheduler import BackwardSchedule
-from pallas_kernels._mosaic_gpu.backward.short_windows_schedule import LONGEST_WINDOW
-from pallas_kernels._mosaic_gpu.fallback import leaves_to_fallback
-from pallas_kernels._mosaic_gpu.padding import zero_delta
+from pallas_kernels._mosaic_gpu.backward.short_windows_schedule import TILE, reaches
+from pallas_kernels._mosaic_gpu.padding import is_padding, zero_delta
 from pallas_kernels._mosaic_gpu.primitives import pad_to_multiple_of_8
 from pallas_kernels._spec import KeyRun, SinkRun, Spec
 
@@ -58,15 +59,11 @@ def fused_backward(spec: Spec, inputs: BackwardInputs) -> FusedBackward | None:
     window, runs = spec.window, inputs.runs
     dim, value_dim = inputs.query.shape[-1], runs[0].value.shape[-1]
     has_sinks_beyond_window = _has_sinks_beyond_window(spec, runs, inputs.sinks)
-    if leaves_to_fallback(spec, inputs):
-        return None
     widest = max(dim, value_dim)
     takes_heads = dim % 32 == 0 if widest <= 128 else fused_wide_heads.takes(dim, value_dim)
     if not takes_heads or (has_sinks_beyond_window and not sinks_backward.takes(spec)):
         return None
-    is_short = window is not None and window <= LONGEST_WINDOW
-    own_keys_alone = len(runs) == 1 and not runs[0].offset and not has_sinks_beyond_window
-    if is_short and own_keys_alone and widest <= 64 and value_dim % 32 == 0:
+    if widest <= 64 and value_dim % 32 == 0 and _takes_short_windows(spec, inputs):
         return _by_short_windows
     kernel = fused if widest <= 128 else fused_wide_heads
     if not fuses_backward(widest, window) or not _can_join(spec, runs, kernel.KEY_TILE):
@@ -96,6 +93,17 @@ def rounds_within_backward(schedule: BackwardSchedule) -> bool:
     return schedule.window is not None and not schedule.packed and not schedule.halo_last
 
 
+def _takes_short_windows(spec: Spec, inputs: BackwardInputs) -> bool:
+    """Whether `short_windows` takes a launch; the halo of a causal window is left to others."""
+    window, runs = spec.window, inputs.runs
+    if window is None or _has_sinks_beyond_window(spec, runs, inputs.sinks):
+        return False
+    if not spec.lookahead and (len(runs) > 1 or runs[0].offset):
+        return False
+    first = runs[0].offset - (runs[0].offset % TILE if len(runs) > 1 else 0)
+    return reaches(window, first) and _can_join(spec, runs, TILE)
+
+
 def _by_short_windows(
     spec: Spec,
     inputs: BackwardInputs,
@@ -108,15 +116,21 @@ def _by_short_windows(
 ) -> Gradients:
     """The `FusedBackward` by `short_windows`, which is deterministic in any case."""
     del rows, deterministic
+    if inputs.end is not None and not inputs.end.ndim:
+        inputs = _with_bounds_by_row(inputs)
+    runs, start = inputs.runs, inputs.start
+    if spec.lookahead and start.ndim:
+        runs = _without_own_padding(runs, _own_run(spec, runs), start, spec.first_key)
+    run = _joined(runs, TILE) if len(runs) > 1 else pad_to_multiple_of_8(runs)[0]
     dquery, *dkeys, delta = short_windows.backward(
         spec,
-        inputs,
+        inputs._replace(runs=(run,)),
         dquery,
         dquery_dtype=dquery_dtype,
         dkey_dtype=dkey_dtype,
         num_sms=_device.multiprocessors(),
     )
-    return Gradients(dquery, _split_by_runs(inputs.runs, 1, dkeys), None, delta)
+    return Gradients(dquery, _split_by_runs(inputs.runs, TILE, dkeys), None, delta)
 
 
 def _by_key_tiles(
@@ -135,9 +149,12 @@ def _by_key_tiles(
     dout, lse = inputs.dout, inputs.lse
     # Then each tile of queries has a program that adds last to its gradients.
     has_keys_beside_queries = runs[-1].offset + runs[-1].key.shape[1] > 0
+    own = _own_run(spec, runs)
+    if spec.lookahead and start.ndim:
+        runs = _without_own_padding(runs, own, start, spec.first_key)
     delta = _logits.delta_of(inputs.out[:, :rows], dout[:, :rows], jnp.float32)
     if start.ndim:
-        delta = zero_delta(start, delta)
+        delta = zero_delta(start, delta, spec.first_key)
     queries = Queries(query, dout, lse, delta, start, inputs.end)
     run = _joined(runs, kernel.KEY_TILE) if len(runs) > 1 else pad_to_multiple_of_8(runs)[0]
     num_sms = _device.multiprocessors()
@@ -152,13 +169,14 @@ def _by_key_tiles(
     )
     if _has_sinks_beyond_window(spec, runs, sinks):
         sums, *gradients = launch(dkey_dtype=jnp.dtype(jnp.float32))
-        *before, (dkey, dvalue) = _split_by_runs(runs, kernel.KEY_TILE, gradients)
+        dkeys = list(_split_by_runs(runs, kernel.KEY_TILE, gradients))
+        n = len(runs) - 1 if own is None else own
         dquery, dkey, dvalue, dsinks = sinks_backward.backward(
-            spec, queries, runs[-1], sinks, sums, dquery, dkey, dvalue, dquery_dtype=dquery_dtype
+            spec, queries, runs[n], sinks, sums, dquery, *dkeys[n], dquery_dtype=dquery_dtype
         )
+        dkeys[n] = dkey, dvalue
         rounded = tuple(
-            (dkey.astype(dkey_dtype), dvalue.astype(dkey_dtype))
-            for dkey, dvalue in (*before, (dkey, dvalue))
+            (dkey.astype(dkey_dtype), dvalue.astype(dkey_dtype)) for dkey, dvalue in dkeys
         )
         return Gradients(dquery, rounded, dsinks, delta)
     schedule = backward_schedule(
@@ -185,6 +203,33 @@ def _has_sinks_beyond_window(spec: Spec, runs: tuple[KeyRun, ...], sinks: SinkRu
     """Whether queries may see sinks that their windows do not reach."""
     own_sinks = any(spec.sinks_in(run.offset) > 0 for run in runs)
     return spec.window is not None and (sinks is not None or own_sinks)
+
+
+def _with_bounds_by_row(inputs: BackwardInputs) -> BackwardInputs:
+    """The same inputs with a start and an end for each query."""
+    assert inputs.end is not None
+    shape = inputs.query.shape[:2]
+    start, end = (jnp.broadcast_to(x, shape) for x in (inputs.start, inputs.end))
+    return inputs._replace(start=start, end=end)
+
+
+def _own_run(spec: Spec, runs: tuple[KeyRun, ...]) -> int | None:
+    """Which run has the shard's own keys."""
+    offsets = [run.offset for run in runs]
+    return offsets.index(spec.first_key) if spec.first_key in offsets else None
+
+
+def _without_own_padding(
+    runs: tuple[KeyRun, ...], own: int | None, start: Int[Array, "B T"], first_key: int
+) -> tuple[KeyRun, ...]:
+    """The runs with zeros in the own keys and values of padding."""
+    padding = is_padding(start, first_key)[..., None, None]
+
+    def with_zeros(run):
+        key, value = (jnp.where(padding, 0, x) for x in (run.key, run.value))
+        return dataclasses.replace(run, key=key, value=value)
+
+    return tuple(with_zeros(run) if n == own else run for n, run in enumerate(runs))
 
 
 def _can_join(spec: Spec, runs: tuple[KeyRun, ...], key_tile: int) -> bool:

@@ -225,8 +225,8 @@ class _Consumer:
         key_rows = pl.ds(opaque_to_compiler(self.warpgroup) * ROWS, ROWS)
         shift = broadcast_row(load_as(smem["shift"].at[slot], ROW))
         minus_delta = broadcast_row(load_as(smem["delta"].at[slot], ROW))
-        starts = smem["start"].at[slot] if self.pipeline.packed else None
-        mask = partial(self.pipeline.mask, starts, self.first_key, self.key_bounds, query_block)
+        bounds = self.pipeline.query_bounds(smem, slot)
+        mask = partial(self.pipeline.mask, bounds, self.first_key, self.key_bounds, query_block)
 
         def multiply(accumulators):
             dkey, dvalue, logits, dweights = accumulators

@@ -197,12 +197,12 @@ class _Consumer:
         plgpu.barrier_wait(barriers["query"].at[slot])
         self.pipeline.zero_padding_of_queries(smem, slot, query_block, {"query": slot})
         shift = broadcast_row(load_as(smem["shift"].at[slot], ROW))
-        starts = smem["start"].at[slot] if self.pipeline.packed else None
+        bounds = self.pipeline.query_bounds(smem, slot)
 
         def multiply(accumulators):
             *dvalues, logits = accumulators
             plgpu.wgmma(logits, smem["key"], smem["query"].at[slot].T)
-            mask = partial(self.pipeline.mask, starts, first_key, self.key_bounds, query_block)
+            mask = partial(self.pipeline.mask, bounds, first_key, self.key_bounds, query_block)
             products = plgpu.wgmma_accumulator_load(logits)
             weights, factors = softmax_weights(spec, products, shift, unmasked, mask)
             plgpu.barrier_arrive(barriers["query_free"].at[slot])

@@ -27,6 +27,8 @@ from pallas_kernels._mosaic_gpu.backward.scheduler import (
     ProgramSchedule,
     fold_steps,
     halo_is_better_last,
+    last_key_blocks,
+    plan_in_order,
     plan_with_diagonal,
     plan_with_first_block,
     slot_of,
@@ -94,22 +96,27 @@ class BackwardPipeline:
         deterministic: bool,
         epilogue: dq_postprocess.DqEpilogue | None = None,
     ):
-        query, start = queries.query, queries.start
+        query, start, end = queries.query, queries.start, queries.end
         self.spec, self.run, self.query = spec, run, query
         self.deterministic, self.epilogue = deterministic, epilogue
         self.batch, _, self.heads, self.dim = query.shape
         self.packed = start.ndim > 0
+        self.has_ends_by_row = end is not None and end.ndim > 0
         self.schedule = backward_schedule(
             spec, queries, run, rows=rows, key_tile=key_tile, num_sms=num_sms
         )
         plan = query_plan(
             start, spec.window, 0, rows=rows, query_tile=QUERY_TILE,
             offset=run.offset, length=run.key.shape[1], key_tile=key_tile, min_distance=0,
+            end=end if self.has_ends_by_row else None,
         )  # fmt: skip
         plan = plan if self.packed else plan[None]
-        plan = plan_with_diagonal(plan, self.schedule)
-        if queries.end is not None:
-            plan = _masked_outside(plan, self.schedule, start, queries.end)
+        if self.has_ends_by_row:
+            plan = plan_in_order(plan)
+        else:
+            plan = plan_with_diagonal(plan, self.schedule)
+            if end is not None:
+                plan = _masked_outside(plan, self.schedule, start, end)
         if self.schedule.halo_last:
             plan = plan_with_first_block(plan)
         self.seen = seen_tiles(plan, self.schedule.num_query_tiles)
@@ -132,19 +139,23 @@ class BackwardPipeline:
             "value": self.run.value,
             "plan": plan,
         }
-        if end is not None:
-            assert not end.ndim, "ends of documents are left to other kernels"
+        if end is not None and not end.ndim:
             operands["bounds"] = jnp.stack([start, end])
+        pad = ((0, 0), (0, -query.shape[1] % QUERY_TILE))
         if self.packed:
-            pad = ((0, 0), (0, -query.shape[1] % QUERY_TILE))
             operands["start"] = jnp.pad(start, pad, mode="edge")
-            operands["padding"] = padding_flags(start)
+            operands["padding"] = padding_flags(start, self.spec.first_key)
+        if self.has_ends_by_row:
+            assert end is not None
+            operands["end"] = jnp.pad(end, pad, mode="edge")
+            operands["last_block"] = last_key_blocks(plan, self.schedule)
         return operands
 
     @property
     def starts_and_flags(self) -> tuple[str, ...]:
         """Arrays that tell of documents and padding, which come with the queries."""
-        return ("start", "padding") if self.packed else ()
+        ends = ("end",) if self.has_ends_by_row else ()
+        return ("start", *ends, "padding") if self.packed else ()
 
     def row_buffers(self, copies: Mapping[str, StepCopies]) -> dict[str, Any]:
         """Types of the buffers in shared memory for one number of each query, and for flags."""
@@ -152,6 +163,7 @@ class BackwardPipeline:
             "shift": ((QUERY_TILE,), jnp.float32),
             "delta": ((QUERY_TILE,), jnp.float32),
             "start": ((QUERY_TILE,), jnp.int32),
+            "end": ((QUERY_TILE,), jnp.int32),
             "padding": ((FLAG_WIDTH,), jnp.int32),
         }
         return {
@@ -164,7 +176,8 @@ class BackwardPipeline:
     def program_schedule(self, refs: dict[str, Any]) -> ProgramSchedule:
         """The schedule of the program that asks."""
         index = lax.axis_index("program")
-        return ProgramSchedule(self.schedule, index, refs["plan"], refs.get("start"))
+        bounds = refs.get("start"), refs.get("last_block")
+        return ProgramSchedule(self.schedule, index, refs["plan"], *bounds)
 
     def key_bounds(self, refs: dict[str, Any]) -> KeyBounds:
         """The positions of the keys that any query sees, where tiles hold others too."""
@@ -178,23 +191,31 @@ class BackwardPipeline:
 
     def mask(
         self,
-        start_smem: Any,
+        bounds_smem: tuple[Any, Any],
         first_key: Int[Array, ""],
         key_bounds: KeyBounds,
         query_block: Int[Array, ""],
         weights: Float32[Array, "64 queries"],
     ) -> Float32[Array, "64 queries"]:
-        """Weights of `ROWS` keys from a position on, zero where queries do not see them."""
+        """Weights of `ROWS` keys from a position on, zero where queries do not see them.
+
+        ``bounds_smem`` are starts and ends of the queries' sequences, as `query_bounds` gives them.
+        """
         j = plgpu.broadcasted_iota(jnp.int32, (ROWS, QUERY_TILE), 0, layout=MATRIX)
         i = plgpu.broadcasted_iota(jnp.int32, (ROWS, QUERY_TILE), 1, layout=MATRIX)
         i, j = i * opaque_to_compiler(1) + query_block * QUERY_TILE, j + first_key
-        starts = broadcast_row(load_as(start_smem, ROW)) if self.packed else None
-        seen = sees(i, j, starts, self.spec.window, 0, packed=self.packed)
+        starts, ends = (None if x is None else broadcast_row(load_as(x, ROW)) for x in bounds_smem)
+        seen = sees(i, j, starts, self.spec.window, 0, packed=self.packed, end=ends)
         if key_bounds.first is not None:
             seen &= j >= key_bounds.first
         if key_bounds.stop is not None:
             seen &= j < key_bounds.stop
         return jnp.where(seen, weights, 0.0)
+
+    def query_bounds(self, smem: dict[str, Any], slot: Int[Array, ""]) -> tuple[Any, Any]:
+        """Refs of where the sequences of a tile's queries start and end; None if there is none."""
+        start = smem["start"].at[slot] if self.packed else None
+        return start, smem["end"].at[slot] if self.has_ends_by_row else None
 
     def zero_padding_of_queries(
         self,
@@ -213,7 +234,9 @@ class BackwardPipeline:
         @pl.when(smem["padding"][slot, 0] != 0)
         def write():
             tiles = [smem[name].at[opaque_to_compiler(n)] for name, n in names.items()]
-            zero_padding(tiles, smem["start"].at[slot], query_block * QUERY_TILE)
+            first = query_block * QUERY_TILE
+            first = first + self.spec.first_key if self.spec.lookahead else first
+            zero_padding(tiles, smem["start"].at[slot], first)
 
     def zero_padding_of_keys(
         self,
@@ -224,9 +247,10 @@ class BackwardPipeline:
     ) -> None:
         """Zeros in the padding among `ROWS` rows of the tile of own keys and values.
 
-        Those of a halo have been zeros when it was sent.
+        Those of a halo have been zeros when it was sent, and all are where keys are moved.
         """
-        if not self.packed or self.schedule.halo_key_tiles == self.schedule.num_key_tiles:
+        only_halo = self.schedule.halo_key_tiles == self.schedule.num_key_tiles
+        if not self.packed or only_halo or self.spec.lookahead:
             return
         position = schedule.key_block * self.schedule.key_tile + self.run.offset + first_row
         tiles = pl.cdiv(self.query.shape[1], ROWS)
@@ -271,6 +295,7 @@ class BackwardPipeline:
                 "shift": (schedule.row, head, rows),
                 "delta": (schedule.row, head, rows),
                 "start": (schedule.row, rows),
+                "end": (schedule.row, rows),
                 "padding": (schedule.row, query_block),
             }
             for barrier, arrays in copies.items():
@@ -396,6 +421,7 @@ def backward_schedule(
         halo_key_tiles=-run.offset // key_tile if has_own_keys else num_key_tiles,
         packed=queries.start.ndim > 0,
         window=spec.window,
+        has_ends=queries.end is not None,
     )
     if queries.end is None and halo_is_better_last(schedule, num_sms):
         schedule = dataclasses.replace(schedule, halo_last=True)

@@ -22,7 +22,7 @@ A program waits only for programs with lower indices, which the GPU has started 
 
 A *task* is a tile of keys with all heads of its group. At the end of a launch some multiprocessors
 would be idle while the last tasks run. So some tasks are split into parts of fewer heads, each of
-which is a program.
+which is a program; or into parts of fewer queries, where all queries see all keys.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ the same queries from the L2 cache."""
 
 
 class TaskPart(NamedTuple):
-    """The heads of a task's group that one program computes.
+    """What one program computes of a task: some heads of its group, or some of the queries.
 
     Attributes:
         task: number of the task.
@@ -54,6 +54,7 @@ class TaskPart(NamedTuple):
         part: number of the part.
         is_last: whether it is the task's last part.
         number: number of the task among those that are split.
+        parts: how many parts of the queries the task has; None: each part has all queries.
     """
 
     task: Int[Array, ""]
@@ -62,6 +63,7 @@ class TaskPart(NamedTuple):
     part: Int[Array, ""]
     is_last: Bool[Array, ""]
     number: Int[Array, ""]
+    parts: Int[Array, ""] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +82,7 @@ class BackwardSchedule:
         halo_key_tiles: how many of the tiles of keys are a halo's; they come before the own ones.
         packed: whether there are documents.
         window: keys before a query that it sees, or None.
+        has_ends: whether some keys are behind the end of a query's sequence.
         halo_last: whether the tasks of a halo's keys come after those of the own keys of all heads.
         split_tasks: how many of the last tasks are split.
         parts: into how many parts each.
@@ -96,9 +99,22 @@ class BackwardSchedule:
     halo_key_tiles: int
     packed: bool
     window: int | None
+    has_ends: bool = False
     halo_last: bool = False
     split_tasks: int = 0
     parts: int = 1
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether every query sees every key, and tiles of keys hold nothing else."""
+        whole_tiles = self.num_keys % self.key_tile == 0
+        only_before = self.window is None and self.offset + self.num_keys <= 1
+        return only_before and whole_tiles and not self.packed and not self.has_ends
+
+    @property
+    def splits_queries(self) -> bool:
+        """Whether the parts of a task have all heads and some of the queries each."""
+        return self.sees_all
 
     @property
     def longest_first(self) -> bool:
@@ -141,17 +157,19 @@ class BackwardSchedule:
             zero = jnp.int32(0)
             return TaskPart(index, zero, self.group_size, zero, jnp.bool_(True), zero)
         whole = jnp.int32(self.tasks - self.split_tasks)
-        part_size = self.group_size // self.parts
         beyond = jnp.maximum(index - whole, 0)
         part, number = (f(beyond, jnp.int32(self.split_tasks)) for f in (lax.div, lax.rem))
         is_split = index >= whole
+        part_size, by_queries = self.group_size // self.parts, self.splits_queries
+        heads = self.group_size
         return TaskPart(
             task=jnp.minimum(index, whole + number),
-            first_head=part * part_size,
-            heads=jnp.where(is_split, part_size, self.group_size),
+            first_head=jnp.int32(0) if by_queries else part * part_size,
+            heads=heads if by_queries else jnp.where(is_split, part_size, heads),
             part=part,
             is_last=~is_split | (part == self.parts - 1),
             number=number,
+            parts=jnp.where(is_split, self.parts, 1) if by_queries else None,
         )
 
     def task_coordinates(self, task: Int[Array, "*n"]) -> tuple[Int[Array, "*n"], Int[Array, "*n"]]:
@@ -225,12 +243,20 @@ class ProgramSchedule:
     Args:
         launch: what all programs have in common.
         index: the program's.
-        plan: `pallas_kernels._tile_ranges.query_plan`, after `plan_with_diagonal`, and where the
-            halo is last after `plan_with_first_block`, as a ref.
+        plan: `pallas_kernels._tile_ranges.query_plan`, after `plan_with_diagonal` or
+            `plan_in_order`, and where the halo is last after `plan_with_first_block`, as a ref.
         start: where the sequence of each query starts, as a ref; None if there is one sequence.
+        last_block: `last_key_blocks` as a ref; None where documents have no ends.
     """
 
-    def __init__(self, launch: BackwardSchedule, index: Int[Array, ""], plan: Any, start: Any):
+    def __init__(
+        self,
+        launch: BackwardSchedule,
+        index: Int[Array, ""],
+        plan: Any,
+        start: Any,
+        last_block: Any = None,
+    ):
         self.launch = launch
         self.part = launch.task_part(index)
         batch_kv_head, self.key_block = launch.task_coordinates(self.part.task)
@@ -244,13 +270,18 @@ class ProgramSchedule:
         # program adds last to those that the tile of keys before it does not add to.
         end_before = plan[row, jnp.maximum(self.key_block - 1, 0), 3]
         self.adds_last_from = jnp.where(self.key_block > 0, end_before, 0)
+        if self.part.parts is not None:
+            first, tiles, part = self.begin, self.end - self.begin, self.part.part
+            self.begin = first + lax.div(tiles * part, self.part.parts)
+            self.end = first + lax.div(tiles * (part + 1), self.part.parts)
         self.steps = (self.end - self.begin) * self.part.heads
+        self.last_block = last_block
         # Whether the keys are a halo's that comes last, and the first tile of keys that any query
         # sees.
         self.in_last_halo = self.key_block < launch.halo_key_tiles if launch.halo_last else None
         self.first_block = plan[row, self.key_block, 4] if launch.halo_last else None
         self.diagonal_tiles = None
-        if launch.packed and launch.halo_key_tiles < launch.num_key_tiles:
+        if launch.packed and not launch.has_ends and launch.halo_key_tiles < launch.num_key_tiles:
             self.diagonal_tiles = self._diagonal_tiles(start, row)
 
     def _diagonal_tiles(self, start: Any, row: int | Int[Array, ""]) -> Int[Array, ""]:
@@ -290,8 +321,13 @@ class ProgramSchedule:
         head = self.kv_head * self.launch.group_size + self.part.first_head + member
         return head, query_block
 
-    def is_unmasked(self, query_block: Int[Array, ""]) -> Bool[Array, ""]:
-        """Whether all queries of a tile see all keys of the program, so that no mask is needed."""
+    def is_unmasked(self, query_block: Int[Array, ""]) -> Bool[Array, ""] | None:
+        """Whether all queries of a tile see all keys of the program, so that no mask is needed.
+
+        None: no tile of the launch needs one.
+        """
+        if self.launch.sees_all:
+            return None
         return (query_block >= self.unmasked_begin) & (query_block < self.unmasked_end)
 
     def adders_before(self, query_block: Int[Array, ""]) -> Int[Array, ""]:
@@ -299,6 +335,8 @@ class ProgramSchedule:
         launch = self.launch
         if launch.longest_first:
             return self.key_block
+        if self.last_block is not None:
+            return self.last_block[self.row, query_block] - self.key_block
         # The last keys that a tile of queries sees are at its own positions, or the last of all.
         last_position = query_block * QUERY_TILE + (QUERY_TILE - 1 - launch.offset)
         last_block = lax.div(last_position, jnp.int32(launch.key_tile))
@@ -313,7 +351,7 @@ class ProgramSchedule:
     def _first_block_seen(self, query_block: Int[Array, ""]) -> Int[Array, ""]:
         """The first tile of keys that a tile of queries sees."""
         launch = self.launch
-        assert launch.window is not None and self.first_block is not None
+        assert launch.window is not None
         first_key = query_block * QUERY_TILE - (launch.window + launch.offset)
         block = lax.div(jnp.maximum(first_key, 0), jnp.int32(launch.key_tile))
         return jnp.maximum(block, self.first_block)
@@ -336,6 +374,22 @@ def plan_with_diagonal(
     number = jnp.arange(1, schedule.num_key_tiles + 1, dtype=jnp.int32)
     diagonal_end = (number * schedule.key_tile + schedule.offset) // QUERY_TILE
     return plan.at[..., 3].max(jnp.minimum(diagonal_end, schedule.num_query_tiles))
+
+
+def plan_in_order(plan: Int[Array, "B tiles 4"]) -> Int[Array, "B tiles 4"]:
+    """The `query_plan`, where documents have ends, in which no tile of keys ends before another.
+
+    They begin in their order anyway. So the programs that add to a tile of queries are consecutive.
+    """
+    return plan.at[..., 3].set(lax.cummax(plan[..., 3], axis=plan.ndim - 2))
+
+
+def last_key_blocks(
+    plan: Int[Array, "B tiles 4"], schedule: BackwardSchedule
+) -> Int[Array, "B query_tiles"]:
+    """The last tile of keys whose program adds to each tile of queries: it adds first."""
+    block = jnp.arange(schedule.num_query_tiles, dtype=jnp.int32)[:, None]
+    return (plan[:, None, :, 0] <= block).sum(-1, dtype=jnp.int32) - 1
 
 
 def plan_with_first_block(plan: Int[Array, "B tiles 4"]) -> Int[Array, "B tiles 5"]:

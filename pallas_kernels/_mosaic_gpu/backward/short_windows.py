@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Bool, Float, Float32, Int
 
 from pallas_kernels._kernels import BackwardInputs
 from pallas_kernels._logits import LOWEST
@@ -31,6 +31,7 @@ from pallas_kernels._mosaic_gpu.backward.short_windows_schedule import (
     chunk_tiles,
     key_block_of,
     key_slot,
+    tiles_before_queries,
 )
 from pallas_kernels._mosaic_gpu.backward.softmax import (
     initial_logits,
@@ -67,11 +68,11 @@ def backward(
     num_sms: int,
 ) -> tuple[
     Float[Array, "B T N H"],
-    Float[Array, "B T K H"],
-    Float[Array, "B T K Hv"],
+    Float[Array, "B S K H"],
+    Float[Array, "B S K Hv"],
     Float32[Array, "B N T"],
 ]:
-    """Gradients through the shard's own keys, where windows are no longer than `LONGEST_WINDOW`.
+    """Gradients through the keys of a run that `reaches` says windows are short enough for.
 
     Args:
         spec: static settings.
@@ -86,7 +87,9 @@ def backward(
     """
     query, (run,) = inputs.query, inputs.runs
     batch, length, heads, _ = query.shape
-    num_kv_heads, num_tiles = run.value.shape[2], pl.cdiv(length, TILE)
+    num_kv_heads, num_keys = run.value.shape[2], run.value.shape[1]
+    query_tiles = pl.cdiv(length, TILE)
+    num_tiles = query_tiles + tiles_before_queries(run.offset)
     schedule = ShortSchedule(
         num_kv_heads=num_kv_heads,
         group_size=heads // num_kv_heads,
@@ -94,13 +97,16 @@ def backward(
         num_tiles=num_tiles,
         chunk=chunk_tiles(num_tiles, num_kv_heads * batch, num_sms),
         packed=inputs.start.ndim > 0,
+        has_ends=inputs.end is not None and inputs.end.ndim > 0,
+        num_keys=num_keys,
+        offset=run.offset,
     )
     operands, tiles_of_others = _operands(spec, inputs, dquery)
     outputs = {
         "dquery": jax.ShapeDtypeStruct(query.shape, dquery_dtype),
         "dkey": jax.ShapeDtypeStruct(run.key.shape, dkey_dtype),
         "dvalue": jax.ShapeDtypeStruct(run.value.shape, dkey_dtype),
-        "minus_delta": jax.ShapeDtypeStruct((batch, heads, num_tiles * TILE), jnp.float32),
+        "minus_delta": jax.ShapeDtypeStruct((batch, heads, query_tiles * TILE), jnp.float32),
     }
     smem, barriers = _smem(schedule, inputs, dquery_dtype, dkey_dtype), _barriers(schedule)
 
@@ -162,7 +168,9 @@ def _operands(
     }
     if start.ndim:
         operands["start"] = jnp.pad(start, ((0, 0), (0, pad)), mode="edge")
-        operands["padding"] = padding_flags(start)
+        operands["padding"] = padding_flags(start, spec.first_key)
+    if inputs.end is not None and inputs.end.ndim:
+        operands["end"] = jnp.pad(inputs.end, ((0, 0), (0, pad)), mode="edge")
     tiles_of_others = 0
     if others is not None:
         tiles_of_others = pl.cdiv(others.shape[1], TILE)
@@ -197,12 +205,14 @@ def _smem(
     if schedule.packed:
         smem["start"] = plgpu.SMEM((SLOTS, TILE), jnp.int32)
         smem["padding"] = plgpu.SMEM((SLOTS, FLAG_WIDTH), jnp.int32)
+    if schedule.has_ends:
+        smem["end"] = plgpu.SMEM((SLOTS, TILE), jnp.int32)
     return smem
 
 
 def _barriers(schedule: ShortSchedule) -> dict[str, Any]:
     """Types of the barriers: who arrives, and who waits."""
-    copies = 6 if schedule.packed else 4
+    copies = (6 if schedule.packed else 4) + schedule.has_ends
     return {
         # The copies of a consumer's keys and values; this consumer and the producer.
         "key": plgpu.Barrier(num_arrivals=2, num_barriers=CONSUMERS),
@@ -281,8 +291,8 @@ class _Consumer:
 
         The producer reads these keys only after this consumer has arrived on "dlogits".
         """
-        if not self.schedule.packed:
-            return
+        if not self.schedule.packed or self.spec.lookahead:
+            return  # where keys are moved, padding has been zeros before the launch
         # In place of a tile before the sequence stands the first one.
         row, tile = self.chunk.row, jnp.maximum(key_block, 0)
 
@@ -294,7 +304,7 @@ class _Consumer:
 
     def _step(self, key_block, first_query_block, steps_before, n, carry):
         """Adds what flows through a head of a tile of queries to dk and dv, the carry."""
-        smem, barriers = self.smem, self.barriers
+        barriers = self.barriers
         number = steps_before + n
         slot = lax.rem(number, jnp.int32(SLOTS))
         buffer = lax.bitwise_and(number, jnp.int32(1))
@@ -302,17 +312,32 @@ class _Consumer:
         keys = key_slot(key_block)
         plgpu.barrier_wait(barriers["query"].at[slot])
         plgpu.barrier_wait(barriers["delta"].at[slot])
-        unmasked = (key_block < query_block) & (key_block >= 0)
-        # The last query sees the first key.
-        unmasked &= (query_block - key_block + 1) * TILE - 1 <= self.spec.window
-        if self.schedule.packed:
-            unmasked &= smem["start"][slot, TILE - 1] <= key_block * TILE
+        unmasked = self._is_unmasked(slot, query_block, key_block)
         for part in range(TILE // SUBTILE):
             carry = self._subtile(
                 part, slot, buffer, keys, query_block, key_block, unmasked, *carry
             )
         plgpu.barrier_arrive(barriers["query_free"].at[slot])
         return carry
+
+    def _is_unmasked(self, slot, query_block, key_block) -> Bool[Array, ""]:
+        """Whether all queries of a tile see all keys of another."""
+        schedule, smem, window = self.schedule, self.smem, self.spec.window
+        assert window is not None
+        offset, beyond = schedule.offset, schedule.tiles_before_queries * TILE + schedule.offset
+        unmasked = (key_block < query_block) & (key_block >= 0)
+        # The last query sees the first key.
+        unmasked &= (query_block - key_block + 1) * TILE - 1 <= window + beyond
+        if offset:
+            unmasked &= query_block >= schedule.tiles_before_queries
+            unmasked &= (key_block + 1) * TILE <= schedule.num_keys
+            # The first query sees the last key.
+            unmasked &= (query_block - key_block) * TILE >= TILE - 1 + beyond
+        if schedule.packed:
+            unmasked &= smem["start"][slot, TILE - 1] <= schedule.first_key(key_block)
+            if schedule.has_ends:
+                unmasked &= schedule.first_key(key_block) + TILE <= smem["end"][slot, 0]
+        return unmasked
 
     def _subtile(self, part, slot, buffer, keys, query_block, key_block, unmasked, dkey, dvalue):
         """Adds what flows through `SUBTILE` queries to dk and dv."""
@@ -348,11 +373,19 @@ class _Consumer:
         packed = self.schedule.packed
         j = plgpu.broadcasted_iota(jnp.int32, (TILE, SUBTILE), 0, layout=MATRIX)
         i = plgpu.broadcasted_iota(jnp.int32, (TILE, SUBTILE), 1, layout=MATRIX)
-        i = i * opaque_to_compiler(1) + (query_block * TILE + part * SUBTILE)
-        j = j + key_block * TILE
-        starts = None
-        if packed:
+        query_tile = self.schedule.query_tile(query_block)
+        i = i * opaque_to_compiler(1) + (query_tile * TILE + part * SUBTILE)
+        key = j + key_block * TILE
+        offset, num_keys = self.schedule.offset, self.schedule.num_keys
+        j = key + offset if offset else key
+
+        def bounds(name):
             rows = pl.ds(part * SUBTILE, SUBTILE)
-            starts = broadcast_row(load_as(self.smem["start"].at[slot, rows], ROW))
-        seen = sees(i, j, starts, self.spec.window, 0, packed=packed) & (j >= 0)
+            return broadcast_row(load_as(self.smem[name].at[slot, rows], ROW))
+
+        starts = bounds("start") if packed else None
+        ends = bounds("end") if self.schedule.has_ends else None
+        seen = sees(i, j, starts, self.spec.window, 0, packed=packed, end=ends) & (key >= 0)
+        if offset:
+            seen &= (key < num_keys) & (i >= 0)
         return jnp.where(seen, weights, 0.0)

@@ -106,9 +106,9 @@ class DqProducer:
         dquery = pl.run_scoped(multiply, accumulator)
         plgpu.barrier_arrive(barriers["dlogits_free"].at[buffer])
 
-        @pl.when(query_block < chunk.end)
+        @pl.when(self.schedule.is_written(query_block, chunk))
         def write():
-            self._write(dquery, query_block, head)
+            self._write(dquery, self.schedule.query_tile(query_block), head)
 
     def _coordinates(
         self, number: Int[Array, ""]
@@ -131,7 +131,8 @@ class DqProducer:
     def _copy_queries(self, number: Int[Array, ""]) -> None:
         """Copies what a step needs of its queries."""
         slot, query_block, head = self._coordinates(number)
-        arrived, rows = self.barriers["query"].at[slot], pl.ds(query_block * TILE, TILE)
+        tile = self.schedule.copied_query_tile(query_block)
+        arrived, rows = self.barriers["query"].at[slot], pl.ds(tile * TILE, TILE)
         row = self.chunk.row
         for name in ("query", "dout", "out"):
             src = self.refs[name].at[row, rows, head]
@@ -141,8 +142,11 @@ class DqProducer:
         if self.schedule.packed:
             src = self.refs["start"].at[row, rows]
             plgpu.copy_gmem_to_smem(src, self.smem["start"].at[slot], arrived)
-            src = self.refs["padding"].at[row, query_block]
+            src = self.refs["padding"].at[row, tile]
             plgpu.copy_gmem_to_smem(src, self.smem["padding"].at[slot], arrived)
+        if self.schedule.has_ends:
+            src = self.refs["end"].at[row, rows]
+            plgpu.copy_gmem_to_smem(src, self.smem["end"].at[slot], arrived)
 
     def _copy_queries_ahead(self, number: Int[Array, ""]) -> None:
         """Copies the queries of a later step to the slot of the step before this one."""
@@ -169,9 +173,10 @@ class DqProducer:
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.barriers["delta"].at[slot])
 
-        @pl.when(query_block < self.chunk.end)
+        @pl.when(self.schedule.is_written(query_block, self.chunk))
         def write():
-            dst = self.refs["minus_delta"].at[self.chunk.row, head, pl.ds(query_block * TILE, TILE)]
+            rows = pl.ds(self.schedule.query_tile(query_block) * TILE, TILE)
+            dst = self.refs["minus_delta"].at[self.chunk.row, head, rows]
             plgpu.copy_smem_to_gmem(minus_delta, dst)
 
     def _zero_padding(self, slot: Int[Array, ""], query_block: Int[Array, ""]) -> None:
@@ -182,7 +187,9 @@ class DqProducer:
         @pl.when(self.smem["padding"][slot, 0] != 0)
         def write():
             tiles = [self.smem[name].at[slot] for name in ("query", "dout")]
-            zero_padding(tiles, self.smem["start"].at[slot], query_block * TILE)
+            first = self.schedule.copied_query_tile(query_block) * TILE
+            first = first + self.spec.first_key if self.spec.lookahead else first
+            zero_padding(tiles, self.smem["start"].at[slot], first)
 
     def _multiply_dlogits(
         self, query_block: Int[Array, ""], buffer: Int[Array, ""], dquery: Any

@@ -6,6 +6,10 @@ the next, and at each through all query heads of the group. A window reaches bac
 
 Neighbouring chunks share nothing. A program computes again what its neighbours compute too: of the
 `MAX_TILES_BACK` tiles of keys before its chunk, and of as many tiles of queries after it.
+
+Where the first key is not at the position of the first query, tiles of queries are counted from
+that of the first key, so that a tile of queries sees the tiles of keys of its own number and of
+those before it in any case.
 """
 
 import dataclasses
@@ -14,7 +18,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from pallas_kernels._mosaic_gpu.primitives import ROWS
 
@@ -27,6 +31,7 @@ MAX_TILES_BACK = 2
 
 
 LONGEST_WINDOW = MAX_TILES_BACK * TILE
+"""Where keys begin at the position of a tile of queries."""
 
 
 CONSUMERS = MAX_TILES_BACK + 1
@@ -67,9 +72,12 @@ class ShortSchedule:
         num_kv_heads: heads of keys.
         group_size: query heads of each.
         batch_kv_heads: heads of keys in all rows of the batch.
-        num_tiles: tiles of the sequence.
+        num_tiles: tiles of the sequence, counted from the first key's to the last query's.
         chunk: tiles of a chunk.
         packed: whether there are documents.
+        has_ends: whether some keys are behind the end of a query's document.
+        num_keys: all keys.
+        offset: position of the first key.
     """
 
     num_kv_heads: int
@@ -78,6 +86,33 @@ class ShortSchedule:
     num_tiles: int
     chunk: int
     packed: bool
+    has_ends: bool
+    num_keys: int
+    offset: int
+
+    @property
+    def tiles_before_queries(self) -> int:
+        """Tiles that are counted before that of the first query."""
+        return tiles_before_queries(self.offset)
+
+    def query_tile(self, query_block: Int[Array, ""]) -> Int[Array, ""]:
+        """The tile of queries of this number, counted from the first query's; negative: none."""
+        before = self.tiles_before_queries
+        return query_block - before if before else query_block
+
+    def copied_query_tile(self, query_block: Int[Array, ""]) -> Int[Array, ""]:
+        """As `query_tile`, but the first query's tile stands for one that does not exist."""
+        tile = self.query_tile(query_block)
+        return jnp.maximum(tile, 0) if self.tiles_before_queries else tile
+
+    def is_written(self, query_block: Int[Array, ""], chunk: Chunk) -> Bool[Array, ""]:
+        """Whether the chunk's program writes the gradients of a tile of queries."""
+        before, written = self.tiles_before_queries, query_block < chunk.end
+        return written & (query_block >= before) if before else written
+
+    def first_key(self, key_block: Int[Array, ""]) -> Int[Array, ""]:
+        """Position of the first key of a tile."""
+        return key_block * TILE + self.offset if self.offset else key_block * TILE
 
     @property
     def programs(self) -> int:
@@ -94,6 +129,17 @@ class ShortSchedule:
         num_kv_heads = jnp.int32(self.num_kv_heads)
         row, kv_head = lax.div(batch_kv_head, num_kv_heads), lax.rem(batch_kv_head, num_kv_heads)
         return Chunk(row, kv_head, first, end, stop)
+
+
+def tiles_before_queries(offset: int) -> int:
+    """Tiles from the first key's to the first query's, for keys that begin at this position."""
+    return pl.cdiv(-offset, TILE)
+
+
+def reaches(window: int, offset: int) -> bool:
+    """Whether `MAX_TILES_BACK` tiles of keys before a tile of queries hold its windows."""
+    beyond = tiles_before_queries(offset) * TILE + offset
+    return offset <= 0 and window + beyond <= LONGEST_WINDOW
 
 
 def chunk_tiles(num_tiles: int, batch_kv_heads: int, num_sms: int) -> int:

@@ -5,6 +5,8 @@ of sinks that the chunks leave are added up in a fixed order: to those of the sh
 of the fetched sinks.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -27,7 +29,8 @@ SHORTEST_WINDOW = ROWS - 1
 
 def takes(spec: Spec) -> bool:
     """Whether the kernel can compute this."""
-    has_chunks = spec.window is not None and spec.window >= SHORTEST_WINDOW
+    window = spec.keys_before
+    has_chunks = window is not None and window >= SHORTEST_WINDOW
     return has_chunks and spec.num_sinks <= MAX_SINKS
 
 
@@ -50,6 +53,9 @@ def backward(
 ]:
     """Adds what flows through the sinks that windows do not reach to gradients.
 
+    These sinks are before a query, so that it does not matter whether it sees keys after itself:
+    keys are not moved here.
+
     Args:
         spec: static settings.
         queries: queries of the shard, and what belongs to them.
@@ -64,9 +70,12 @@ def backward(
     Returns:
         dquery, dkey, dvalue, and the gradients of the fetched sinks.
     """
+    start = queries.start + spec.lookahead if spec.lookahead else queries.start
+    queries = queries._replace(start=start, end=None)
+    spec = dataclasses.replace(spec, window=spec.keys_before, lookahead=0)
     assert spec.window is not None
     batch, length, heads, _ = queries.query.shape
-    start, num_kv_heads = queries.start, run.key.shape[2]
+    num_kv_heads = run.key.shape[2]
     chunk = chunk_length(spec.window)
     starts = start[:, ::chunk] if start.ndim else start
     starts = jnp.broadcast_to(starts, (batch, pl.cdiv(length, chunk)))

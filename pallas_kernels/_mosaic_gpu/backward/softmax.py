@@ -49,7 +49,7 @@ def softmax_backward(
     logits: Any,
     dweights: Any,
     shift: Float32[Array, "64 queries"],
-    unmasked: Bool[Array, ""],
+    unmasked: Bool[Array, ""] | None,
     mask: Callable[[Array], Array],
     dtype,
 ) -> tuple[Float[Array, "64 queries"], Float[Array, "64 queries"]]:
@@ -60,7 +60,7 @@ def softmax_backward(
         logits: accumulator that began with `initial_logits`; its WGMMA was issued first.
         dweights: accumulator that began with ``-delta``; its WGMMA was issued last.
         shift: of the queries.
-        unmasked: whether every query sees every key, so that ``mask`` is left out.
+        unmasked: whether every query sees every key, so that ``mask`` is left out; None: always.
         mask: weights to weights that are zero where a query does not see a key.
         dtype: of the results.
     """
@@ -75,14 +75,15 @@ def softmax_weights(
     spec: Spec,
     products: Float32[Array, "64 queries"],
     shift: Float32[Array, "64 queries"],
-    unmasked: Bool[Array, ""],
+    unmasked: Bool[Array, ""] | None,
     mask: Callable[[Array], Array],
 ) -> tuple[Float32[Array, "64 queries"], Float32[Array, "64 queries"]]:
     """Weights, and the factors that take dweights - delta to dlogits; as `softmax_backward`."""
     scaled, factor, dcap = cap_logits(spec, products)
     accumulated = _accumulates_shift(spec)
     weights = jnp.exp2(scaled * factor if accumulated else scaled * factor + shift)
-    weights = lax.cond(unmasked, lambda x: x, mask, weights)
+    if unmasked is not None:
+        weights = lax.cond(unmasked, lambda x: x, mask, weights)
     return weights, weights if dcap is None else weights * dcap
 
 

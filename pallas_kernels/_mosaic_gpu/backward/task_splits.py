@@ -1,8 +1,8 @@
 """Which tasks of a fused Mosaic GPU backward kernel are split into parts.
 
 At the end of a launch some multiprocessors are idle while the last tasks run. If these are split
-into programs of fewer heads each (`scheduler`), the launch ends earlier, but each part has an
-overhead of its own.
+into programs of fewer heads or queries each (`scheduler`), the launch ends earlier, but each part
+has an overhead of its own.
 """
 
 import dataclasses
@@ -45,12 +45,22 @@ def split_last_tasks(schedule: BackwardSchedule, num_sms: int) -> BackwardSchedu
     counts = {schedule.num_key_tiles} if has_both else {num_sms // 2, num_sms}
     if schedule.halo_last:
         counts = {schedule.halo_tasks}
-    split_tasks, parts = choose_split(devices, schedule.group_size, num_sms, counts)
+    by_queries = schedule.splits_queries
+    if by_queries:  # all tasks are equal: those that not all multiprocessors have
+        counts = {schedule.tasks % num_sms or num_sms}
+    split_tasks, parts = choose_split(
+        devices, schedule.group_size, num_sms, counts, by_queries=by_queries
+    )
     return dataclasses.replace(schedule, split_tasks=split_tasks, parts=parts)
 
 
 def choose_split(
-    devices: list[list[int]], group_size: int, num_sms: int, counts: set[int]
+    devices: list[list[int]],
+    group_size: int,
+    num_sms: int,
+    counts: set[int],
+    *,
+    by_queries: bool = False,
 ) -> tuple[int, int]:
     """How many of the last tasks to split, and into how many parts of equally many heads.
 
@@ -61,6 +71,7 @@ def choose_split(
         group_size: heads of a task.
         num_sms: multiprocessors of the GPU.
         counts: how many tasks may be split; all of them may be too.
+        by_queries: whether parts have about equally many queries instead.
     """
     num_tasks = len(devices[0])
 
@@ -82,7 +93,9 @@ def choose_split(
 
     best, least = (0, 1), 0.99 * mean_time(0, 1)
     for split_tasks in sorted({n for n in counts if n < num_tasks} | {num_tasks}):
-        for parts in (n for n in range(2, MAX_PARTS + 1) if group_size % n == 0):
+        for parts in range(2, MAX_PARTS + 1):
+            if not by_queries and group_size % parts:
+                continue
             if (time := mean_time(split_tasks, parts)) < least:
                 best, least = (split_tasks, parts), time
     return best

@@ -140,7 +140,7 @@ class Consumer:
         products = pl.run_scoped(multiply_keys, shape)
         plgpu.barrier_arrive(self.barriers["key_free"].at[self._stage(used, 0)])
         row_max, row_sum, correction, weights = self.softmax.update(
-            products, row_max, row_sum, partial(mask.window, jnp.int32(0))
+            products, row_max, row_sum, mask.first
         )
         if config.scheduler.sink_tile:
             acc = self.softmax.rescale(acc, correction)

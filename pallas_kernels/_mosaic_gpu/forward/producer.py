@@ -60,19 +60,21 @@ class Producer:
     def _keys(self, tile: WorkTile, fetched):
         """All tiles of keys and values; ``fetched`` counts those of the tiles before."""
         tiles = self.config.tiles
-        for run, begin, count in zip(
-            self.refs["runs"], tile.begins_in_eights, tile.key_tiles_of_runs, strict=True
+        counts = tile.key_tiles_of_runs
+        for number, (run, begin) in enumerate(
+            zip(self.refs["runs"], tile.begins_in_eights, strict=True)
         ):
 
-            def step(n, fetched, run=run, begin=begin):
+            def step(n, fetched, number=number, run=run, begin=begin):
                 stage = lax.rem(fetched, jnp.int32(tiles.slots))
-                keys = pl.ds((begin + n * (tiles.key // 8)) * 8, tiles.key)
+                in_eights = begin + tile.fetched_tile(number, n) * (tiles.key // 8)
+                keys = pl.ds(in_eights * 8, tiles.key)
                 for name, ref in zip(("key", "value"), run, strict=True):
                     source = ref.at[tile.batch_row, keys, tile.kv_head]
                     self._into_stage(source, name, stage, fetched)
                 return fetched + 1
 
-            fetched = fori(0, count, step, fetched)
+            fetched = fori(0, counts[number], step, fetched)
         return fetched
 
     def _into_stage(self, source, name: str, stage, fetched):
@@ -97,7 +99,8 @@ class Producer:
                 plgpu.copy_gmem_to_smem(source, self.smem[name], self.barriers["sinks"])
 
         begin = tile.own_sinks_begin_in_eights
-        own = partial(step, run=self.refs["runs"][-1], begin=begin, fetched=fetched)
+        own_run = self.refs["runs"][self.config.scheduler.own]
+        own = partial(step, run=own_run, begin=begin, fetched=fetched)
         fori(0, tile.num_own_sink_tiles, own, None)
         if self.config.has_fetched_sinks:
             fetched = fetched + tile.num_own_sink_tiles

@@ -13,12 +13,21 @@ from pallas_kernels._spec import Spec
 from pallas_kernels._tile_ranges import fetched_sink_count, key_span
 
 
+def sees_all(spec: Spec, inputs: ForwardInputs, rows: tuple[int, int]) -> bool:
+    """Whether every query of a launch sees every key, so that no tile needs a mask."""
+    one_sequence = not inputs.start.ndim and inputs.end is None
+    if spec.window is not None or not one_sequence or len(inputs.runs) > 1:
+        return False
+    (run,) = inputs.runs
+    return run.offset + run.key.shape[1] <= rows[0] + 1
+
+
 class TileScheduler:
     """A launch over the queries ``rows``, whose tiles so many ``programs`` share.
 
     A warpgroup has `ROWS` rows of a tile: ``positions_per_warpgroup`` positions of each of
     ``tiles.heads`` heads of a group, one head after the other. ``operands`` are the arrays that
-    the scheduler reads.
+    the scheduler reads. ``sees_all`` says that every query sees every key.
     """
 
     def __init__(
@@ -29,7 +38,8 @@ class TileScheduler:
         tiles: MosaicTiles,
         programs: int,
     ):
-        query, runs, sinks, start = inputs.query, inputs.runs, inputs.sinks, inputs.start
+        query, runs, sinks = inputs.query, inputs.runs, inputs.sinks
+        start, end = inputs.start, inputs.end
         batch, length, heads, _ = query.shape
         self.spec, self.rows, self.tiles = spec, rows, tiles
         self.runs = tuple((run.offset, run.key.shape[1]) for run in runs)
@@ -41,33 +51,37 @@ class TileScheduler:
         self.num_tiles = self.query_tiles * self.head_tiles * batch
         self.grid = min(programs, self.num_tiles)
         self.packed = start.ndim > 0
+        self.has_ends_by_row = end is not None and end.ndim > 0
         self.has_halo = any(run.offset for run in runs)
-        self.num_sinks = spec.sinks_in(runs[-1].offset)
+        self.sees_all = sees_all(spec, inputs, rows)
+        # The sinks of the shard itself are in this run, if it is here.
+        offsets = [run.offset for run in runs]
+        self.own = offsets.index(spec.first_key) if spec.first_key in offsets else len(runs) - 1
+        self.num_sinks = spec.sinks_in(offsets[self.own])
         self.num_fetched_sinks = 0 if sinks is None else sinks.key.shape[1]
         # Without a window the sinks are among the keys that every query sees anyway.
         windowed = spec.window is not None and (self.num_sinks or sinks is not None)
         self.sink_tile = MOSAIC_SINKS if windowed else 0
         self.operands: dict[str, Any] = {
-            "start": self._starts(start, batch, length),
+            "start": self._by_rows(start, batch, length),
             "runs": [(run.key, run.value) for run in runs],
         }
-        if inputs.end is not None:
-            assert not inputs.end.ndim, "ends of documents are left to other kernels"
-            self.operands["end"] = inputs.end.reshape(1)
+        if end is not None:
+            self.operands["end"] = self._by_rows(end, batch, length)
         if sinks is not None:
             pad = ((0, 0), (0, -self.num_fetched_sinks % self.sink_tile), (0, 0), (0, 0))
             # Fetched sinks hold values of the keys' dtype, so this cast loses nothing.
             self.operands["sinks"] = tuple(jnp.pad(x.astype(query.dtype), pad) for x in sinks)
 
-    def _starts(self, start: Array, batch: int, length: int) -> Array:
-        """[B, warpgroups, ROWS] starts of the rows of each warpgroup; [1, 1, 1] if all are one."""
-        if not self.packed:
-            return start.reshape(1, 1, 1)
+    def _by_rows(self, bounds: Array, batch: int, length: int) -> Array:
+        """[B, warpgroups, ROWS] starts or ends of the rows of each warpgroup; [1, 1, 1] if one."""
+        if not bounds.ndim:
+            return bounds.reshape(1, 1, 1)
         positions = self.positions_per_warpgroup
-        start = jnp.pad(start, ((0, 0), (0, -length % self.positions_per_tile)), mode="edge")
-        start = start.reshape(batch, -1, 1, positions)
-        start = jnp.broadcast_to(start, (*start.shape[:2], self.tiles.heads, positions))
-        return start.reshape(batch, -1, ROWS)
+        bounds = jnp.pad(bounds, ((0, 0), (0, -length % self.positions_per_tile)), mode="edge")
+        bounds = bounds.reshape(batch, -1, 1, positions)
+        bounds = jnp.broadcast_to(bounds, (*bounds.shape[:2], self.tiles.heads, positions))
+        return bounds.reshape(batch, -1, ROWS)
 
     def num_work_tiles(self) -> Array:
         """How many tiles this program takes."""
@@ -83,8 +97,11 @@ class WorkTile:
     """A tile of queries: its row of the batch, heads, positions, and the keys that it sees.
 
     Tiles of heads come one after the other, then tiles of queries, then rows of the batch. The
-    last queries, which see most under a causal mask, come first. TMA fetches keys from multiples
-    of 8 on, so a run's first key is counted in eights.
+    last queries, which see most under a causal mask, come first. Where all queries see all keys,
+    tiles of queries come first, so that the keys of few heads are in use, which the L2 cache holds;
+    and the last tile of keys comes first, so that no later one has rows beyond the last key.
+
+    TMA fetches keys from multiples of 8 on, so a run's first key is counted in eights.
 
     Attributes:
         batch_row: row of the batch.
@@ -92,19 +109,21 @@ class WorkTile:
         first_head: its first query head.
         kv_head: the key/value head of all its heads.
         start: where the sequence of the tile's first query starts.
-        end: where that of all queries ends; None: no key is behind that.
+        end: where the sequence of the last query ends; None: no key is behind that.
         num_key_tiles: tiles of keys in the windows of its queries, in all runs.
         num_sink_tiles: tiles of sinks, the shard's own before the fetched ones.
     """
 
     def __init__(self, scheduler: TileScheduler, refs, index):
         self.scheduler = scheduler
-        self.head_tile = lax.rem(index, jnp.int32(scheduler.head_tiles))
-        index = lax.div(index, jnp.int32(scheduler.head_tiles))
-        self.query_tile = (
-            scheduler.query_tiles - 1 - lax.rem(index, jnp.int32(scheduler.query_tiles))
-        )
-        self.batch_row = lax.div(index, jnp.int32(scheduler.query_tiles))
+        heads, queries = jnp.int32(scheduler.head_tiles), jnp.int32(scheduler.query_tiles)
+        if scheduler.sees_all:
+            self.query_tile, index = lax.rem(index, queries), lax.div(index, queries)
+            self.head_tile, self.batch_row = lax.rem(index, heads), lax.div(index, heads)
+        else:
+            self.head_tile, index = lax.rem(index, heads), lax.div(index, heads)
+            self.query_tile = scheduler.query_tiles - 1 - lax.rem(index, queries)
+            self.batch_row = lax.div(index, queries)
         self.first_head = self.head_tile * scheduler.tiles.heads
         self.kv_head = lax.div(self.first_head, jnp.int32(scheduler.group))
         self.refs = refs
@@ -114,7 +133,12 @@ class WorkTile:
         if scheduler.packed:
             self.start = refs["start"][self.batch_row, self.row_group(0), 0]
         spec, key_tile = scheduler.spec, scheduler.tiles.key
-        self.end = refs["end"][0] if "end" in refs else None
+        self.end = None
+        if scheduler.has_ends_by_row:
+            last_group = self.row_group(scheduler.tiles.warpgroups - 1)
+            self.end = refs["end"][self.batch_row, last_group, ROWS - 1]
+        elif "end" in refs:
+            self.end = refs["end"][0, 0, 0]
         self.begins_in_eights, self.key_tiles_of_runs = [], []
         for offset, length in scheduler.runs:
             low, high = key_span(
@@ -130,12 +154,12 @@ class WorkTile:
             self._find_sinks(last)
 
     def _find_sinks(self, last):
-        scheduler, spec = self.scheduler, self.scheduler.spec
+        scheduler, spec, own = self.scheduler, self.scheduler.spec, self.scheduler.own
         self.num_own_sink_tiles = jnp.int32(0)
         if scheduler.num_sinks:
-            begin = jnp.maximum(self.start, 0)
-            length = scheduler.runs[-1][1]
-            stop = jnp.minimum(self.start + spec.num_sinks, self.begins_in_eights[-1] * 8)
+            start = self.start - spec.first_key if spec.lookahead else self.start
+            begin, length = jnp.maximum(start, 0), scheduler.runs[own][1]
+            stop = jnp.minimum(start + spec.num_sinks, self.begins_in_eights[own] * 8)
             self.own_sinks_end = jnp.minimum(stop, length)
             self.own_sinks_begin_in_eights = lax.div(jnp.minimum(begin, length), jnp.int32(8))
             wanted = self.own_sinks_end - self.own_sinks_begin_in_eights * 8
@@ -147,8 +171,9 @@ class WorkTile:
             crossing = self.refs["start"][self.batch_row if scheduler.packed else 0, 0, 0]
             self.crossing = crossing
             slots = fetched_sink_count(
-                last, self.start, crossing, spec.window, length=scheduler.num_fetched_sinks
-            )
+                last, self.start, crossing, spec.window,
+                length=scheduler.num_fetched_sinks, first_key=spec.first_key,
+            )  # fmt: skip
             count = lax.div(slots + scheduler.sink_tile - 1, jnp.int32(scheduler.sink_tile))
             self.num_sink_tiles = self.num_own_sink_tiles + count
 
@@ -161,8 +186,13 @@ class WorkTile:
         """Position of a warpgroup's first query, a multiple of 8."""
         return self.row_group(warpgroup) * (self.scheduler.positions_per_warpgroup // 8) * 8
 
+    def fetched_tile(self, run: int, n):
+        """Which tile of keys of a run, counted from the first one that is seen, comes ``n``-th."""
+        return self.key_tiles_of_runs[run] - 1 - n if self.scheduler.sees_all else n
+
     def key_range(self, n):
         """Position of the first key of the ``n``-th tile of keys, and the end of its run."""
+        n = self.fetched_tile(0, n)
         begin: Any = None
         stop: Any = None
         before: Any = 0
@@ -174,6 +204,8 @@ class WorkTile:
             begin = of_run if begin is None else jnp.where(n >= before, of_run, begin)
             stop = end if stop is None else jnp.where(n >= before, end, stop)
             before = before + count
+        if self.end is not None and not self.scheduler.has_ends_by_row:
+            stop = jnp.minimum(stop, self.end)
         return begin + n * self.scheduler.tiles.key, stop
 
     def first_key_of_all(self, warpgroup):
@@ -189,13 +221,21 @@ class WorkTile:
             low = start if low is None else jnp.maximum(low, start)
         return low
 
-    def is_unmasked(self, first_query, low, n):
+    def first_end(self, warpgroup):
+        """Where the sequence of a warpgroup's first query ends; None: no row has an end."""
+        if not self.scheduler.has_ends_by_row:
+            return None
+        return self.refs["end"][self.batch_row, self.row_group(warpgroup), 0]
+
+    def is_unmasked(self, first_query, low, n, first_end=None):
         """Every query from ``first_query`` on sees every key of the ``n``-th tile of keys.
 
-        ``low`` is what `first_key_of_all` says of the warpgroup.
+        ``low`` and ``first_end`` are what `first_key_of_all` and `first_end` say of the warpgroup.
         """
         first, stop = self.key_range(n)
         causal = first_query + 1
+        if first_end is not None:
+            causal = jnp.minimum(causal, first_end)
         stop = jnp.minimum(stop, causal) if self.scheduler.has_halo else causal
         unmasked = first + self.scheduler.tiles.key <= stop
         return unmasked if low is None else unmasked & (first >= low)
@@ -207,6 +247,8 @@ class WorkTile:
         begin = stop = jnp.int32(0)
         if self.scheduler.num_sinks:
             begin, stop = self.own_sinks_begin_in_eights * 8 + n * size, self.own_sinks_end
+            if first_key := self.scheduler.spec.first_key:
+                begin, stop = begin + first_key, stop + first_key
         if self.scheduler.num_fetched_sinks:
             fetched_begin = self.crossing + (n - self.num_own_sink_tiles) * size
             begin = jnp.where(fetched, fetched_begin, begin)

@@ -40,14 +40,31 @@ class TileMask:
         self.config, self.tile = config, tile
         self.first_query = tile.first_position(warpgroup)
         self.first_key_of_all = tile.first_key_of_all(warpgroup)
-        self.starts = tile.start
+        self.first_end = tile.first_end(warpgroup)
+        self.starts, self.ends = tile.start, None
         if config.scheduler.packed:
             row = tile.row_group(warpgroup)
             self.starts = load_as(refs["start"].at[tile.batch_row, row], COLUMN)
+            if config.scheduler.has_ends_by_row:
+                self.ends = load_as(refs["end"].at[tile.batch_row, row], COLUMN)
+
+    def first(self, logits: Array) -> Array:
+        """`window` of the tile of keys that comes first."""
+        scheduler = self.config.scheduler
+        if not scheduler.sees_all:
+            return self.window(jnp.int32(0), logits)
+        (_, length), size = scheduler.runs[0], self.config.tiles.key
+        if length % size == 0:
+            return logits
+        first_key, stop = self.tile.key_range(0)
+        j = plgpu.broadcasted_iota(jnp.int32, (ROWS, size), 1, layout=MATRIX)
+        return jnp.where(j < stop - first_key, logits, -jnp.inf)
 
     def window(self, n: Array, logits: Array) -> Array:
         """Logits with the ``n``-th tile of keys, -inf where a query does not see a key."""
-        unmasked = self.tile.is_unmasked(self.first_query, self.first_key_of_all, n)
+        if self.config.scheduler.sees_all:
+            return logits
+        unmasked = self.tile.is_unmasked(self.first_query, self.first_key_of_all, n, self.first_end)
         return lax.cond(unmasked, lambda x: x, partial(self._window, n), logits)
 
     def sinks(self, n: Array, logits: Array) -> Array:
@@ -61,7 +78,9 @@ class TileMask:
             return jnp.where(seen, logits, -jnp.inf)
 
         def of_other_shards(logits):
-            seen = sees_fetched_sink(i, j, start, spec.window, spec.num_sinks)
+            seen = sees_fetched_sink(
+                i, j, start, spec.window, spec.num_sinks, first_key=spec.first_key
+            )
             return jnp.where(seen & (j < stop), logits, -jnp.inf)
 
         if not self.config.has_fetched_sinks:
@@ -71,10 +90,13 @@ class TileMask:
     def _window(self, n, logits):
         scheduler = self.config.scheduler
         first_key, stop = self.tile.key_range(n)
-        i, j, start = self._positions(self.config.tiles.key, first_key)
-        rule = sees_behind_halo if scheduler.has_halo else sees
-        window, num_sinks = self.config.spec.window, scheduler.num_sinks
-        seen = rule(i, j, start, window, num_sinks, packed=scheduler.packed)
+        spec, size = self.config.spec, self.config.tiles.key
+        i, j, start = self._positions(size, first_key)
+        end = None if self.ends is None else broadcast_column(self.ends, size)
+        rule = sees
+        if scheduler.has_halo:
+            rule = partial(sees_behind_halo, first_key=spec.first_key)
+        seen = rule(i, j, start, spec.window, scheduler.num_sinks, packed=scheduler.packed, end=end)
         if scheduler.has_halo:
             seen &= j < stop
         return jnp.where(seen, logits, -jnp.inf)

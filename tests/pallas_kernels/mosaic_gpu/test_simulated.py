@@ -166,7 +166,7 @@ def test_programs_that_split_a_task(name, parts, all_tasks, monkeypatch):
     case = dataclasses.replace(case, **SPLIT[name])
     group_sizes = []
 
-    def split(devices, group_size, num_sms, counts):
+    def split(devices, group_size, num_sms, counts, **_):
         group_sizes.append(group_size)
         return len(devices[0]) if all_tasks else min(3, len(devices[0])), parts or group_size
 

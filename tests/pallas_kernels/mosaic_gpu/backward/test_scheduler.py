@@ -7,6 +7,7 @@ added as `ProgramSchedule.adders_before` says. These must be programs that start
 import collections
 import dataclasses
 import functools
+import itertools
 import random
 
 import jax
@@ -19,8 +20,10 @@ from pallas_kernels._mosaic_gpu.backward.scheduler import (
     QUERY_TILE,
     BackwardSchedule,
     ProgramSchedule,
+    last_key_blocks,
     next_state_heads_first,
     next_state_tiles_first,
+    plan_in_order,
     plan_with_diagonal,
     plan_with_first_block,
     task_coordinates,
@@ -55,7 +58,9 @@ def shard(rng: random.Random):
 
 FIRST_DEVICE = [(jnp.int32(0), 256, 300, -2 * KEY_TILE, 2 * KEY_TILE + 300)]
 """A halo and own keys of the first device of a ring, where no query sees the halo."""
-SHARDS = [shard(random.Random(seed)) for seed in range(14)] + FIRST_DEVICE
+SEES_ALL = [(jnp.int32(-256), None, 300, -256, 256)]
+"""Keys that all queries see."""
+SHARDS = [shard(random.Random(seed)) for seed in range(14)] + FIRST_DEVICE + SEES_ALL
 
 
 def schedule_of(shard, key_tile, num_kv_heads=1, batch=1, group_size=1):
@@ -106,6 +111,65 @@ def test_a_program_knows_how_many_add_before_it_and_whether_it_is_the_last(numbe
         if not launch.longest_first:
             last = [bool(program.adds_last(jnp.int32(block))) for program in adders]
             assert last == [program is adders[-1] for program in adders]
+
+
+def documents_around_a_chunk(rng: random.Random):
+    """(starts, ends, window, rows, offset, length): documents, keys moved to the front.
+
+    The keys are the chunk's alone, or also those before and after it that windows reach.
+    """
+    rows = QUERY_TILE * rng.randint(1, 7) + rng.randint(0, QUERY_TILE - 1)
+    left, right = rng.choice([0, 1, 64, 100]), rng.choice([1, 64, 127, rows + 100])
+    whole = left + rows + right
+    edges = sorted({0, whole, *rng.sample(range(whole), min(6, whole))})
+    start, end = np.zeros(whole, np.int32), np.zeros(whole, np.int32)
+    for first, behind in itertools.pairwise(edges):
+        if rng.random() < 0.3:  # padding
+            start[first:behind] = end[first:behind] = np.arange(first, behind) + 1
+        else:
+            start[first:behind], end[first:behind] = first, behind
+    moved = slice(left, left + rows)
+    start, end = (x[None, moved] - left - right for x in (start, end))
+    window = rng.choice([left + right, None])
+    if window is None or rng.random() < 0.5:
+        return start, end, window, rows, -right, rows
+    filled = -(-(left + right) // KEY_TILE) * KEY_TILE
+    return start, end, window, rows, -filled, filled + rows
+
+
+@pytest.mark.parametrize("key_tile", [KEY_TILE, QUERY_TILE])
+@pytest.mark.parametrize("seed", range(8))
+def test_a_program_knows_who_adds_where_documents_have_ends(seed, key_tile):
+    start, end, window, rows, offset, length = documents_around_a_chunk(random.Random(seed))
+    bounds = jnp.asarray(start), jnp.asarray(end)
+    plan = query_plan(
+        bounds[0], window, 0, rows=rows, query_tile=QUERY_TILE, offset=offset, length=length,
+        key_tile=key_tile, min_distance=0, end=bounds[1],
+    )  # fmt: skip
+    launch = schedule_of((bounds[0], window, rows, offset, length), key_tile)
+    launch = dataclasses.replace(launch, has_ends=True)
+    plan = plan_in_order(plan)
+    last = last_key_blocks(plan, launch)
+    programs = [
+        ProgramSchedule(launch, jnp.int32(n), plan, bounds[0], last)
+        for n in range(launch.num_key_tiles)
+    ]
+    i, j = np.arange(rows)[:, None], np.arange(length) + offset
+    seen = (j <= i) & (j >= start.T) & (j < end.T)
+    if window is not None:
+        seen &= i - j <= window
+    for block in range(launch.num_query_tiles):
+        adders = [program for program in programs if program.begin <= block < program.end]
+        before = [int(program.adders_before(jnp.int32(block))) for program in adders]
+        assert before == list(range(len(adders)))
+        is_last = [bool(program.adds_last(jnp.int32(block))) for program in adders]
+        assert is_last == [program is adders[-1] for program in adders]
+        for program in programs:
+            keys = int(program.key_block) * key_tile
+            pairs = seen[block * QUERY_TILE :][:QUERY_TILE, keys : keys + key_tile]
+            assert program in adders or not pairs.any()
+            if program.is_unmasked(jnp.int32(block)):
+                assert pairs.all()
 
 
 @pytest.mark.parametrize("side", [None, 1, 4, 16])
@@ -266,7 +330,7 @@ def test_tasks_of_a_halo_that_comes_last_take_as_many_steps_as_the_plan_says(num
 
 @pytest.mark.parametrize("split", [(0, 1), (3, 2), ("all", 4), ("head", 2)])
 @pytest.mark.parametrize("key_tile", [KEY_TILE, QUERY_TILE])
-@pytest.mark.parametrize("number", range(0, len(SHARDS), 2))
+@pytest.mark.parametrize("number", [*range(0, 14, 2), 14, 15])
 def test_parts_wait_for_earlier_programs_only(number, key_tile, split):
     launch = schedule_of(SHARDS[number], key_tile, num_kv_heads=2, group_size=4)
     check_order(SHARDS[number], launch, split)
