@@ -10,7 +10,7 @@ has ``start > i``, or with ends ``start == end``.
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, UInt32
 
 Positions = Int[Array, "*#pairs"]
 """Of queries, of keys or of the starts of queries' sequences; they broadcast against each other."""
@@ -35,6 +35,38 @@ def is_sink(i: Positions, j: Positions, start: Positions, num_sinks: int) -> Pai
     the window holds them anyway.
     """
     return (start <= j) & (j <= i) & (j - start < num_sinks)
+
+
+def key_ranges(
+    i: Positions,
+    start: Positions,
+    window: int | None,
+    num_sinks: int,
+    *,
+    end: Positions | None = None,
+    first_key: int | None = None,
+) -> list[tuple[Positions, Positions]]:
+    """The keys that packed query i attends by `sees`, as ranges: (first, behind the last).
+
+    One range for the window, and one for the sinks if there are any. With ``first_key``, which is
+    the position of the shard's first key, by `sees_behind_halo`. Such a range may be empty.
+    """
+    stop = i + 1 if end is None else jnp.minimum(i + 1, end)
+    ranges = [(start if window is None else jnp.maximum(start, i - window), stop)]
+    if num_sinks:
+        first = start if first_key is None else jnp.maximum(start, first_key)
+        ranges.append((first, jnp.minimum(stop, start + num_sinks)))
+    return ranges
+
+
+def range_length(first: Positions, stop: Positions) -> UInt32[Array, "*#pairs"]:
+    """How many positions a range has."""
+    return jnp.maximum(stop - first, 0).astype(jnp.uint32)
+
+
+def in_range(j: Positions, first: Positions, length: UInt32[Array, "*#pairs"]) -> Pairs:
+    """Key j is in a range, which takes one comparison."""
+    return (j - first).astype(jnp.uint32) < length
 
 
 def is_real(i: Positions, start: Positions, end: Positions | None = None) -> Pairs:

@@ -117,3 +117,18 @@ def test_distant_sinks_and_all_else_share_the_pairs_out(window, sinks, chunk):
             assert len(np.unique(start[is_distant])) <= 1, (
                 "two sequences with distant queries in a chunk"
             )
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_ranges_hold_what_is_seen(window, sinks):
+    shards = Shards(window, sinks)
+    i, j, start = shards.i, shards.j, shards.start
+    for end, first_key in ((None, None), (None, 0), (start + 3, None), (start + 3, -2)):
+        ranges = _masks.key_ranges(i, start, window, sinks, end=end, first_key=first_key)
+        found = [
+            _masks.in_range(j, first, _masks.range_length(first, stop)) for first, stop in ranges
+        ]
+        behind = {} if first_key is None else {"first_key": first_key}
+        rule = _masks.sees_behind_halo if behind else _masks.sees
+        expected = rule(i, j, start, window, sinks, packed=True, end=end, **behind)
+        assert_array_equal(np.logical_or.reduce(found), expected)

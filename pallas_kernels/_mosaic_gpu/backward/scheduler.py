@@ -17,6 +17,8 @@ bits. The order of programs and of their steps is chosen so that they rarely wai
   several heads at once, so that no long program is left for the end. All go from the last queries
   to the first, and through all heads of the group at each tile, so that programs that started
   together are at the same queries.
+- Where queries see all of their documents, all programs of a document begin at its first query. So
+  those of several heads are at work at once, and few of each.
 
 A program waits only for programs with lower indices, which the GPU has started before it.
 
@@ -122,9 +124,15 @@ class BackwardSchedule:
         return self.window is None and not self.packed
 
     @property
+    def sees_documents(self) -> bool:
+        """Whether queries see all of their documents, so that a document's keys begin alike."""
+        return self.window is None and self.packed and self.has_ends
+
+    @property
     def kv_heads_side_by_side(self) -> int | None:
         """How many heads of keys alternate; None: one head has all its programs before the next."""
-        return max(1, HEADS_SIDE_BY_SIDE // self.group_size) if self.longest_first else None
+        side_by_side = self.longest_first or self.sees_documents
+        return max(1, HEADS_SIDE_BY_SIDE // self.group_size) if side_by_side else None
 
     @property
     def query_tiles_per_key_tile(self) -> int:
@@ -176,7 +184,8 @@ class BackwardSchedule:
         """(head of keys in the batch, tile of keys) of a task."""
         if not self.halo_last:
             sizes = self.num_key_tiles, self.batch_kv_heads, self.kv_heads_side_by_side
-            return task_coordinates(task, *sizes)
+            head, tile = task_coordinates(task, *sizes)
+            return head, self.num_key_tiles - 1 - tile if self.sees_documents else tile
         own_tasks = self.tasks - self.halo_tasks
         halo_task, tiles = jnp.maximum(task - own_tasks, 0), jnp.int32(self.halo_key_tiles)
         in_halo = lax.div(halo_task, tiles), lax.rem(halo_task, tiles)
@@ -351,7 +360,7 @@ class ProgramSchedule:
     def _first_block_seen(self, query_block: Int[Array, ""]) -> Int[Array, ""]:
         """The first tile of keys that a tile of queries sees."""
         launch = self.launch
-        assert launch.window is not None
+        assert launch.window is not None and self.first_block is not None
         first_key = query_block * QUERY_TILE - (launch.window + launch.offset)
         block = lax.div(jnp.maximum(first_key, 0), jnp.int32(launch.key_tile))
         return jnp.maximum(block, self.first_block)
