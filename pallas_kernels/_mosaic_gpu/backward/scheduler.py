@@ -226,6 +226,7 @@ class BackwardSchedule:
         if side is None:
             return steps[::-1] * self.batch_kv_heads
         sides = [side] * (self.batch_kv_heads // side) + [self.batch_kv_heads % side]
+        steps = steps[::-1] if self.sees_documents else steps
         return [n for side in sides for n in steps for _ in range(side)]
 
 
