@@ -114,11 +114,6 @@ class BackwardSchedule:
         return only_before and whole_tiles and not self.packed and not self.has_ends
 
     @property
-    def splits_queries(self) -> bool:
-        """Whether the parts of a task have all heads and some of the queries each."""
-        return self.sees_all
-
-    @property
     def longest_first(self) -> bool:
         """Whether programs of the first keys, which have the most queries, start and add first."""
         return self.window is None and not self.packed
@@ -168,7 +163,7 @@ class BackwardSchedule:
         beyond = jnp.maximum(index - whole, 0)
         part, number = (f(beyond, jnp.int32(self.split_tasks)) for f in (lax.div, lax.rem))
         is_split = index >= whole
-        part_size, by_queries = self.group_size // self.parts, self.splits_queries
+        part_size, by_queries = self.group_size // self.parts, self.sees_all
         heads = self.group_size
         return TaskPart(
             task=jnp.minimum(index, whole + number),

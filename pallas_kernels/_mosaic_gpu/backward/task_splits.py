@@ -45,8 +45,8 @@ def split_last_tasks(schedule: BackwardSchedule, num_sms: int) -> BackwardSchedu
     counts = {schedule.num_key_tiles} if has_both else {num_sms // 2, num_sms}
     if schedule.halo_last:
         counts = {schedule.halo_tasks}
-    by_queries = schedule.splits_queries
-    if by_queries:  # all tasks are equal: those that not all multiprocessors have
+    by_queries = schedule.sees_all
+    if by_queries:  # all tasks are equal: those that are left for some of the multiprocessors
         counts = {schedule.tasks % num_sms or num_sms}
     split_tasks, parts = choose_split(
         devices, schedule.group_size, num_sms, counts, by_queries=by_queries
