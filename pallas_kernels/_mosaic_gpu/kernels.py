@@ -14,7 +14,6 @@ from pallas_kernels._kernels import BackwardInputs, ForwardInputs, Gradients, Ke
 from pallas_kernels._mosaic_gpu.backward import choice
 from pallas_kernels._mosaic_gpu.forward.kernel import forward
 from pallas_kernels._mosaic_gpu.padding import is_padding
-from pallas_kernels._mosaic_gpu.primitives import pad_to_multiple_of_8
 from pallas_kernels._mosaic_gpu.tiles import MosaicTiles, mosaic_tiles
 from pallas_kernels._spec import KeyRun, Spec, Starts, State
 from pallas_kernels._xla.kernels import XlaKernels
@@ -42,11 +41,6 @@ class MosaicKernels:
         self.fallback.check(spec, query, value)
         _support.check_head_dims(self.name, query, value)
         _support.check_dtype(self.name, query, ("bfloat16", "float16"))
-        if query.shape[1] % 8:
-            raise NotImplementedError(
-                f"implementation={self.name!r} takes shards of a multiple of 8 tokens, "
-                f"got {query.shape[1]}"
-            )
 
     def query_tile_rows(self, spec: Spec, query: Float[Array, "B T N H"], run: KeyRun) -> int:
         """As `Kernels.query_tile_rows`."""
@@ -66,7 +60,7 @@ class MosaicKernels:
         query, runs = inputs.query, _with_zero_padding(spec, inputs.runs, inputs.start)
         return forward(
             spec,
-            inputs._replace(runs=pad_to_multiple_of_8(runs)),
+            inputs._replace(runs=runs),
             state,
             rows=rows,
             resume=resume,

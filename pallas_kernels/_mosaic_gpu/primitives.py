@@ -17,7 +17,6 @@ from jaxlib.mlir.dialects import arith, nvvm, vector
 from jaxtyping import Bool, Float32, Int, Shaped
 
 from pallas_kernels._mosaic_gpu.tiles import FOLD
-from pallas_kernels._spec import KeyRun
 
 ROWS = 64
 """Rows of a matrix: M of a WGMMA instruction."""
@@ -80,25 +79,6 @@ def swizzled(shape: tuple[int, ...], dtype, inner: int | None = None, columns: i
 def load_as(ref: Any, layout) -> Array:
     """All of a ref, in global or shared memory, as an array of this layout."""
     return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]  # jax 0.10's
-
-
-def pad_to_multiple_of_8(runs: tuple[KeyRun, ...]) -> tuple[KeyRun, ...]:
-    """The runs with zeros in front, the last of several behind, as TMA counts rows by 8.
-
-    No window reaches these zeros: only the last hop of a halo, which has the first or the last of
-    all keys, has a length that is not a multiple of 8.
-    """
-
-    def padded(run):
-        missing = -run.key.shape[1] % 8
-        if not missing:
-            return run
-        behind = missing if len(runs) > 1 and run is runs[-1] else 0
-        pad = ((0, 0), (missing - behind, behind), (0, 0), (0, 0))
-        offset = run.offset - (missing - behind)
-        return KeyRun(jnp.pad(run.key, pad), jnp.pad(run.value, pad), offset)
-
-    return tuple(map(padded, runs))
 
 
 def fori(begin, end, body, carry):

@@ -29,7 +29,6 @@ from pallas_kernels._mosaic_gpu.backward.pipeline import backward_schedule
 from pallas_kernels._mosaic_gpu.backward.scheduler import BackwardSchedule
 from pallas_kernels._mosaic_gpu.backward.short_windows_schedule import TILE, reaches
 from pallas_kernels._mosaic_gpu.padding import is_padding, zero_delta
-from pallas_kernels._mosaic_gpu.primitives import pad_to_multiple_of_8
 from pallas_kernels._spec import KeyRun, SinkRun, Spec
 
 
@@ -121,7 +120,7 @@ def _by_short_windows(
     runs, start = inputs.runs, inputs.start
     if spec.lookahead and start.ndim:
         runs = _without_own_padding(runs, _own_run(spec, runs), start, spec.first_key)
-    run = _joined(runs, TILE) if len(runs) > 1 else pad_to_multiple_of_8(runs)[0]
+    run = _joined(runs, TILE) if len(runs) > 1 else runs[0]
     dquery, *dkeys, delta = short_windows.backward(
         spec,
         inputs._replace(runs=(run,)),
@@ -156,7 +155,7 @@ def _by_key_tiles(
     if start.ndim:
         delta = zero_delta(start, delta, spec.first_key)
     queries = Queries(query, dout, lse, delta, start, inputs.end)
-    run = _joined(runs, kernel.KEY_TILE) if len(runs) > 1 else pad_to_multiple_of_8(runs)[0]
+    run = _joined(runs, kernel.KEY_TILE) if len(runs) > 1 else runs[0]
     num_sms = _device.multiprocessors()
     launch = partial(
         kernel.backward,

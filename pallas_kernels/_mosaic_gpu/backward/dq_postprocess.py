@@ -23,6 +23,7 @@ from pallas_kernels._mosaic_gpu.primitives import (
     swizzled,
     zeros,
 )
+from pallas_kernels._mosaic_gpu.ragged_copies import allow_any_length
 from pallas_kernels._mosaic_gpu.register_tiles import WIDTH
 from pallas_kernels._varying import vary_as
 
@@ -58,17 +59,11 @@ class DqEpilogue:
         self.scale, self.columns, self.dtype = scale, columns, dtype
         self.batch, self.rows, self.heads, self.dim = shape
         self.num_slices, self.num_tiles = self.dim // columns, pl.cdiv(self.rows, ROWS)
-        # TMA counts rows by 8.
-        stored = self.rows if self.rows % 8 == 0 else self.num_tiles * ROWS
-        self.out_type = jax.ShapeDtypeStruct((self.batch, stored, self.heads, self.dim), dtype)
+        self.out_type = jax.ShapeDtypeStruct(shape, dtype)
 
     def scale_and_round(self, sums: Float32[Array, "64 columns"]) -> Float[Array, "64 columns"]:
         """The result of a slice."""
         return (sums * self.scale).astype(self.dtype)
-
-    def crop(self, out: Float[Array, "B stored N H"]) -> Float[Array, "B rows N H"]:
-        """The result, of an array of `out_type`."""
-        return out[:, : self.rows]
 
     def dst(
         self,
@@ -188,6 +183,7 @@ def postprocess(
     work = DqPostprocess(sums, others, scale=scale, rows=rows, dtype=dtype)
 
     def ring_swa_backward_finish(*refs):
+        allow_any_length()
         inputs = dict(zip((*work.operands, "out"), refs, strict=True))
 
         def body(smem):
@@ -213,4 +209,4 @@ def postprocess(
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )(*work.operands.values())
     # Kernels of Mosaic GPU drop manual mesh axes.
-    return vary_as(sums.slices, work.crop(out))
+    return vary_as(sums.slices, out)

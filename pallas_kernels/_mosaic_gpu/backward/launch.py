@@ -7,6 +7,7 @@ import jax
 from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels._mosaic_gpu.ragged_copies import allow_any_length
 from pallas_kernels._varying import vary_as
 
 WARPGROUPS_APART = plgpu.CompilerParams(
@@ -41,6 +42,7 @@ def launch(
     """
 
     def with_names(*refs):
+        allow_any_length()
         kernel(dict(zip((*operands, *outputs), refs, strict=True)))
 
     with_names.__name__ = kernel.__name__  # that of the kernel in profiles

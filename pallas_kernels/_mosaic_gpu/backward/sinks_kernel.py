@@ -125,7 +125,7 @@ def backward_by_chunks(
         varies_as=query,
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
-    return work.crop(results["out"]), results["dkey"], results["dvalue"]
+    return results["out"], results["dkey"], results["dvalue"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from pallas_kernels._mosaic_gpu.forward.consumer import Consumer
 from pallas_kernels._mosaic_gpu.forward.producer import Producer
 from pallas_kernels._mosaic_gpu.forward.scheduler import TileScheduler
 from pallas_kernels._mosaic_gpu.primitives import ROWS
+from pallas_kernels._mosaic_gpu.ragged_copies import allow_any_length
 from pallas_kernels._mosaic_gpu.tiles import MosaicTiles
 from pallas_kernels._spec import Spec, State
 
@@ -80,6 +81,7 @@ def _launch(config: ForwardConfig, operands: dict[str, Any], out_types: Any, *in
     leaves, tree = jax.tree.flatten(operands)
 
     def ring_swa_forward(*refs):
+        allow_any_length()
         *inputs, out_ref, lse_ref = refs
         inputs = jax.tree.unflatten(tree, inputs)
 
