@@ -4,6 +4,7 @@ from pallas_kernels._attention import attend as attend
 from pallas_kernels._both_sides import Sides as Sides
 from pallas_kernels._both_sides import attend_both_sides as attend_both_sides
 from pallas_kernels._device import half_precision_dtype as half_precision_dtype
+from pallas_kernels._earlier_keys import attend_after_keys as attend_after_keys
 from pallas_kernels._halo import Halo as Halo
 from pallas_kernels._implementations import NAMES as IMPLEMENTATIONS
 from pallas_kernels._implementations import choose as choose
@@ -27,6 +28,7 @@ __all__ = [
     "State",
     "accumulator_dtype",
     "attend",
+    "attend_after_keys",
     "attend_both_sides",
     "attend_keys",
     "attend_keys_backward",

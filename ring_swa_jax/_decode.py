@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-from ring_swa_jax import _checks
+from ring_swa_jax import _checks, _decode_chunk
 from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._cache import (
     Cache,
@@ -32,6 +32,7 @@ def decode_attention(
     sink_logits: Float[AnyArray, "N"] | None = None,
     attention_chunk_size: int | None = None,
     rotate: Rotate | None = None,
+    implementation: str | None = None,
 ) -> tuple[Float[Array, "B T N Hv"], Cache]:
     r"""Attention of T new tokens a row to the cache and each other, and the cache with them.
 
@@ -71,6 +72,8 @@ def decode_attention(
         rotate: ``rotate(x, positions)`` turns queries or keys [B, S, N or K, H] by int32 positions
             [B, S], such that products depend on the distance alone, as those of `apply_rope`. With
             T > 1 positions reach ``num_sink_tokens + window_size + T - 1``, at the same distances.
+        implementation: as in `ring_attention`, whose kernels compute 64 or more new tokens on one
+            device without ``rotate``. Fewer take two matrix products with all keys, as "xla" does.
 
     Returns:
         The attended values, in the dtype of q, and the cache with the new tokens. Where the
@@ -81,6 +84,7 @@ def decode_attention(
         ValueError: shapes, head counts or settings that do not fit each other or the cache, or
             more new tokens than ``max_length``.
         TypeError: dtypes that differ or are not floating-point, settings that are not static.
+        NotImplementedError: the named implementation cannot do this.
 
     References:
         Xiao et al., Efficient Streaming Language Models with Attention Sinks, arXiv:2309.17453.
@@ -99,6 +103,7 @@ def decode_attention(
     window = effective_window(window, num_sinks, cache.max_length)
     _check_fits(cache, k, v, window, num_sinks, relative=rotate is not None)
     batch, num_tokens = q.shape[:2]
+    padding = valid is not None
     if valid is None:
         valid = jnp.ones((batch, num_tokens), bool)
     else:
@@ -109,27 +114,58 @@ def decode_attention(
 
     positions = next_positions(cache, num_tokens, valid)
     lost = valid & ~fits_into_cache(cache, num_tokens, valid)
-    tokens = NewTokens.create(q, positions, valid, cache, window, num_sinks, chunk, rotate)
-    runs = []
-    stored = cache.length
+    spec = _decode_chunk.spec_for(window, num_sinks, scale, cap)
+    kernels = _decode_chunk.kernels_for(implementation, spec, q, v)
+    if kernels is not None and rotate is None:
+        out = _decode_chunk.attend_by_kernels(
+            kernels, spec, q, k, v, cache, sink_logits, valid if padding else None, chunk
+        )
+        cache = _append_after(out, append_sinks(cache, k, v, valid), k, v, valid)
+    else:
+        tokens = NewTokens.create(q, positions, valid, cache, window, num_sinks, chunk, rotate)
+        out, cache = _attend_all_keys(tokens, k, v, cache, sink_logits, scale, cap)
+    return jnp.where(lost[..., None, None], jnp.nan, out), cache
+
+
+def _attend_all_keys(
+    tokens: NewTokens,
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K Hv"],
+    cache: Cache,
+    sink_logits: Float[Array, "N"] | None,
+    scale: float,
+    cap: float | None,
+) -> tuple[Float[Array, "B T N Hv"], Cache]:
+    """The attended values by products with all keys, and the cache with the new tokens."""
+    valid, runs, stored = tokens.valid, [], cache.length
     cache = append_sinks(cache, k, v, valid)
-    if window is not None and cache.sink_key.shape[2]:
-        runs.append(tokens.before_window(cache.sink_key, cache.sink_value, window))
-    if num_tokens == 1:
+    if tokens.window is not None and cache.sink_key.shape[2]:
+        runs.append(tokens.before_window(cache.sink_key, cache.sink_value, tokens.window))
+    one_token = k.shape[1] == 1
+    if one_token:
         # One token overwrites the slot that just left its window, so it is stored first.
         cache = append_window(cache, k, v, valid)
         stored = stored + valid[:, 0].astype(jnp.int32)
     else:
-        new_positions = jnp.where(valid, positions, -1)
+        new_positions = jnp.where(valid, tokens.positions, -1)
         runs.append(tokens.in_window(k.swapaxes(1, 2), v.swapaxes(1, 2), new_positions))
     cached_positions = slot_positions(stored, cache.num_slots)
     runs.append(tokens.in_window(cache.key, cache.value, cached_positions))
-    out = attend_runs(runs, sink_logits, scale, cap).astype(q.dtype)
-    if num_tokens > 1:
-        # The barrier orders the read before the write, so XLA writes in place.
-        cache, out = lax.optimization_barrier((cache, out))
-        cache = append_window(cache, k, v, valid)
-    return jnp.where(lost[..., None, None], jnp.nan, out), cache
+    out = attend_runs(runs, sink_logits, scale, cap).astype(tokens.query.dtype)
+    return out, cache if one_token else _append_after(out, cache, k, v, valid)
+
+
+def _append_after(
+    out: Float[Array, "B T N Hv"],
+    cache: Cache,
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K Hv"],
+    valid: Bool[Array, "B T"],
+) -> Cache:
+    """The cache with the new tokens in its window, whose keys ``out`` has read."""
+    # The barrier orders the read before the write, so XLA writes in place.
+    cache, _ = lax.optimization_barrier((cache, out))
+    return append_window(cache, k, v, valid)
 
 
 def _static_chunk(chunk_size: int | None, window: int | None, num_sinks: int) -> int | None:

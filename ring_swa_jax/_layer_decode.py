@@ -166,6 +166,7 @@ def _attend_step(
         sink_logits=sink_logits,
         attention_chunk_size=layer.attention_chunk_size,
         rotate=layer.rotate if cache.relative_positions else None,
+        implementation=layer.implementation,
     )
 
 
