@@ -11,6 +11,8 @@ from pallas_kernels._implementations import choose as choose
 from pallas_kernels._launches import attend_keys as attend_keys
 from pallas_kernels._launches import attend_keys_backward as attend_keys_backward
 from pallas_kernels._launches import sink_logits_gradient as sink_logits_gradient
+from pallas_kernels._one_query import attend_one_query as attend_one_query
+from pallas_kernels._one_query import has_one_query_kernel as has_one_query_kernel
 from pallas_kernels._spec import KeyRun as KeyRun
 from pallas_kernels._spec import SinkRun as SinkRun
 from pallas_kernels._spec import Spec as Spec
@@ -32,8 +34,10 @@ __all__ = [
     "attend_both_sides",
     "attend_keys",
     "attend_keys_backward",
+    "attend_one_query",
     "choose",
     "half_precision_dtype",
+    "has_one_query_kernel",
     "interprets",
     "sink_logits_gradient",
 ]

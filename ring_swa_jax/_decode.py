@@ -116,7 +116,11 @@ def decode_attention(
     lost = valid & ~fits_into_cache(cache, num_tokens, valid)
     spec = _decode_chunk.spec_for(window, num_sinks, scale, cap)
     kernels = _decode_chunk.kernels_for(implementation, spec, q, v)
-    if kernels is not None and rotate is None:
+    if kernels is not None and rotate is None and num_tokens == 1:
+        # The token overwrites the slot that just left its window, so it is stored first.
+        cache = append_window(append_sinks(cache, k, v, valid), k, v, valid)
+        out = _decode_chunk.attend_one_token(spec, q, cache, sink_logits, valid, chunk)
+    elif kernels is not None and rotate is None:
         out = _decode_chunk.attend_by_kernels(
             kernels, spec, q, k, v, cache, sink_logits, valid if padding else None, chunk
         )

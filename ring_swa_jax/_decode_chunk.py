@@ -1,6 +1,7 @@
-"""Attention of many new tokens to a cache and each other, by the kernels that whole rows have.
+"""Attention of new tokens to a cache and each other by kernels.
 
-The new tokens are as a shard whose earlier keys are at hand: those of the cache, in their order.
+Many new tokens are as a shard whose earlier keys are at hand: those of the cache, in their order.
+The kernels are those of whole rows. One token has a kernel that reads the cache as it lies.
 """
 
 import jax
@@ -29,8 +30,44 @@ def kernels_for(
     chosen = pallas_kernels.choose(implementation, spec, q, v)
     mesh = jax.sharding.get_abstract_mesh()
     devices = [mesh.shape[name] for name in mesh.axis_names if name not in mesh.manual_axes]
-    is_cut = any(size > 1 for size in devices)
-    return None if chosen == "xla" or is_cut or q.shape[1] < FEWEST_TOKENS else chosen
+    if chosen == "xla" or any(size > 1 for size in devices) or q.shape[0] == 0:
+        return None
+    if q.shape[1] == 1:
+        return chosen if pallas_kernels.has_one_query_kernel(q, v) else None
+    return chosen if q.shape[1] >= FEWEST_TOKENS else None
+
+
+def attend_one_token(
+    spec: pallas_kernels.Spec,
+    q: Float[Array, "B 1 N H"],
+    cache: Cache,
+    sink_logits: Float[Array, "N"] | None,
+    valid: Bool[Array, "B 1"],
+    chunk: int | None,
+) -> Float[Array, "B 1 N Hv"]:
+    """The attended values of one new token a row; ``cache`` has it already."""
+    position = cache.length - 1
+    reach = position if spec.window is None else jnp.minimum(position, spec.window)
+    if chunk is not None:
+        reach = jnp.minimum(reach, position % chunk)
+    runs = [(cache.key, cache.value)]
+    sinks = jnp.zeros_like(position)
+    if spec.num_sinks:
+        runs.append((cache.sink_key, cache.sink_value))
+        sinks = jnp.clip(position - spec.window, 0, spec.num_sinks)
+    is_token = valid[:, 0]
+    bounds = jnp.stack(
+        (
+            position % cache.num_slots,
+            jnp.where(is_token, reach, -1),
+            jnp.where(is_token, sinks, 0),
+            jnp.zeros_like(position),
+        ),
+        axis=1,
+    )
+    query = q.reshape(q.shape[0], cache.key.shape[1], -1, q.shape[3])
+    out = pallas_kernels.attend_one_query(spec, query, tuple(runs), bounds, sink_logits)
+    return out.reshape(q.shape[0], 1, q.shape[2], -1)
 
 
 def attend_by_kernels(

@@ -16,7 +16,7 @@ from jax.experimental.mosaic.gpu import utils
 from jax.experimental.mosaic.gpu.launch_context import Rounding
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, nvvm
+from jaxlib.mlir.dialects import arith, nvvm, scf
 
 BLOCK = 8
 """Rows of a block."""
@@ -66,8 +66,9 @@ def _async_copy(
     (tile,) = gmem_transform
     index = ir.IndexType.get()
     begin = begins[axis] if isinstance(begins[axis], ir.Value) else utils.c(begins[axis], index)
+    rows = sizes[axis]
 
-    def copy_rows(begin: ir.Value, rows: int, smem: ir.Value, transform: Any) -> None:
+    def copy_rows(begin: ir.Value, rows: int, smem: ir.Value, *transform: Any) -> None:
         slices = [
             begin if is_squeezed else utils.ds(begin, size)
             for begin, size, is_squeezed in zip(begins, sizes, squeezed, strict=True)
@@ -83,19 +84,39 @@ def _async_copy(
             **options,
         )
 
-    end = arith.addi(begin, utils.c(sizes[axis], index))
-    whole_blocks = utils.c(shape[axis] // BLOCK * BLOCK, index)
-    with utils.when(arith.cmpi(arith.CmpIPredicate.ule, end, whole_blocks)):
-        whole = dataclasses.replace(tile, rounding=Rounding.DOWN)
-        copy_rows(begin, sizes[axis], smem_ref, (whole,))
-    with utils.when(arith.cmpi(arith.CmpIPredicate.ugt, end, whole_blocks)):
+    def copy_block(n: int | ir.Value, begin: ir.Value) -> None:
         by_rows = mgpu.TileTransform(tile.tiling[1:]), mgpu.TransposeTransform((1, 0, 2))
+        copy_rows(begin, BLOCK, utils.memref_slice(smem_ref, n), *by_rows)
 
-        @utils.fori(utils.c(sizes[axis] // BLOCK, index), ())
-        def _(n, _):
-            first = arith.addi(begin, arith.muli(n, utils.c(BLOCK, index)))
-            copy_rows(first, BLOCK, utils.memref_slice(smem_ref, n), by_rows)
-            return ()
+    if (as_rows := _as_rows(smem_ref)) is not None:
+        copy_rows(begin, rows, as_rows)
+    elif rows == BLOCK:
+        copy_block(0, begin)
+    else:
+        end = arith.addi(begin, utils.c(rows, index))
+        whole_blocks = utils.c(shape[axis] // BLOCK * BLOCK, index)
+        inside = arith.cmpi(arith.CmpIPredicate.ule, end, whole_blocks)
+        branches = scf.IfOp(inside, has_else=True)
+        with ir.InsertionPoint(branches.then_block):
+            whole = dataclasses.replace(tile, rounding=Rounding.DOWN)
+            copy_rows(begin, rows, smem_ref, whole)
+            scf.yield_([])
+        with ir.InsertionPoint(branches.else_block):
 
+            @utils.fori(utils.c(rows // BLOCK, index), ())
+            def _(n, _):
+                copy_block(n, arith.addi(begin, arith.muli(n, utils.c(BLOCK, index))))
+                return ()
+
+            scf.yield_([])
     if arrive:
         nvvm.cp_async_bulk_commit_group()
+
+
+def _as_rows(smem_ref: ir.Value) -> ir.Value | None:
+    """Blocks of 8 rows one behind the other as one matrix; None where they lie otherwise."""
+    blocks, blocks_wide, rows, columns = ir.MemRefType(smem_ref.type).shape
+    strides, _ = ir.MemRefType(smem_ref.type).get_strides_and_offset()
+    if blocks_wide > 1 or (blocks > 1 and strides[0] != rows * columns):
+        return None
+    return utils.memref_fold(utils.memref_slice(smem_ref, (slice(None), 0)), 0, 2)

@@ -69,7 +69,7 @@ def forward(
             sums = _resumed_sums(tile, *before)
         else:
             sums = _initial_sums(loop, value_dim, refs.get("sink_logits"))
-        step = partial(_softmax_step, spec, queries, interpret)
+        step = partial(softmax_step, spec, queries, interpret)
         _store(tile, loop.run(refs, tile, step, sums), out_ref, lse_ref)
 
     out, lse = pl.pallas_call(
@@ -108,7 +108,7 @@ def _resumed_sums(tile: QueryTile, out_ref: Any, lse_ref: Any) -> _Sums:
     return row_max, row_sum, *acc
 
 
-def _softmax_step(
+def softmax_step(
     spec: Spec,
     queries: list[Array],
     interpret: bool,

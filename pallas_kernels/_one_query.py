@@ -1,0 +1,116 @@
+"""The differentiable attention of one query a head to keys with heads first, as caches have them.
+
+A kernel of Pallas-Triton reads the keys once, which is what such a step costs. The backward pass,
+which hardly anybody needs, takes products with all keys.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from pallas_kernels import _device, _support
+from pallas_kernels._logits import LOG2_E, cap_logits
+from pallas_kernels._spec import Spec, accumulator_dtype
+
+Slots = tuple[Float[Array, "B K _ H"], Float[Array, "B K _ Hv"]]
+"""Keys and values: the rolling buffer's, or the sinks'."""
+
+
+def has_one_query_kernel(query: Float[Array, "B T N H"], value: Float[Array, "B T K Hv"]) -> bool:
+    """Whether `attend_one_query` can compute this on the device compiled for."""
+    try:
+        _support.check_triton("triton")
+        _support.check_head_dims("triton", query, value)
+        _support.check_dtype("triton", query, ("bfloat16", "float16"))
+    except NotImplementedError:
+        return False
+    return True
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend_one_query(
+    spec: Spec,
+    query: Float[Array, "B K G H"],
+    runs: tuple[Slots, ...],
+    bounds: Int[Array, "B 4"],
+    sink_logits: Float[Array, "N"] | None,
+) -> Float[Array, "B K G Hv"]:
+    """Attention of one token a row to the slots of a rolling buffer, and to sinks.
+
+    Args:
+        spec: scale and cap.
+        query: of the token, by heads of keys.
+        runs: the rolling buffer, then the sinks if there are any.
+        bounds: of each row the slot of the last key; how far before this, going round the buffer,
+            the first key is that the query sees, negative for none; how many sinks it sees; 0.
+        sink_logits: learned sinks.
+    """
+    from pallas_kernels._triton.decode import DecodePlan, decode_parts
+
+    batch, num_kv_heads, group, _ = query.shape
+    num_keys = runs[0][0].shape[2]
+    plan = DecodePlan.of(num_keys, batch * num_kv_heads, _device.multiprocessors())
+    interpret = _support.interprets("triton")
+    sums, part_max, part_sum = decode_parts(spec, query, runs, bounds, plan, interpret=interpret)
+    row_max = part_max.max(2)
+    if sink_logits is not None:
+        learned = sink_logits.astype(jnp.float32).reshape(num_kv_heads, group) * LOG2_E
+        row_max = jnp.maximum(row_max, learned)
+    weights = jnp.exp2(part_max - row_max[:, :, None])
+    row_sum = (weights * part_sum).sum(2)
+    if sink_logits is not None:
+        row_sum += jnp.exp2(learned - row_max)
+    inverse = jnp.where(row_sum > 0, 1 / row_sum, 0.0)
+    out = (weights[..., None] * sums).sum(2) * inverse[..., None]
+    return out.astype(query.dtype)
+
+
+def _forward(spec, query, runs, bounds, sink_logits):
+    out = attend_one_query(spec, query, runs, bounds, sink_logits)
+    return out, (query, runs, bounds, sink_logits)
+
+
+def _backward(spec, residuals, dout):
+    query, runs, bounds, sink_logits = residuals
+
+    def dense(query, runs, sink_logits):
+        return _dense(spec, query, runs, bounds, sink_logits)
+
+    dquery, druns, dsink_logits = jax.vjp(dense, query, runs, sink_logits)[1](dout)
+    return dquery, druns, None, dsink_logits
+
+
+attend_one_query.defvjp(_forward, _backward)
+
+
+def _dense(
+    spec: Spec,
+    query: Float[Array, "B K G H"],
+    runs: tuple[Slots, ...],
+    bounds: Int[Array, "B 4"],
+    sink_logits: Float[Array, "N"] | None,
+) -> Float[Array, "B K G Hv"]:
+    """`attend_one_query` by products with all keys."""
+    dtype = accumulator_dtype(query.dtype)
+    key, value = (jnp.concatenate(x, axis=2) for x in zip(*runs, strict=True))
+    num_slots = runs[0][0].shape[2]
+    last, reach, num_sinks = (bounds[:, n, None] for n in range(3))
+    before = (last - jnp.arange(num_slots, dtype=jnp.int32)) % num_slots
+    sinks = jnp.arange(key.shape[2] - num_slots, dtype=jnp.int32)
+    seen = jnp.concatenate((before <= reach, sinks < num_sinks), axis=1)[:, None, None]
+    products = jnp.einsum("bkgh,bksh->bkgs", query, key, preferred_element_type=dtype)
+    logits, factor, _ = cap_logits(spec, products)
+    logits = jnp.where(seen, logits * (factor / LOG2_E), -jnp.inf)
+    if sink_logits is not None:
+        learned = sink_logits.astype(dtype).reshape(1, *query.shape[1:3], 1)
+        learned = jnp.broadcast_to(learned, (*query.shape[:3], 1))
+        logits = jnp.concatenate((logits, learned), axis=-1)
+    row_max = jnp.maximum(logits.max(-1, keepdims=True), jnp.finfo(dtype).min)
+    weights = jnp.exp(logits - jax.lax.stop_gradient(row_max))
+    row_sum = weights.sum(-1, keepdims=True)
+    weights = (weights / jnp.where(row_sum > 0, row_sum, 1))[..., : key.shape[2]]
+    out = jnp.einsum("bkgs,bksv->bkgv", weights.astype(value.dtype), value, preferred_element_type=dtype)
+    return out.astype(query.dtype)
