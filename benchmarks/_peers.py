@@ -43,6 +43,7 @@ def _ours(implementation: str) -> Callable[[Shape], Attend]:
             "window_size": shape.window_size,
             "num_sink_tokens": shape.sinks,
             "implementation": implementation,
+            "sink_logits": jnp.zeros(shape.heads) if shape.learned else None,
         }
 
         def attend(query, key, value, cu_seqlens):
@@ -59,8 +60,8 @@ def _ours(implementation: str) -> Callable[[Shape], Attend]:
 
 
 def _no_sinks(shape: Shape) -> None:
-    if shape.sinks:
-        raise NotImplementedError("takes no sink tokens")
+    if shape.sinks or shape.learned:
+        raise NotImplementedError("takes no sinks")
 
 
 def _bounded_window(shape: Shape) -> tuple[int, int] | None:

@@ -11,6 +11,8 @@ class Shape:
 
     ``window`` and ``after`` are the keys before and after a query that it sees, None for all.
     ``documents`` are the lengths of packed sequences; empty for one sequence of ``length``.
+    ``learned`` is whether heads have learned sinks; ``value_dim`` is that of values, None for
+    ``dim``.
     """
 
     name: str
@@ -23,6 +25,13 @@ class Shape:
     documents: tuple[int, ...] = ()
     after: int | None = 0
     batch: int = 1
+    learned: bool = False
+    value_dim: int | None = None
+
+    @property
+    def dim_of_values(self) -> int:
+        """Head dim of values."""
+        return self.value_dim or self.dim
 
     @property
     def window_size(self) -> int | tuple[int | None, int | None] | None:
@@ -42,11 +51,11 @@ class Shape:
 
     def forward_flops(self) -> float:
         """Of the two products of the forward pass over attended pairs."""
-        return 4.0 * self.pairs() * self.heads * self.dim
+        return 2.0 * self.pairs() * self.heads * (self.dim + self.dim_of_values)
 
     def backward_flops(self) -> float:
         """Of the five products of the backward pass."""
-        return 10.0 * self.pairs() * self.heads * self.dim
+        return 2.0 * self.pairs() * self.heads * (3 * self.dim + 2 * self.dim_of_values)
 
 
 SHAPES = {
@@ -87,4 +96,31 @@ BOTH_SIDES = {
     )
 }
 
-ALL = SHAPES | VARIED | BOTH_SIDES
+
+def random_documents(count: int, length: int = 32768) -> tuple[int, ...]:
+    """Lengths of so many documents, always the same ones, that fill a sequence."""
+    cuts = np.random.default_rng(count).choice(np.arange(1, length), count - 1, replace=False)
+    return tuple(np.diff([0, *np.sort(cuts), length]).tolist())
+
+
+# What real models have beside plain windows: learned sinks, values of another size, documents of
+# random lengths, layers without a window, batches of short sequences.
+MODELS = {
+    shape.name: shape
+    for shape in (
+        Shape("gptoss-learned", 32768, 64, 8, 64, 127, learned=True),
+        Shape("mimo", 32768, 64, 8, 192, 128, learned=True, value_dim=128),
+        Shape("mistral-23", 32768, 32, 8, 128, 4095, documents=random_documents(23)),
+        Shape("mistral-60", 32768, 32, 8, 128, 4095, documents=random_documents(60)),
+        Shape("long-gqa-23", 32768, 32, 4, 128, 1000, documents=random_documents(23)),
+        Shape("full-23", 32768, 32, 8, 128, None, documents=random_documents(23)),
+        Shape("full32k", 32768, 32, 8, 128, None),
+        Shape("full-64", 16384, 64, 8, 64, None),
+        Shape("batch-2k", 2048, 32, 8, 128, None, batch=8),
+        Shape("batch-8k", 8192, 32, 8, 128, None, batch=4),
+        Shape("batch-4k-64", 4096, 64, 8, 64, None, batch=8),
+        Shape("batch-4k-window", 4096, 32, 8, 128, 1023, batch=8),
+    )
+}
+
+ALL = SHAPES | VARIED | BOTH_SIDES | MODELS

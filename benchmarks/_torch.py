@@ -16,6 +16,9 @@ def launches(shape: Shape):
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    if shape.learned or shape.value_dim is not None:
+        raise NotImplementedError("is measured without learned sinks and with one head dim")
+
     def random(heads):
         size = (shape.batch, heads, shape.length, shape.dim)
         return torch.randn(*size, device="cuda", dtype=torch.bfloat16)

@@ -6,6 +6,8 @@ FlashAttention-3 (``flash_attn3_jax``), tokamax and torch's flex_attention.
 """
 
 import argparse
+import contextlib
+import fcntl
 import importlib.metadata
 import importlib.util
 import json
@@ -24,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import _report
+from benchmarks import _processes, _report
 from benchmarks._peers import CONTENDERS, Contender
 from benchmarks._report import Row
 from benchmarks._shapes import ALL, Shape
@@ -38,14 +40,15 @@ IMPORTS = threading.Lock()
 def specs(shape: Shape) -> tuple[Any, ...]:
     """Types of query, key, value, cu_seqlens and the cotangent."""
 
-    def heads(count):
-        return jax.ShapeDtypeStruct((shape.batch, shape.length, count, shape.dim), jnp.bfloat16)
+    def heads(count, dim):
+        return jax.ShapeDtypeStruct((shape.batch, shape.length, count, dim), jnp.bfloat16)
 
     ends = None
     if shape.documents:
         ends = jax.ShapeDtypeStruct((len(shape.documents) + 1,), jnp.int32)
-    query, key = heads(shape.heads), heads(shape.kv_heads)
-    return query, key, key, ends, query
+    query, key = heads(shape.heads, shape.dim), heads(shape.kv_heads, shape.dim)
+    value, out = (heads(n, shape.dim_of_values) for n in (shape.kv_heads, shape.heads))
+    return query, key, value, ends, out
 
 
 def arrays(shape: Shape) -> tuple[Any, ...]:
@@ -192,8 +195,21 @@ def machine() -> dict[str, Any]:
     return {"device": jax.devices()[0].device_kind} | versions
 
 
-def compare(shapes: list[Shape], names: list[str], repeats: int) -> Iterator[list[Row]]:
-    """Compiles all, then times one shape after the other and prints its table."""
+@contextlib.contextmanager
+def alone(lock: Path | None) -> Iterator[None]:
+    """Keeps other processes that hold the same lock from using the GPU meanwhile."""
+    if lock is None:
+        yield
+        return
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def compare(
+    shapes: list[Shape], names: list[str], repeats: int, lock: Path | None
+) -> Iterator[list[Row]]:
+    """Compiles all, then times one shape after the other."""
     torch = None
     if TORCH in names and importlib.util.find_spec("torch") is not None:
         torch = TorchPeer(shapes, repeats)
@@ -204,13 +220,13 @@ def compare(shapes: list[Shape], names: list[str], repeats: int) -> Iterator[lis
         torch.read()
     for shape in shapes:
         built = {name: futures.pop((shape, name)).result() for name in names if name != TORCH}
-        found = measure(shape, built, arrays(shape), repeats)
+        with alone(lock):
+            found = measure(shape, built, arrays(shape), repeats)
         del built
         if torch is not None:
             found.append(torch.measure(shape))
         elif TORCH in names:
             found.append(Row(shape.name, TORCH, False, reason="torch is not installed"))
-        print(_report.table(shape.name, found), flush=True)
         yield found
 
 
@@ -227,6 +243,10 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, help="JSON to write; default, for a whole run: benchmarks/results/"
     )
+    parser.add_argument(
+        "--processes", type=int, default=1, help="that compile, a shape each; timings take turns"
+    )
+    parser.add_argument("--lock", type=Path, help="file that processes lock while they time")
     parser.add_argument("--compare", type=Path, help="an earlier JSON on the same device")
     arguments = parser.parse_args()
     names = arguments.only or [
@@ -237,7 +257,8 @@ def main() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
     where = machine()
     print(where, flush=True)
-    where |= device_rates()
+    with alone(arguments.lock):
+        where |= device_rates()
     print(
         f"an 8192^3 matrix product: {where['matmul_tflops']:.0f} TFLOP/s, "
         f"a copy: {where['copy_tbps']:.2f} TB/s (read and written)"
@@ -250,7 +271,12 @@ def main() -> None:
     before = None if arguments.compare is None else _report.read(arguments.compare, where)
     rows: list[Row] = []
     shapes = [ALL[name] for name in arguments.shapes]
-    for found in compare(shapes, names, 2 if arguments.quick else 5):
+    if arguments.processes > 1:
+        found_rows = _processes.rows_by_shape(arguments.shapes, names, arguments)
+    else:
+        found_rows = compare(shapes, names, 2 if arguments.quick else 5, arguments.lock)
+    for found in found_rows:
+        print(_report.table(found[0].shape, found), flush=True)
         rows += found
         if arguments.output is not None:  # so that a run that is cut off leaves something
             _report.write(arguments.output, where, rows)

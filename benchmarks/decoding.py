@@ -66,11 +66,10 @@ def arrays(step: Step) -> tuple[Any, ...]:
     def normal(key, tokens, heads):
         return jax.random.normal(key, (step.batch, tokens, heads, step.dim), jnp.bfloat16)
 
-    new = (normal(key, step.tokens, n) for key, n in zip(keys, (step.heads, *[step.kv_heads] * 2)))
+    heads = step.heads, step.kv_heads, step.kv_heads
+    new = (normal(key, step.tokens, n) for key, n in zip(keys[:3], heads, strict=True))
     prompt = (normal(key, step.window + 1 + step.sinks, step.kv_heads) for key in keys[3:])
-    cache = ring_swa_jax.prefill_cache(
-        *prompt, window_size=step.window, num_sink_tokens=step.sinks
-    )
+    cache = ring_swa_jax.prefill_cache(*prompt, window_size=step.window, num_sink_tokens=step.sinks)
     return *new, cache
 
 
@@ -93,7 +92,7 @@ def ours(step: Step, implementation: str | None, count: int):
 
 
 def cudnn(step: Step, count: int):
-    """cuDNN with as many queries over as many keys, with slots first, as it takes them."""
+    """As many queries over as many keys by cuDNN, with slots first, as it takes them."""
 
     def run(query, key, value, cache):
         keys = (x.swapaxes(1, 2) for x in (cache.key, cache.value))

@@ -47,9 +47,7 @@ def attend_after_keys(
         sink_logits: learned sinks.
         start: where each query's sequence starts, relative to the first query.
     """
-    return _forward(
-        spec, implementation, earlier, query, key, value, sinks, sink_logits, start
-    )[0]
+    return _forward(spec, implementation, earlier, query, key, value, sinks, sink_logits, start)[0]
 
 
 def _forward(spec, implementation, earlier, query, key, value, sinks, sink_logits, start):

@@ -112,5 +112,6 @@ def _dense(
     weights = jnp.exp(logits - jax.lax.stop_gradient(row_max))
     row_sum = weights.sum(-1, keepdims=True)
     weights = (weights / jnp.where(row_sum > 0, row_sum, 1))[..., : key.shape[2]]
-    out = jnp.einsum("bkgs,bksv->bkgv", weights.astype(value.dtype), value, preferred_element_type=dtype)
+    weights = weights.astype(value.dtype)
+    out = jnp.einsum("bkgs,bksv->bkgv", weights, value, preferred_element_type=dtype)
     return out.astype(query.dtype)

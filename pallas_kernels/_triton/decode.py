@@ -75,7 +75,7 @@ def decode_parts(
         Weighted values, the largest logit in base 2 or `LOWEST`, and the sum of the weights.
     """
     batch, num_kv_heads, group, _ = query.shape
-    (key, value), *sinks = runs
+    key, value = runs[0]
     num_keys, value_dim = key.shape[2], value.shape[3]
     parts = pl.cdiv(num_keys, plan.keys)
     rows = max(SMALLEST_DOT, pl.next_power_of_2(group))
