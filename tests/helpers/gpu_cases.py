@@ -64,15 +64,10 @@ def to_both_sides(case: Case) -> Case:
     return dataclasses.replace(case, window=(left, right))
 
 
-def of_eighths(case: Case) -> Case:
-    """The case in half precision with chunks of a multiple of 8 tokens, filled up with padding."""
-    chunk = -(-case.chunk // 8) * 8
-    more = case.devices * (chunk - case.chunk)
-    documents = case.documents
-    if documents is not None and more:
-        documents = tuple((*row, -more) for row in documents)
+def in_half_precision(case: Case) -> Case:
+    """The case in half precision."""
     dtype = "bfloat16" if case.dtype == "float32" else case.dtype
-    return dataclasses.replace(case, chunk=chunk, documents=documents, dtype=dtype)
+    return dataclasses.replace(case, dtype=dtype)
 
 
 def for_fused(case: Case) -> Case:

@@ -24,8 +24,8 @@ from tests.helpers.gpu_cases import (
     LONG,
     edge_case,
     for_fused,
+    in_half_precision,
     odd_cases,
-    of_eighths,
     to_both_sides,
 )
 from tests.helpers.oracle import Result
@@ -124,7 +124,7 @@ def taken(case, implementation, fused):
     """The case as the implementation takes it, and if ``fused`` its fused backward kernel too."""
     if implementation not in ("mosaic_gpu", NONDETERMINISTIC):
         return case
-    return of_eighths(for_fused(case) if fused else case)
+    return in_half_precision(for_fused(case) if fused else case)
 
 
 @pytest.fixture(scope="module")
