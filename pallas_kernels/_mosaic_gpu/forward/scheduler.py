@@ -68,6 +68,8 @@ class TileScheduler:
         }
         if end is not None:
             self.operands["end"] = self._by_rows(end, batch, length)
+        if self.packed:
+            self.operands["order"] = self._longest_first(start)
         if sinks is not None:
             pad = ((0, 0), (0, -self.num_fetched_sinks % self.sink_tile), (0, 0), (0, 0))
             # Fetched sinks hold values of the keys' dtype, so this cast loses nothing.
@@ -83,6 +85,23 @@ class TileScheduler:
         bounds = jnp.broadcast_to(bounds, (*bounds.shape[:2], self.tiles.heads, positions))
         return bounds.reshape(batch, -1, ROWS)
 
+    def _longest_first(self, start: Array) -> Array:
+        """[B * tiles] numbers of the tiles of queries, those that see the most keys first.
+
+        Documents make tiles differ, so that programs with equal numbers of tiles have unequal
+        shares of the work. In this order the tiles that programs take at a time are alike.
+        """
+        tile = jnp.arange(self.query_tiles, dtype=jnp.int32)
+        first = self.rows[0] + tile * self.positions_per_tile
+        last = jnp.minimum(first + self.positions_per_tile, self.rows[1]) - 1
+        keys = jnp.zeros((start.shape[0], self.query_tiles), jnp.int32)
+        for offset, length in self.runs:
+            low, high = key_span(
+                first, last, start[:, first], self.spec.window, offset=offset, length=length
+            )
+            keys += high - low + 1
+        return jnp.argsort(-keys.reshape(-1), stable=True).astype(jnp.int32)
+
     def num_work_tiles(self) -> Array:
         """How many tiles this program takes."""
         left = self.num_tiles - lax.axis_index("program")
@@ -97,9 +116,10 @@ class WorkTile:
     """A tile of queries: its row of the batch, heads, positions, and the keys that it sees.
 
     Tiles of heads come one after the other, then tiles of queries, then rows of the batch. The
-    last queries, which see most under a causal mask, come first. Where all queries see all keys,
-    tiles of queries come first, so that the keys of few heads are in use, which the L2 cache holds;
-    and the last tile of keys comes first, so that no later one has rows beyond the last key.
+    last queries, which see most under a causal mask, come first; of documents the tiles that see
+    most. Where all queries see all keys, tiles of queries come first, so that the keys of few heads
+    are in use, which the L2 cache holds; and the last tile of keys comes first, so that no later
+    one has rows beyond the last key.
 
     TMA fetches keys from multiples of 8 on, so a run's first key is counted in eights.
 
@@ -122,7 +142,11 @@ class WorkTile:
             self.head_tile, self.batch_row = lax.rem(index, heads), lax.div(index, heads)
         else:
             self.head_tile, index = lax.rem(index, heads), lax.div(index, heads)
-            self.query_tile = scheduler.query_tiles - 1 - lax.rem(index, queries)
+            if scheduler.packed:
+                index = refs["order"][index]
+            self.query_tile = lax.rem(index, queries)
+            if not scheduler.packed:
+                self.query_tile = scheduler.query_tiles - 1 - self.query_tile
             self.batch_row = lax.div(index, queries)
         self.first_head = self.head_tile * scheduler.tiles.heads
         self.kv_head = lax.div(self.first_head, jnp.int32(scheduler.group))
