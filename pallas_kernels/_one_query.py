@@ -19,8 +19,16 @@ Slots = tuple[Float[Array, "B K _ H"], Float[Array, "B K _ Hv"]]
 """Keys and values: the rolling buffer's, or the sinks'."""
 
 
-def has_one_query_kernel(query: Float[Array, "B T N H"], value: Float[Array, "B T K Hv"]) -> bool:
-    """Whether `attend_one_query` can compute this on the device compiled for."""
+def has_one_query_kernel(
+    query: Float[Array, "B T N H"], value: Float[Array, "B T K Hv"], num_slots: int
+) -> bool:
+    """Whether `attend_one_query` can compute this, with so many slots, on the device compiled for.
+
+    Its kernel counts elements in 32 bits.
+    """
+    batch, _, num_kv_heads, value_dim = value.shape
+    if batch * num_kv_heads * num_slots * max(query.shape[-1], value_dim) >= 2**31:
+        return False
     try:
         _support.check_triton("triton")
         _support.check_head_dims("triton", query, value)

@@ -115,7 +115,7 @@ def decode_attention(
     positions = next_positions(cache, num_tokens, valid)
     lost = valid & ~fits_into_cache(cache, num_tokens, valid)
     spec = _decode_chunk.spec_for(window, num_sinks, scale, cap)
-    kernels = _decode_chunk.kernels_for(implementation, spec, q, v)
+    kernels = _decode_chunk.kernels_for(implementation, spec, q, v, cache.num_slots)
     if kernels is not None and rotate is None and num_tokens == 1:
         # The token overwrites the slot that just left its window, so it is stored first.
         cache = append_window(append_sinks(cache, k, v, valid), k, v, valid)

@@ -22,6 +22,7 @@ def kernels_for(
     spec: pallas_kernels.Spec,
     q: Float[Array, "B T N H"],
     v: Float[Array, "B T K Hv"],
+    num_slots: int,
 ) -> str | None:
     """The implementation whose kernels compute this; None: matrix products of all keys do.
 
@@ -33,7 +34,7 @@ def kernels_for(
     if chosen == "xla" or any(size > 1 for size in devices) or q.shape[0] == 0:
         return None
     if q.shape[1] == 1:
-        return chosen if pallas_kernels.has_one_query_kernel(q, v) else None
+        return chosen if pallas_kernels.has_one_query_kernel(q, v, num_slots) else None
     return chosen if q.shape[1] >= FEWEST_TOKENS else None
 
 

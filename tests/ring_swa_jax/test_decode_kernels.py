@@ -99,9 +99,9 @@ def test_kernels_and_products_agree(name):
     step = STEPS[name]
     if step.tokens == 1:
         step = dataclasses.replace(step, dtype="bfloat16")
-    arrays, _ = step.arrays()
+    (q, _, v, _), cache = step.arrays()
     spec = _decode_chunk.spec_for(step.window, step.sinks, 1.0, step.cap)
-    assert _decode_chunk.kernels_for("triton", spec, arrays[0], arrays[2]) == "triton"
+    assert _decode_chunk.kernels_for("triton", spec, q, v, cache.num_slots) == "triton"
     found, expected = (step.run(name) for name in ("triton", "xla"))
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         x, y = (np.asarray(each, np.float64) for each in (x, y))
@@ -109,11 +109,17 @@ def test_kernels_and_products_agree(name):
         np.testing.assert_allclose(x, y, atol=4 * TOLERANCE[step.dtype][0] * scale, rtol=0)
 
 
-def test_products_where_a_mesh_cuts_what_no_kernel_may_cut():
+def test_products_where_no_kernel_is_for_this():
     step = STEPS["chunk"]
     (q, _, v, _), _ = step.arrays()
     spec = _decode_chunk.spec_for(step.window, step.sinks, 1.0, None)
+
+    def kernels(tokens, implementation="triton", slots=41, dtype="bfloat16"):
+        arrays = (x[:, :tokens].astype(dtype) for x in (q, v))
+        return _decode_chunk.kernels_for(implementation, spec, *arrays, slots)
+
+    assert kernels(64) == kernels(1) == "triton"
+    assert kernels(63) is kernels(64, "xla") is kernels(1, dtype="float32") is None
+    assert kernels(1, slots=2**26) is None  # more elements than 32 bits count
     with jax.set_mesh(make_mesh(data=2)):
-        assert _decode_chunk.kernels_for("triton", spec, q, v) is None
-    assert _decode_chunk.kernels_for("triton", spec, q[:, :63], v[:, :63]) is None
-    assert _decode_chunk.kernels_for("xla", spec, q, v) is None
+        assert kernels(64) is kernels(1) is None
