@@ -1,4 +1,4 @@
-"""The ring's benchmarks run on CPU devices, as trials, and write what they found."""
+"""Benchmarks run on CPU devices, as trials, and write what they found."""
 
 import json
 
@@ -45,3 +45,12 @@ def test_compile_time(tmp_path):
     rows = json.loads(output.read_text())["rows"]
     assert [row["name"] for row in rows] == ["dense", "ours"]
     assert all(row["total"] > row["compile"] > 0 for row in rows)
+
+
+def test_decoding(tmp_path):
+    output = tmp_path / "found.json"
+    flags = ("--steps=one-1-sinks", "--count=2", "--repeats=1", f"--output={output}")
+    succeed([start("-m", "benchmarks.decoding", *flags, **CPU)])
+    [(name, times)] = json.loads(output.read_text())["microseconds"].items()
+    assert name == "one-1-sinks" and min(times["ours"], times["xla"]) > 0
+    assert isinstance(times["cudnn"], str)  # why a CPU has no such time
