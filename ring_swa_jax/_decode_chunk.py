@@ -54,6 +54,7 @@ def attend_one_token(
     runs = [(cache.key, cache.value)]
     sinks = jnp.zeros_like(position)
     if spec.num_sinks:
+        assert spec.window is not None
         runs.append((cache.sink_key, cache.sink_value))
         sinks = jnp.clip(position - spec.window, 0, spec.num_sinks)
     is_token = valid[:, 0]
