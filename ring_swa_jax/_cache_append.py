@@ -26,10 +26,12 @@ def append_sinks(
     sinks = cache.sink_key.shape[2]
     positions = next_positions(cache, k.shape[1], valid)
     slots = _slots_or_none(valid & (positions < sinks), positions, sinks)
+    # One token is chosen for a slot or not, which XLA computes for keys and values at once.
+    store = _select if k.shape[1] == 1 else _scatter
     return dataclasses.replace(
         cache,
-        sink_key=_scatter(cache.sink_key, slots, k),
-        sink_value=_scatter(cache.sink_value, slots, v),
+        sink_key=store(cache.sink_key, slots, k),
+        sink_value=store(cache.sink_value, slots, v),
     )
 
 
@@ -79,6 +81,14 @@ def _slots_or_none(
     """
     none = num_slots + jnp.arange(slots.shape[1], dtype=jnp.int32)[None]
     return jnp.where(kept, slots, none)
+
+
+def _select(
+    buffer: Float[Array, "B K P H"], slots: Int[Array, "B 1"], token: Float[Array, "B 1 K H"]
+) -> Float[Array, "B K P H"]:
+    """The buffer with one token of each row in its slot."""
+    is_slot = jnp.arange(buffer.shape[2], dtype=jnp.int32)[None] == slots
+    return jnp.where(is_slot[:, None, :, None], jnp.swapaxes(token, 1, 2), buffer)
 
 
 def _scatter(

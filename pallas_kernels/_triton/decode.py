@@ -44,8 +44,8 @@ class DecodePlan:
 
     @classmethod
     def of(cls, num_keys: int, batch_kv_heads: int, num_sms: int) -> "DecodePlan":
-        """About four programs on each multiprocessor, of 64 to 1024 keys."""
-        keys = num_keys * batch_kv_heads / (4 * num_sms)
+        """About two programs on each multiprocessor, of 64 to 1024 keys: the fastest on an H100."""
+        keys = num_keys * batch_kv_heads / (2 * num_sms)
         return cls(min(1024, max(1, pl.cdiv(int(keys), 64)) * 64))
 
 
