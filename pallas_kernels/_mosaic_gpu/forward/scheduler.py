@@ -13,6 +13,11 @@ from pallas_kernels._spec import Spec
 from pallas_kernels._tile_ranges import fetched_sink_count, key_span
 
 
+LONG_WINDOW = 2048
+"""Window from which on packed documents have their longest tiles first. On an H100 that took up to
+4% off launches at 4095 and without a window, and added 3% at 1000, where tiles hardly differ."""
+
+
 def sees_all(spec: Spec, inputs: ForwardInputs, rows: tuple[int, int]) -> bool:
     """Whether every query of a launch sees every key, so that no tile needs a mask."""
     one_sequence = not inputs.start.ndim and inputs.end is None
@@ -68,7 +73,8 @@ class TileScheduler:
         }
         if end is not None:
             self.operands["end"] = self._by_rows(end, batch, length)
-        if self.packed:
+        self.longest_first = self.packed and (spec.window is None or spec.window >= LONG_WINDOW)
+        if self.longest_first:
             self.operands["order"] = self._longest_first(start)
         if sinks is not None:
             pad = ((0, 0), (0, -self.num_fetched_sinks % self.sink_tile), (0, 0), (0, 0))
@@ -116,10 +122,10 @@ class WorkTile:
     """A tile of queries: its row of the batch, heads, positions, and the keys that it sees.
 
     Tiles of heads come one after the other, then tiles of queries, then rows of the batch. The
-    last queries, which see most under a causal mask, come first; of documents the tiles that see
-    most. Where all queries see all keys, tiles of queries come first, so that the keys of few heads
-    are in use, which the L2 cache holds; and the last tile of keys comes first, so that no later
-    one has rows beyond the last key.
+    last queries, which see most under a causal mask, come first; or where ``longest_first`` the
+    tiles of queries that see most. Where all queries see all keys, tiles of queries come first, so
+    that the keys of few heads are in use, which the L2 cache holds; and the last tile of keys comes
+    first, so that no later one has rows beyond the last key.
 
     TMA fetches keys from multiples of 8 on, so a run's first key is counted in eights.
 
@@ -142,10 +148,10 @@ class WorkTile:
             self.head_tile, self.batch_row = lax.rem(index, heads), lax.div(index, heads)
         else:
             self.head_tile, index = lax.rem(index, heads), lax.div(index, heads)
-            if scheduler.packed:
+            if scheduler.longest_first:
                 index = refs["order"][index]
             self.query_tile = lax.rem(index, queries)
-            if not scheduler.packed:
+            if not scheduler.longest_first:
                 self.query_tile = scheduler.query_tiles - 1 - self.query_tile
             self.batch_row = lax.div(index, queries)
         self.first_head = self.head_tile * scheduler.tiles.heads

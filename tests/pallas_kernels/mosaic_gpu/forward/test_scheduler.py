@@ -55,6 +55,7 @@ SHARDS = {
     "sinks": Shard(200, 40, SMALL, sinks=5),
     "sinks_group": Shard(200, 100, PACKED, sinks=33),
     "documents": Shard(200, 134, SMALL, documents=ROWS_OF_TWO),
+    "documents_without_window": Shard(200, None, SMALL, documents=ROWS_OF_TWO),
     "documents_sinks": Shard(200, 40, PACKED, sinks=5, documents=ROWS_OF_TWO),
     "fetched": Shard(256, 40, SMALL, sinks=20, halo=40, fetched=True),
     "fetched_documents": Shard(
