@@ -12,7 +12,6 @@ from pallas_kernels._mosaic_gpu.tiles import MOSAIC_SINKS, MosaicTiles
 from pallas_kernels._spec import Spec
 from pallas_kernels._tile_ranges import fetched_sink_count, key_span
 
-
 LONG_WINDOW = 2048
 """Window from which on packed documents have their longest tiles first. On an H100 that took up to
 4% off launches at 4095 and without a window, and added 3% at 1000, where tiles hardly differ."""
@@ -122,9 +121,9 @@ class WorkTile:
     """A tile of queries: its row of the batch, heads, positions, and the keys that it sees.
 
     Tiles of heads come one after the other, then tiles of queries, then rows of the batch. The
-    last queries, which see most under a causal mask, come first; or where ``longest_first`` the
-    tiles of queries that see most. Where all queries see all keys, tiles of queries come first, so
-    that the keys of few heads are in use, which the L2 cache holds; and the last tile of keys comes
+    last queries, which see most under a causal mask, come first; where ``longest_first``, the tiles
+    of all rows that see most. Where all queries see all keys, tiles of queries come first, so that
+    the keys of few heads are in use, which the L2 cache holds; and the last tile of keys comes
     first, so that no later one has rows beyond the last key.
 
     TMA fetches keys from multiples of 8 on, so a run's first key is counted in eights.
