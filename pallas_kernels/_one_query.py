@@ -4,12 +4,13 @@ A kernel of Pallas-Triton reads the keys once, which is what such a step costs. 
 which hardly anybody needs, takes products with all keys.
 """
 
+import functools
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float32, Int
 
 from pallas_kernels import _device, _support
 from pallas_kernels._logits import LOG2_E, cap_logits
@@ -62,18 +63,33 @@ def attend_one_query(
     num_keys = runs[0][0].shape[2]
     plan = DecodePlan.of(num_keys, batch * num_kv_heads, _device.multiprocessors())
     interpret = _support.interprets("triton")
-    sums, part_max, part_sum = decode_parts(spec, query, runs, bounds, plan, interpret=interpret)
-    row_max = part_max.max(2)
+    parts = decode_parts(spec, query, runs, bounds, plan, interpret=interpret)
+    learned = None
     if sink_logits is not None:
         learned = sink_logits.astype(jnp.float32).reshape(num_kv_heads, group) * LOG2_E
-        row_max = jnp.maximum(row_max, learned)
-    weights = jnp.exp2(part_max - row_max[:, :, None])
-    row_sum = (weights * part_sum).sum(2)
-    if sink_logits is not None:
-        row_sum += jnp.exp2(learned - row_max)
+    return _combined(*parts, learned).astype(query.dtype)
+
+
+def _combined(
+    sums: Float32[Array, "B K parts G Hv"],
+    part_max: Float32[Array, "B K parts G"],
+    part_sum: Float32[Array, "B K parts G"],
+    learned: Float32[Array, "K G"] | None,
+) -> Float32[Array, "B K G Hv"]:
+    """Attention to all keys from that to each part of them, as `decode_parts` leaves it.
+
+    Written out for each part, so that XLA makes one kernel of it; of reductions it makes several.
+    """
+    parts = range(sums.shape[2])
+    row_max = functools.reduce(jnp.maximum, [part_max[:, :, n] for n in parts])
+    row_sum = jnp.zeros_like(row_max)
+    if learned is not None:
+        row_max = jnp.maximum(row_max, learned[None])
+        row_sum = jnp.exp2(learned[None] - row_max)
+    weights = [jnp.exp2(part_max[:, :, n] - row_max) for n in parts]
+    row_sum += sum(weights[n] * part_sum[:, :, n] for n in parts)
     inverse = jnp.where(row_sum > 0, 1 / row_sum, 0.0)
-    out = (weights[..., None] * sums).sum(2) * inverse[..., None]
-    return out.astype(query.dtype)
+    return sum((weights[n] * inverse)[..., None] * sums[:, :, n] for n in parts)
 
 
 def _forward(spec, query, runs, bounds, sink_logits):

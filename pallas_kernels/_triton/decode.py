@@ -26,6 +26,10 @@ SMALLEST_DOT = 16
 """Rows of an operand of a matrix product in Triton at least."""
 
 
+MOST_PARTS = 32
+"""Parts of the keys about at most: an operation of XLA's for each adds them up."""
+
+
 @dataclasses.dataclass(frozen=True)
 class DecodePlan:
     """How a launch is cut.
@@ -44,9 +48,12 @@ class DecodePlan:
 
     @classmethod
     def of(cls, num_keys: int, batch_kv_heads: int, num_sms: int) -> "DecodePlan":
-        """About two programs on each multiprocessor, of 64 to 1024 keys: the fastest on an H100."""
-        keys = num_keys * batch_kv_heads / (2 * num_sms)
-        return cls(min(1024, max(1, pl.cdiv(int(keys), 64)) * 64))
+        """About two programs on each multiprocessor, of 64 to 1024 keys: the fastest on an H100.
+
+        Longer caches have longer parts.
+        """
+        keys = min(1024, num_keys * batch_kv_heads // (2 * num_sms))
+        return cls(pl.cdiv(max(1, keys, num_keys // MOST_PARTS), 64) * 64)
 
 
 def decode_parts(
