@@ -1,24 +1,21 @@
-"""How the arrays of a launch are put together and taken apart: runs, rows of the batch, groups."""
+"""How the arrays of a launch are put together and taken apart: runs, rows of the batch, heads."""
 
-from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import einops
-import jax
 import jax.numpy as jnp
-from jax import Array, lax
-from jaxtyping import Bool, Float, Int
+from jax import Array
+from jaxtyping import Bool, Float
 
 from pallas_kernels._masks import is_real
 from pallas_kernels._spec import Ends, KeyRun, Spec, Starts
 
 
 class Bounds(NamedTuple):
-    """Where the sequences of queries start and end, of a batch or of one of its rows."""
+    """Where the sequences of queries start and end."""
 
-    start: Starts | Int[Array, "T"]
-    end: Ends | Int[Array, "T"]
+    start: Starts
+    end: Ends
 
     @property
     def packed(self) -> bool:
@@ -26,22 +23,19 @@ class Bounds(NamedTuple):
         return self.start.ndim > 0
 
 
-def joined(runs: tuple[KeyRun, ...]) -> tuple[KeyRun, ...]:
+def joined(runs: tuple[KeyRun, ...]) -> KeyRun:
     """Runs that follow one another as one run."""
     if len(runs) == 1:
-        return runs
+        return runs[0]
     key = jnp.concatenate([run.key for run in runs], axis=1)
     value = jnp.concatenate([run.value for run in runs], axis=1)
-    return (KeyRun(key, value, runs[0].offset),)
+    return KeyRun(key, value, runs[0].offset)
 
 
 def split_by_runs(
-    runs: tuple[KeyRun, ...], dkeys: tuple[tuple[Array, Array], ...]
+    runs: tuple[KeyRun, ...], dkey: Float[Array, "B S K H"], dvalue: Float[Array, "B S K Hv"]
 ) -> tuple[tuple[Array, Array], ...]:
     """Gradients of `joined` runs, run by run."""
-    if len(runs) == len(dkeys):
-        return dkeys
-    ((dkey, dvalue),) = dkeys
     found = []
     for run in runs:
         begin = run.offset - runs[0].offset
@@ -50,54 +44,52 @@ def split_by_runs(
     return tuple(found)
 
 
-def each_row(one_row: Callable, bounds: tuple[Bounds, tuple[Int[Array, "..."], ...]]) -> Callable:
-    """Maps over the batch: at once where rows share their bounds, else one after the other."""
-    if bounds[0].packed:
-        return lambda *args: lax.map(lambda row: one_row(*row), (bounds, *args))
-    return lambda *args: jax.vmap(partial(one_row, bounds))(*args)
-
-
 def without_padding(
-    spec: Spec,
-    runs: tuple[tuple[Array, Array], ...],
-    offsets: tuple[int, ...],
-    bounds: Bounds,
-) -> tuple[tuple[Array, Array], ...]:
-    """Pairs of [S, heads, dim] at these offsets with zeros for padding."""
+    spec: Spec, offset: int, bounds: Bounds, arrays: tuple[Array, ...]
+) -> tuple[Array, ...]:
+    """Arrays [B, S, heads, dim] of the tokens from position ``offset`` on, padding as zeros."""
     if not bounds.packed:
-        return runs
-    found = []
-    for (key, value), offset in zip(runs, offsets, strict=True):
-        real = _is_real_key(spec, bounds, offset, key.shape[0])
-        key, value = (jnp.where(real[:, None, None], x, 0) for x in (key, value))
-        found.append((key, value))
-    return tuple(found)
+        return arrays
+    real = _is_real_key(spec, bounds, offset, arrays[0].shape[1])[..., None, None]
+    return tuple(jnp.where(real, x, 0) for x in arrays)
 
 
-def _is_real_key(spec: Spec, bounds: Bounds, offset: int, length: int) -> Bool[Array, "S"]:
+def _is_real_key(spec: Spec, bounds: Bounds, offset: int, length: int) -> Bool[Array, "B S"]:
     """Whether a key of a run is a token, or outside the shard one that a query may see."""
     start, end = bounds
-    positions = offset + jnp.arange(length, dtype=jnp.int32)
+    positions = offset + jnp.arange(length, dtype=jnp.int32)[None]
     before = min(max(spec.first_key - offset, 0), length)
     own_begin = max(offset - spec.first_key, 0)
-    own = min(length - before, max(start.shape[0] - own_begin, 0))
-    own_end = None if end is None else end[own_begin : own_begin + own]
+    own = min(length - before, max(start.shape[1] - own_begin, 0))
+    own_start = start[:, own_begin : own_begin + own]
+    own_end = None if end is None else end[:, own_begin : own_begin + own]
     # A query sees keys before its shard only if its sequence crosses into the shard.
     parts = [
-        positions[:before] >= start[0],
-        is_real(positions[before : before + own], start[own_begin : own_begin + own], own_end),
+        positions[:, :before] >= start[:, :1],
+        is_real(positions[:, before : before + own], own_start, own_end),
     ]
     if before + own < length:  # and keys after it only if its sequence is the last one's
         assert end is not None
-        parts.append(positions[before + own :] < end[-1])
-    return jnp.concatenate(parts)
+        parts.append(positions[:, before + own :] < end[:, -1:])
+    return jnp.concatenate(parts, axis=1)
 
 
-def group(x: Float[Array, "T N H"], num_kv: int) -> Float[Array, "T K G H"]:
+def group(x: Float[Array, "B T N H"], num_kv: int) -> Float[Array, "B T K G H"]:
     """Query heads as groups that share a head of keys."""
-    return einops.rearrange(x, "t (k g) h -> t k g h", k=num_kv)
+    return einops.rearrange(x, "b t (k g) h -> b t k g h", k=num_kv)
 
 
-def group_rows(x: Float[Array, "N T"], num_kv: int) -> Float[Array, "K G T"]:
+def group_rows(x: Float[Array, "B N T"], num_kv: int) -> Float[Array, "B K G T"]:
     """As `group`, of one number for each head and row."""
-    return einops.rearrange(x, "(k g) t -> k g t", k=num_kv)
+    return einops.rearrange(x, "b (k g) t -> b k g t", k=num_kv)
+
+
+def heads_first(x: Float[Array, "B Q K G H"]) -> Float[Array, "B K GQ H"]:
+    """A tile of queries: the rows of a group's heads are one matrix."""
+    return einops.rearrange(x, "b q k g h -> b k (g q) h")
+
+
+def rows_first(x: Float[Array, "B K GQ H"], groups: int) -> Float[Array, "B Q K G H"]:
+    """The inverse of `heads_first`."""
+    return einops.rearrange(x, "b k (g q) h -> b q k g h", g=groups)
+

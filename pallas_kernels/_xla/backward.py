@@ -3,6 +3,7 @@
 from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
@@ -10,25 +11,27 @@ from jaxtyping import Float, Int
 from pallas_kernels._kernels import BackwardInputs, Gradients
 from pallas_kernels._logits import delta_of
 from pallas_kernels._masks import is_real
-from pallas_kernels._slices import slice_in_dim, update_in_dim
-from pallas_kernels._spec import SinkRun, Spec
+from pallas_kernels._spec import KeyRun, SinkRun, Spec
 from pallas_kernels._varying import full_like_varying
 from pallas_kernels._xla.arrays import (
     Bounds,
-    each_row,
     group,
     group_rows,
+    heads_first,
     joined,
+    rows_first,
     split_by_runs,
     without_padding,
 )
 from pallas_kernels._xla.products import dot, scaled_logits
-from pallas_kernels._xla.tiles import KeyLoop, KeyTile, key_plans
+from pallas_kernels._xla.tiles import KeyTile, TileLoop, by_rows
 
 # Gradients of a tile of queries, and of all keys and values of a run.
-_Sums = tuple[Float[Array, "Q K G H"], Float[Array, "run K H"], Float[Array, "run K Hv"]]
+_Sums = tuple[Float[Array, "B Q K G H"], Float[Array, "B run K H"], Float[Array, "B run K Hv"]]
 
 
+# The jit is for eager calls, and for the passes of one program that are traced more than once.
+@partial(jax.jit, static_argnames=("spec", "rows", "dquery_dtype", "dkey_dtype"), inline=True)
 def backward(
     spec: Spec,
     inputs: BackwardInputs,
@@ -39,80 +42,71 @@ def backward(
     dkey_dtype: jnp.dtype,
 ) -> Gradients:
     """As `Kernels.backward`."""
-    query, sinks, out, dout = inputs.query, inputs.sinks, inputs.out, inputs.dout
-    lse, start, runs = inputs.lse, inputs.start, joined(inputs.runs)
-    batch, _, heads, dim = query.shape
+    query, out, dout, lse = inputs.query, inputs.out, inputs.dout, inputs.lse
+    run, bounds = joined(inputs.runs), Bounds(inputs.start, inputs.end)
     delta = delta_of(out[:, :rows], dout[:, :rows], lse.dtype)
-    if start.ndim:
-        end = None if inputs.end is None else inputs.end[:, :rows]
-        real = is_real(jnp.arange(rows, dtype=jnp.int32)[None], start[:, :rows], end)
+    if bounds.packed:
+        start, end = (None if x is None else x[:, :rows] for x in bounds)
+        real = is_real(jnp.arange(rows, dtype=jnp.int32)[None], start, end)
         delta = jnp.where(real[:, None], delta, 0)
-    if dquery is None:
-        dquery = full_like_varying(query, (batch, rows, heads, dim), 0, lse.dtype)
-    else:
+    if dquery is not None:
         dquery = jnp.pad(dquery, ((0, 0), (0, rows - dquery.shape[1]), (0, 0), (0, 0)))
-    sequences = Bounds(start, inputs.end)
-    bounds = (sequences, key_plans(spec, runs, sequences, (0, rows)))
-    keys = tuple((run.key, run.value) for run in runs)
-    offsets = tuple(run.offset for run in runs)
-    one_row = partial(_one_row, spec, offsets, dquery_dtype, dkey_dtype)
-    arrays = (query, keys, sinks, dout, lse, delta, dquery)
-    dquery, dkeys, dsinks = each_row(one_row, bounds)(*arrays)
-    return Gradients(dquery, split_by_runs(inputs.runs, dkeys), dsinks, delta)
+    arrays = (query, run, inputs.sinks, dout, lse, delta, dquery)
+    found = by_rows(spec, partial(_gradients, spec, rows), bounds, *arrays)
+    dquery, dkey, dvalue, dsinks = found
+    dkeys = split_by_runs(inputs.runs, dkey.astype(dkey_dtype), dvalue.astype(dkey_dtype))
+    return Gradients(dquery.astype(dquery_dtype), dkeys, dsinks, delta)
 
 
-def _one_row(
+def _gradients(
     spec: Spec,
-    offsets: tuple[int, ...],
-    dquery_dtype: jnp.dtype,
-    dkey_dtype: jnp.dtype,
-    bounds: tuple[Bounds, tuple[Int[Array, "tiles 6"], ...]],
-    query: Float[Array, "T N H"],
-    keys: tuple[tuple[Array, Array], ...],
+    rows: int,
+    bounds: Bounds,
+    query: Float[Array, "B T N H"],
+    run: KeyRun,
     sinks: SinkRun | None,
-    dout: Float[Array, "T N Hv"],
-    lse: Float[Array, "N T"],
-    delta: Float[Array, "N R"],
-    dquery: Float[Array, "R N H"],
-) -> tuple[Float[Array, "R N H"], tuple[tuple[Array, Array], ...], SinkRun | None]:
-    """(dquery, (dkey, dvalue) of each run, dsinks) of one row of the batch."""
-    sequences, plans = bounds
-    loop = KeyLoop(spec, (0, dquery.shape[0]), sequences, offsets, plans)
-    keys = without_padding(spec, keys, offsets, sequences)
+    dout: Float[Array, "B T N Hv"],
+    lse: Float[Array, "B N T"],
+    delta: Float[Array, "B N R"],
+    initial_dquery: Float[Array, "B R N H"] | None,
+) -> tuple[Array, Array, Array, SinkRun | None]:
+    """(dquery, dkey, dvalue, dsinks) in the accumulator's dtype."""
+    key, value = without_padding(spec, run.offset, bounds, (run.key, run.value))
     # The rows of queries are those of the shard's own keys.
-    ((query, dout),) = without_padding(spec, ((query, dout),), (spec.first_key,), sequences)
-    num_kv, dtype = keys[0][0].shape[1], lse.dtype
-    query, dout, initial_dquery = (group(x, num_kv) for x in (query, dout, dquery))
-    lse, delta = (group_rows(x, num_kv) for x in (lse, delta))
+    query, dout = without_padding(spec, spec.first_key, bounds, (query, dout))
+    loop = TileLoop.of(spec, (0, rows), bounds, KeyRun(key, value, run.offset))
+    num_kv, dtype = key.shape[2], lse.dtype
+    query, dout = group(query, num_kv), group(dout, num_kv)
+    lse, delta = group_rows(lse, num_kv), group_rows(delta, num_kv)
 
-    def query_tile(t, carry):
-        dquery, dkeys, dsinks = carry
-        tile = loop.query_tile(t)
-        dquery_before = tile.rows_of(dquery)
+    def query_tile(tile, carry):
+        dquery, dkey, dvalue, dsinks = carry
+        rows_of_query = tile.rows_of(query)
         queries = _Queries(
-            tile.rows_of(query),
-            tile.rows_of(dout),
-            tile.rows_of(lse, axis=2),
-            tile.rows_of(delta, axis=2),
+            heads_first(rows_of_query),
+            heads_first(tile.rows_of(dout)),
+            tile.rows_of(lse, axis=3),
+            tile.rows_of(delta, axis=3),
         )
         step = partial(_add_gradients, spec, queries)
-        dquery_tile, new_dkeys = dquery_before, []
-        for n, (key_value, dkey) in enumerate(zip(keys, dkeys, strict=True)):
-            dquery_tile, *dkey = loop.over_run(n, key_value, tile, step, (dquery_tile, *dkey))
-            new_dkeys.append(tuple(dkey))
+        if initial_dquery is None:
+            new = full_like_varying(query, rows_of_query.shape, 0, dtype)
+        else:
+            new = tile.rows_of(dquery)
+        new, dkey, dvalue = loop.over_keys(tile, step, (new, dkey, dvalue))
         if sinks is not None:
-            dquery_tile, *dsinks = step(loop.fetched_sinks(sinks, tile), (dquery_tile, *dsinks))
+            new, *dsinks = step(loop.fetched_sinks(sinks, tile), (new, *dsinks))
             dsinks = SinkRun(*dsinks)
-        return tile.put(dquery, dquery_tile, dquery_before), tuple(new_dkeys), dsinks
+        return tile.put(dquery, new), dkey, dvalue, dsinks
 
-    initial = (
-        initial_dquery,
-        tuple((_zeros(key, dtype), _zeros(value, dtype)) for key, value in keys),
-        None if sinks is None else SinkRun(*(_zeros(x, dtype) for x in sinks)),
-    )
-    found, dkeys, dsinks = lax.fori_loop(0, loop.num_query_tiles, query_tile, initial)
-    dkeys = tuple((dk.astype(dkey_dtype), dv.astype(dkey_dtype)) for dk, dv in dkeys)
-    return found.reshape(dquery.shape).astype(dquery_dtype), dkeys, dsinks
+    if initial_dquery is None:
+        dquery = full_like_varying(query, (*query.shape[:1], rows, *query.shape[2:]), 0, dtype)
+    else:
+        dquery = group(initial_dquery, num_kv)
+    dsinks = None if sinks is None else SinkRun(*(_zeros(x, dtype) for x in sinks))
+    initial = (dquery, _zeros(key, dtype), _zeros(value, dtype), dsinks)
+    dquery, dkey, dvalue, dsinks = loop.over_queries(query_tile, initial)
+    return dquery.reshape(*dquery.shape[:2], -1, dquery.shape[-1]), dkey, dvalue, dsinks
 
 
 def _zeros(x: Float[Array, "..."], dtype) -> Float[Array, "..."]:
@@ -127,45 +121,38 @@ def _zeros(x: Float[Array, "..."], dtype) -> Float[Array, "..."]:
 class _Queries(NamedTuple):
     """A tile of queries, and what belongs to them."""
 
-    query: Float[Array, "Q K G H"]
-    dout: Float[Array, "Q K G Hv"]
-    lse: Float[Array, "K G Q"]
-    delta: Float[Array, "K G Q"]
+    query: Float[Array, "B K GQ H"]
+    dout: Float[Array, "B K GQ Hv"]
+    lse: Float[Array, "B K G Q"]
+    delta: Float[Array, "B K G Q"]
 
 
 def _add_gradients(spec: Spec, queries: _Queries, keys: KeyTile, sums: _Sums) -> _Sums:
     """Adds what flows through one pair of tiles."""
     dquery, dkey, dvalue = sums
-    dquery_part, dkey_part, dvalue_part = _gradients(spec, queries, keys)
-    return (
-        dquery + dquery_part,
-        _add_rows(dkey, dkey_part, keys.begin),
-        _add_rows(dvalue, dvalue_part, keys.begin),
-    )
-
-
-def _gradients(
-    spec: Spec, queries: _Queries, keys: KeyTile
-) -> tuple[Float[Array, "Q K G H"], Float[Array, "S K H"], Float[Array, "S K Hv"]]:
-    """(dquery, dkey, dvalue) of one pair of tiles."""
     query, dout, lse, delta = queries
-    dtype = lse.dtype
-    logits, dcap = scaled_logits(spec, query, keys.key, dtype)
+    groups, dtype = lse.shape[2], lse.dtype
+    logits, dcap = scaled_logits(spec, query, keys.key, groups, dtype)
     finite_lse = jnp.where(lse == -jnp.inf, 0, lse)[..., None]
     weights = jnp.exp(jnp.where(keys.seen, logits - finite_lse, -jnp.inf))
-    dweights = dot(spec, "qkgv,skv->kgqs", dout, keys.value, dtype)
+    dweights = dot(spec, "bkqv,bskv->bkqs", dout, keys.value, dtype).reshape(logits.shape)
     dlogits = weights * (dweights - delta[..., None]) * spec.scale
-    dlogits = (dlogits if dcap is None else dlogits * dcap).astype(keys.key.dtype)
-    weights = weights.astype(keys.value.dtype)
+    dlogits = dlogits if dcap is None else dlogits * dcap
+
+    def matrix(x, like):
+        return x.astype(like.dtype).reshape(*query.shape[:3], -1)
+
+    dlogits, weights = matrix(dlogits, keys.key), matrix(weights, keys.value)
+    dquery_part = dot(spec, "bkqs,bskh->bkqh", dlogits, keys.key, dtype)
     return (
-        dot(spec, "kgqs,skh->qkgh", dlogits, keys.key, dtype),
-        dot(spec, "kgqs,qkgh->skh", dlogits, query, dtype),
-        dot(spec, "kgqs,qkgv->skv", weights, dout, dtype),
+        dquery + rows_first(dquery_part, groups),
+        _add_rows(dkey, dot(spec, "bkqs,bkqh->bskh", dlogits, query, dtype), keys.begin),
+        _add_rows(dvalue, dot(spec, "bkqs,bkqv->bskv", weights, dout, dtype), keys.begin),
     )
 
 
 def _add_rows(
-    total: Float[Array, "S K H"], part: Float[Array, "s K H"], begin: Int[Array, ""] | int
-) -> Float[Array, "S K H"]:
-    rows = slice_in_dim(total, begin, part.shape[0]) + part
-    return update_in_dim(total, rows, begin, 0)
+    total: Float[Array, "B S K H"], part: Float[Array, "B s K H"], begin: Int[Array, ""] | int
+) -> Float[Array, "B S K H"]:
+    rows = lax.dynamic_slice_in_dim(total, begin, part.shape[1], 1) + part
+    return lax.dynamic_update_slice_in_dim(total, rows, begin, 1)

@@ -15,10 +15,11 @@ def dot(
 
 
 def scaled_logits(
-    spec: Spec, query: Float[Array, "Q K G H"], key: Float[Array, "S K H"], dtype
-) -> tuple[Float[Array, "K G Q S"], Float[Array, "K G Q S"] | None]:
+    spec: Spec, query: Float[Array, "B K GQ H"], key: Float[Array, "B S K H"], groups: int, dtype
+) -> tuple[Float[Array, "B K G Q S"], Float[Array, "B K G Q S"] | None]:
     """Scaled and capped logits, and the derivative of the cap (None without one)."""
-    logits = dot(spec, "qkgh,skh->kgqs", query, key, dtype) * spec.scale
+    logits = dot(spec, "bkqh,bskh->bkqs", query, key, dtype) * spec.scale
+    logits = logits.reshape(*query.shape[:2], groups, -1, key.shape[1])
     if spec.soft_cap is None:
         return logits, None
     bounded = jnp.tanh(logits / spec.soft_cap)

@@ -1,19 +1,25 @@
-"""Tiles of queries and of keys, and the loop of a tile of queries over the keys that it sees."""
+"""Tiles of queries and of keys, and which tiles of keys a tile of queries visits."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from pallas_kernels._masks import sees, sees_behind_halo, sees_fetched_sink
-from pallas_kernels._slices import slice_in_dim, update_in_dim
 from pallas_kernels._spec import KeyRun, SinkRun, Spec
 from pallas_kernels._tile_ranges import key_plan
 from pallas_kernels._tiles import Tiles
 from pallas_kernels._xla.arrays import Bounds
+
+MAX_WINDOW = 255
+"""The longest window whose keys are one slice for each tile of queries.
+
+So the program has one loop, not two, which is half to compile, and its steps are as fast.
+"""
 
 
 def xla_tiles(window: int | None) -> Tiles:
@@ -21,31 +27,6 @@ def xla_tiles(window: int | None) -> Tiles:
     num_keys = 256 if window is None else window + 1
     size = min(256, max(64, 1 << (num_keys - 1).bit_length()))
     return Tiles(size, size)
-
-
-def key_plans(
-    spec: Spec, runs: tuple[KeyRun, ...], bounds: Bounds, rows: tuple[int, int]
-) -> tuple[Int[Array, "..."], ...]:
-    """The `key_plan` of each run."""
-    return tuple(
-        key_plan(
-            bounds.start,
-            spec.window,
-            _sinks_in(spec, run.offset, run.key.shape[1]),
-            rows=rows,
-            query_tile=min(xla_tiles(spec.window).query, rows[1] - rows[0]),
-            offset=run.offset,
-            length=run.key.shape[1],
-            key_tile=min(xla_tiles(spec.window).key, run.key.shape[1]),
-            end=bounds.end,
-        )
-        for run in runs
-    )
-
-
-def _sinks_in(spec: Spec, offset: int, length: int) -> int:
-    """Sinks to look for in a run: only the shard's own keys hold any."""
-    return spec.num_sinks if offset <= spec.first_key < offset + length else 0
 
 
 class QueryTile(NamedTuple):
@@ -56,126 +37,204 @@ class QueryTile(NamedTuple):
         begin: of the slice.
         positions: of its queries.
         bounds: of their sequences.
-        own: which of them are not the tile's before.
+        own: which of them are not the tile's before; None: all.
     """
 
     number: Int[Array, ""] | int
-    begin: Int[Array, ""]
+    begin: Int[Array, ""] | int
     positions: Int[Array, "Q"]
     bounds: Bounds
-    own: Bool[Array, "Q"]
+    own: Bool[Array, "Q"] | None
 
-    def rows_of(self, x: Float[Array, "..."], axis: int = 0) -> Float[Array, "..."]:
+    def rows_of(self, x: Float[Array, "..."], axis: int = 1) -> Float[Array, "..."]:
         """The tile's rows of an array of all queries."""
-        return slice_in_dim(x, self.begin, self.positions.size, axis)
+        return lax.dynamic_slice_in_dim(x, self.begin, self.positions.size, axis)
 
     def put(
-        self,
-        x: Float[Array, "*whole"],
-        new: Float[Array, "*tile"],
-        before: Float[Array, "*tile"],
-        axis: int = 0,
+        self, x: Float[Array, "*whole"], new: Float[Array, "*tile"], axis: int = 1
     ) -> Float[Array, "*whole"]:
         """The array of all queries with new rows of this tile, where they are its own."""
-        own = self.own.reshape(-1, *[1] * (x.ndim - axis - 1))
-        return update_in_dim(x, jnp.where(own, new, before), self.begin, axis)
+        if self.own is not None:
+            own = self.own.reshape(-1, *[1] * (x.ndim - axis - 1))
+            new = jnp.where(own, new, self.rows_of(x, axis))
+        return lax.dynamic_update_slice_in_dim(x, new, self.begin, axis)
 
 
 class KeyTile(NamedTuple):
     """A slice of keys and values, which query sees which, and where it begins in its run."""
 
-    key: Float[Array, "S K H"]
-    value: Float[Array, "S K Hv"]
-    seen: Bool[Array, "Q S"]
+    key: Float[Array, "B S K H"]
+    value: Float[Array, "B S K Hv"]
+    seen: Bool[Array, "#B 1 1 Q S"]
     begin: Int[Array, ""] | int
 
 
-class KeyLoop(NamedTuple):
-    """The loops of one row of the batch.
+class TileLoop(NamedTuple):
+    """The tiles of one launch.
 
     Attributes:
         spec: static settings.
         rows: half-open range of queries.
-        bounds: of the queries' sequences.
-        offsets: position of the first key of each run.
-        plans: the `key_plans`.
+        bounds: of the queries' sequences; those of several rows only with one slice of keys.
+        run: all keys but fetched sinks.
+        plan: the `key_plan`; None where the keys of a tile of queries are one slice.
     """
 
     spec: Spec
     rows: tuple[int, int]
     bounds: Bounds
-    offsets: tuple[int, ...]
-    plans: tuple[Int[Array, "tiles 6"], ...]
+    run: KeyRun
+    plan: Int[Array, "tiles 6"] | None
+
+    @classmethod
+    def of(cls, spec: Spec, rows: tuple[int, int], bounds: Bounds, run: KeyRun) -> "TileLoop":
+        """With its plan, where one is wanted."""
+        loop = cls(spec, rows, bounds, run, None)
+        return loop if one_slice(spec) else loop._replace(plan=loop._key_plan())
 
     @property
-    def num_query_tiles(self) -> int:
-        """Tiles of queries of the row."""
-        return -(-(self.rows[1] - self.rows[0]) // xla_tiles(self.spec.window).query)
+    def query_rows(self) -> int:
+        """Rows of a tile of queries."""
+        return min(xla_tiles(self.spec.window).query, self.rows[1] - self.rows[0])
 
-    def query_tile(self, number: Int[Array, ""] | int) -> QueryTile:
+    @property
+    def key_rows(self) -> int:
+        """Rows of a tile of keys, where there are several."""
+        return min(xla_tiles(self.spec.window).key, self.run.key.shape[1])
+
+    @property
+    def num_sinks(self) -> int:
+        """Sinks to look for in the run: only the shard's own keys hold any."""
+        begin, length = self.run.offset, self.run.key.shape[1]
+        return self.spec.num_sinks if begin <= self.spec.first_key < begin + length else 0
+
+    def over_queries(self, visit: Callable, carry: Any) -> Any:
+        """Folds ``carry = visit(tile, carry)`` over all tiles of queries."""
+        count = -(-(self.rows[1] - self.rows[0]) // self.query_rows)
+
+        def body(number, carry):
+            return visit(self._query_tile(number), carry)
+
+        return body(0, carry) if count == 1 else lax.fori_loop(0, count, body, carry)
+
+    def _query_tile(self, number: Int[Array, ""] | int) -> QueryTile:
         """A tile of queries; the last one is moved back to end with the rows."""
-        size = min(xla_tiles(self.spec.window).query, self.rows[1] - self.rows[0])
-        first = self.rows[0] + number * size
-        begin = jnp.minimum(first, self.rows[1] - size)
+        size, (first_row, end_row) = self.query_rows, self.rows
+        first = begin = first_row + number * size
+        divided = (end_row - first_row) % size == 0
+        if not divided:
+            begin = jnp.minimum(first, end_row - size)
         positions = begin + jnp.arange(size, dtype=jnp.int32)
         bounds = self.bounds
         if bounds.packed:
-            start, end = bounds
-            start = slice_in_dim(start, begin, size)
-            end = None if end is None else slice_in_dim(end, begin, size)
+            start, end = (
+                None if x is None else lax.dynamic_slice_in_dim(x, begin, size, 1) for x in bounds
+            )
             bounds = Bounds(start, end)
-        return QueryTile(number, begin, positions, bounds, positions >= first)
+        return QueryTile(number, begin, positions, bounds, None if divided else positions >= first)
 
-    def over_run(
-        self, n: int, key_value: tuple[Array, Array], tile: QueryTile, visit: Callable, carry
-    ):
-        """Folds ``carry = visit(key tile, carry)`` over what the query tile sees of run ``n``."""
-        spec, offset, length = self.spec, self.offsets[n], key_value[0].shape[0]
-        plan = self.plans[n][tile.number]
-        size = min(xla_tiles(spec.window).key, length)
-        sink_begin, sink_end, begin, _, _, stop = plan
+    def over_keys(self, tile: QueryTile, visit: Callable, carry: Any) -> Any:
+        """Folds ``carry = visit(key tile, carry)`` over what a tile of queries sees of the run."""
+        if self.plan is None:
+            return visit(self._window_of(tile), carry)
+        length, size = self.run.key.shape[1], self.key_rows
+        sink_begin, sink_end, begin, _, _, stop = self.plan[tile.number]
         skipped = begin - sink_end
-        rule = sees
-        if offset != spec.first_key:
-            rule = partial(sees_behind_halo, first_key=spec.first_key)
-        start, end = (None if x is None else x[..., None] for x in tile.bounds)
-        # A tile of joined runs may hold keys before the first sequence, which are nobody's.
-        joined = offset < spec.first_key < offset + length
 
         def body(index, carry):
             first_key = jnp.where(index < sink_end, index, index + skipped) * size
             slice_begin = jnp.minimum(first_key, length - size)
-            local = slice_begin + jnp.arange(size, dtype=jnp.int32)
-            seen = rule(
-                tile.positions[:, None],
-                offset + local,
-                start,
-                spec.window,
-                _sinks_in(spec, offset, length),
-                packed=tile.bounds.packed or joined,
-                end=end,
-            )
-            key, value = (slice_in_dim(x, slice_begin, size) for x in key_value)
-            seen = seen & tile.own[:, None] & (local >= first_key)
-            return visit(KeyTile(key, value, seen, slice_begin), carry)
+            is_new = slice_begin + jnp.arange(size, dtype=jnp.int32) >= first_key
+            keys = self._key_tile(tile, slice_begin, size)
+            return visit(keys._replace(seen=keys.seen & is_new), carry)
 
         return lax.fori_loop(sink_begin, stop - skipped, body, carry)
+
+    def _key_plan(self) -> Int[Array, "tiles 6"]:
+        plan = key_plan(
+            self.bounds.start,
+            self.spec.window,
+            self.num_sinks,
+            rows=self.rows,
+            query_tile=self.query_rows,
+            offset=self.run.offset,
+            length=self.run.key.shape[1],
+            key_tile=self.key_rows,
+            end=self.bounds.end,
+        )
+        return plan[0] if self.bounds.packed else plan
+
+    def _window_of(self, tile: QueryTile) -> KeyTile:
+        """All keys of the windows of a tile of queries, as one slice."""
+        assert self.spec.window is not None
+        length = self.run.key.shape[1]
+        size = min(self.query_rows + self.spec.window, length)
+        begin = jnp.clip(tile.begin - self.spec.window - self.run.offset, 0, length - size)
+        return self._key_tile(tile, begin, size)
+
+    def _key_tile(self, tile: QueryTile, begin: Int[Array, ""] | int, size: int) -> KeyTile:
+        run, spec = self.run, self.spec
+        rule = sees
+        if run.offset != spec.first_key:
+            rule = partial(sees_behind_halo, first_key=spec.first_key)
+        start, end = (None if x is None else x[..., None] for x in tile.bounds)
+        # A tile of joined runs may hold keys before the first sequence, which are nobody's, and
+        # so may a slice that no plan has chosen.
+        joined = run.offset < spec.first_key < run.offset + run.key.shape[1]
+        seen = rule(
+            tile.positions[:, None],
+            run.offset + begin + jnp.arange(size, dtype=jnp.int32),
+            start,
+            spec.window,
+            self.num_sinks,
+            packed=tile.bounds.packed or joined or self.plan is None,
+            end=end,
+        )
+        key, value = (lax.dynamic_slice_in_dim(x, begin, size, 1) for x in (run.key, run.value))
+        return KeyTile(key, value, _of_heads(seen, tile), begin)
 
     def fetched_sinks(self, sinks: SinkRun, tile: QueryTile) -> KeyTile:
         """All fetched sinks, which are one tile."""
         packed, start = self.bounds.packed, self.bounds.start
-        crossing = start[0] if packed else start
-        positions = crossing + jnp.arange(sinks.key.shape[0], dtype=jnp.int32)
+        crossing = start[:, :1] if packed else start
+        positions = crossing + jnp.arange(sinks.key.shape[1], dtype=jnp.int32)
         spec = self.spec
         seen = sees_fetched_sink(
             tile.positions[:, None],
-            positions,
+            positions[..., None, :],
             tile.bounds.start[..., None],
             spec.window,
             spec.num_sinks,
             first_key=spec.first_key,
         )
         if packed:
-            real = (positions < spec.first_key)[:, None, None]
+            real = (positions < spec.first_key)[..., None, None]
             sinks = SinkRun(*(jnp.where(real, x, 0) for x in sinks))
-        return KeyTile(sinks.key, sinks.value, seen & tile.own[:, None], 0)
+        return KeyTile(sinks.key, sinks.value, _of_heads(seen, tile), 0)
+
+
+def one_slice(spec: Spec) -> bool:
+    """Whether the keys of a tile of queries are one slice."""
+    return spec.window is not None and spec.window <= MAX_WINDOW and not spec.num_sinks
+
+
+def by_rows(spec: Spec, compute: Callable, bounds: Bounds, *arrays: Any) -> Any:
+    """``compute(bounds, *arrays)`` of a batch, whose axis is the first one of all arrays.
+
+    Rows with plans of their own take turns, as their loops differ in length.
+    """
+
+    def one_row(row):
+        found = compute(*jax.tree.map(lambda x: x[None], row))
+        return jax.tree.map(lambda x: x[0], found)
+
+    if not bounds.packed or one_slice(spec) or bounds.start.shape[0] == 1:
+        return compute(bounds, *arrays)
+    return lax.map(one_row, (bounds, *arrays))
+
+
+def _of_heads(seen: Shaped[Array, "..."], tile: QueryTile) -> Bool[Array, "#B 1 1 Q S"]:
+    """A mask of queries and keys that all heads share, without rows that other tiles have."""
+    if tile.own is not None:
+        seen = seen & tile.own[:, None]
+    return seen.reshape(-1, 1, 1, *seen.shape[-2:])
