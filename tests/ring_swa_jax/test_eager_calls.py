@@ -60,14 +60,7 @@ CALLS = {
 }
 
 
-# There the rule of an eager gradient runs operation by operation, and its loop compiles anew.
-OLD_JAX = pytest.mark.xfail(jax.__version_info__ < (0, 11), reason="jax 0.10", strict=True)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=OLD_JAX if name == "gradient" else []) for name in CALLS],
-)
+@pytest.mark.parametrize("name", CALLS)
 def test_the_second_call_compiles_nothing(name):
     jax.clear_caches()  # JAX forgets programs once it has some thousands of them
     CALLS[name]()
