@@ -92,4 +92,3 @@ def heads_first(x: Float[Array, "B Q K G H"]) -> Float[Array, "B K GQ H"]:
 def rows_first(x: Float[Array, "B K GQ H"], groups: int) -> Float[Array, "B Q K G H"]:
     """The inverse of `heads_first`."""
     return einops.rearrange(x, "b k (g q) h -> b q k g h", g=groups)
-

@@ -110,9 +110,7 @@ def _resumed_sums(out: Float[Array, "B Q K G Hv"], lse: Float[Array, "B K G Q"],
     )
 
 
-def _softmax_step(
-    spec: Spec, query: Float[Array, "B K GQ H"], keys: KeyTile, sums: _Sums
-) -> _Sums:
+def _softmax_step(spec: Spec, query: Float[Array, "B K GQ H"], keys: KeyTile, sums: _Sums) -> _Sums:
     """One step of the online softmax."""
     acc, row_max, row_sum = sums
     groups, dtype = acc.shape[2], acc.dtype

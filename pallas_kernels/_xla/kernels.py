@@ -1,9 +1,10 @@
 """The backend "xla": portable, O(T * W) work, no buffer larger than its arguments.
 
-Query tiles in an outer loop, the key tiles that each one sees in an inner loop with an online
-softmax (Milakov and Gimelshein, arXiv:1805.02867; Dao et al., arXiv:2205.14135). Where the tile
-size does not divide a range, its last tile is moved back to end with the range, and what it
-shares with its neighbour is masked, so nothing is padded.
+A loop over tiles of queries. Under a short window all keys that a tile sees are one slice, so
+this is the only loop. Else an inner loop over the tiles of keys that a tile of queries sees goes on
+with an online softmax (Milakov and Gimelshein, arXiv:1805.02867; Dao et al., arXiv:2205.14135).
+Where the tile size does not divide a range, its last tile is moved back to end with the range, and
+what it shares with its neighbour is masked, so nothing is padded.
 """
 
 from jax import Array

@@ -139,16 +139,22 @@ class TileLoop(NamedTuple):
             return visit(self._window_of(tile), carry)
         length, size = self.run.key.shape[1], self.key_rows
         sink_begin, sink_end, begin, _, _, stop = self.plan[tile.number]
-        skipped = begin - sink_end
+        skipped = begin - sink_end if self.num_sinks else 0
 
         def body(index, carry):
-            first_key = jnp.where(index < sink_end, index, index + skipped) * size
-            slice_begin = jnp.minimum(first_key, length - size)
-            is_new = slice_begin + jnp.arange(size, dtype=jnp.int32) >= first_key
+            if self.num_sinks:
+                index = jnp.where(index < sink_end, index, index + skipped)
+            first_key = slice_begin = index * size
+            if length % size:
+                slice_begin = jnp.minimum(first_key, length - size)
             keys = self._key_tile(tile, slice_begin, size)
-            return visit(keys._replace(seen=keys.seen & is_new), carry)
+            if length % size:
+                is_new = slice_begin + jnp.arange(size, dtype=jnp.int32) >= first_key
+                keys = keys._replace(seen=keys.seen & is_new)
+            return visit(keys, carry)
 
-        return lax.fori_loop(sink_begin, stop - skipped, body, carry)
+        first = sink_begin if self.num_sinks else begin
+        return lax.fori_loop(first, stop - skipped, body, carry)
 
     def _key_plan(self) -> Int[Array, "tiles 6"]:
         plan = key_plan(
