@@ -46,8 +46,8 @@ def backward(
     run, bounds = joined(inputs.runs), Bounds(inputs.start, inputs.end)
     delta = delta_of(out[:, :rows], dout[:, :rows], lse.dtype)
     if bounds.packed:
-        start, end = (None if x is None else x[:, :rows] for x in bounds)
-        real = is_real(jnp.arange(rows, dtype=jnp.int32)[None], start, end)
+        end = None if bounds.end is None else bounds.end[:, :rows]
+        real = is_real(jnp.arange(rows, dtype=jnp.int32)[None], bounds.start[:, :rows], end)
         delta = jnp.where(real[:, None], delta, 0)
     if dquery is not None:
         dquery = jnp.pad(dquery, ((0, 0), (0, rows - dquery.shape[1]), (0, 0), (0, 0)))

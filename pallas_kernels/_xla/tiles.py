@@ -127,10 +127,8 @@ class TileLoop(NamedTuple):
         positions = begin + jnp.arange(size, dtype=jnp.int32)
         bounds = self.bounds
         if bounds.packed:
-            start, end = (
-                None if x is None else lax.dynamic_slice_in_dim(x, begin, size, 1) for x in bounds
-            )
-            bounds = Bounds(start, end)
+            rows = partial(lax.dynamic_slice_in_dim, start_index=begin, slice_size=size, axis=1)
+            bounds = Bounds(rows(bounds.start), None if bounds.end is None else rows(bounds.end))
         return QueryTile(number, begin, positions, bounds, None if divided else positions >= first)
 
     def over_keys(self, tile: QueryTile, visit: Callable, carry: Any) -> Any:
