@@ -18,7 +18,8 @@ from pallas_kernels._xla.arrays import Bounds
 MAX_WINDOW = 255
 """The longest window whose keys are one slice for each tile of queries.
 
-So the program has one loop, not two, which is half to compile, and its steps are as fast.
+So the program has one loop, not two, which is half to compile. On a CPU of two cores, slices were
+faster than a loop over tiles of keys at a window of 300, and up to 25% slower at 511 and 1023.
 """
 
 
