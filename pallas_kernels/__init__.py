@@ -11,6 +11,7 @@ from pallas_kernels._implementations import choose as choose
 from pallas_kernels._launches import attend_keys as attend_keys
 from pallas_kernels._launches import attend_keys_backward as attend_keys_backward
 from pallas_kernels._launches import sink_logits_gradient as sink_logits_gradient
+from pallas_kernels._logits import delta_of as delta_of
 from pallas_kernels._one_query import attend_one_query as attend_one_query
 from pallas_kernels._one_query import has_one_query_kernel as has_one_query_kernel
 from pallas_kernels._spec import KeyRun as KeyRun
@@ -36,6 +37,7 @@ __all__ = [
     "attend_keys_backward",
     "attend_one_query",
     "choose",
+    "delta_of",
     "half_precision_dtype",
     "has_one_query_kernel",
     "interprets",

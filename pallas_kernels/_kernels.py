@@ -4,12 +4,13 @@
 them. Nothing here says how: a backend may use one kernel for a launch, or several.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from pallas_kernels._logits import delta_of
 from pallas_kernels._spec import Ends, KeyRun, SinkRun, Spec, Starts, State
 
 
@@ -41,20 +42,29 @@ class BackwardInputs(NamedTuple):
         runs: keys and values, each run with its position; K divides N.
         sinks: the first tokens of the sequence that crosses into the shard, or None.
         start: where the sequence of each query starts, as `_masks` has it.
-        out: the output of the whole forward pass, in the dtype of ``query``.
+        out: the output of the whole forward pass, in the dtype of ``query``; None: see ``delta``.
         dout: its cotangent, in the same dtype.
         lse: log-sum-exp over *all* keys of a query, in the accumulator's dtype.
         end: where the sequence of each query ends, as `_masks` has it.
+        delta: ``rowsum(out * dout)`` in the accumulator's dtype, where ``out`` is None.
     """
 
     query: Float[Array, "B T N H"]
     runs: tuple[KeyRun, ...]
     sinks: SinkRun | None
     start: Starts
-    out: Float[Array, "B T N Hv"]
+    out: Float[Array, "B T N Hv"] | None
     dout: Float[Array, "B T N Hv"]
     lse: Float[Array, "B N T"]
     end: Ends = None
+    delta: Float[Array, "B N T"] | None = None
+
+    def delta_of(self, rows: int) -> Float[Array, "B N R"]:
+        """``rowsum(out * dout)`` of the first ``rows`` queries, in the accumulator's dtype."""
+        if self.delta is not None:
+            return self.delta[..., :rows]
+        assert self.out is not None
+        return delta_of(self.out[:, :rows], self.dout[:, :rows], self.lse.dtype)
 
 
 class Queries(NamedTuple):
@@ -77,6 +87,10 @@ class Queries(NamedTuple):
     end: Ends = None
 
 
+PartialSums = Any
+"""A pytree of arrays, in which a backend adds up gradients of queries over several launches."""
+
+
 class Gradients(NamedTuple):
     """What a backward launch leaves.
 
@@ -87,7 +101,7 @@ class Gradients(NamedTuple):
         delta: ``rowsum(out * dout)`` of the first ``rows`` queries, in the accumulator's dtype.
     """
 
-    dquery: Float[Array, "B R N H"]
+    dquery: Float[Array, "B R N H"] | PartialSums
     dkeys: tuple[tuple[Float[Array, "B _ K H"], Float[Array, "B _ K Hv"]], ...]
     dsinks: SinkRun | None
     delta: Float[Array, "B N R"]
@@ -162,10 +176,10 @@ class Kernels(Protocol):
         self,
         spec: Spec,
         inputs: BackwardInputs,
-        dquery: Float[Array, "B R0 N H"] | None,
+        dquery: Float[Array, "B R0 N H"] | PartialSums | None,
         *,
         rows: int,
-        dquery_dtype: jnp.dtype,
+        dquery_dtype: jnp.dtype | None,
         dkey_dtype: jnp.dtype,
     ) -> Gradients:
         """Gradients that flow through ``inputs.runs`` and ``inputs.sinks``.
@@ -174,9 +188,11 @@ class Kernels(Protocol):
             spec: static settings.
             inputs: the arrays.
             dquery: gradient of the first R0 <= ``rows`` queries through other keys, in the
-                accumulator's dtype, or None. The launch adds it to its own.
+                accumulator's dtype, or None; or what launches of as many rows have left where
+                ``dquery_dtype`` was None. The launch adds it to its own.
             rows: the launch takes the first ``rows`` queries.
-            dquery_dtype: of the returned gradient of queries.
+            dquery_dtype: of the returned gradient of queries; None where other launches are to
+                add to it.
             dkey_dtype: of the returned gradients of keys and values.
 
         Returns:

@@ -10,7 +10,13 @@ from jaxtyping import Float
 
 from pallas_kernels import _implementations
 from pallas_kernels._derivatives import first_order
-from pallas_kernels._kernels import BackwardInputs, ForwardInputs, Gradients, Kernels
+from pallas_kernels._kernels import (
+    BackwardInputs,
+    ForwardInputs,
+    Gradients,
+    Kernels,
+    PartialSums,
+)
 from pallas_kernels._spec import Ends, KeyRun, Spec, Starts, State, accumulator_dtype
 
 _Results = TypeVar("_Results", State, Gradients)
@@ -62,12 +68,13 @@ def attend_keys_backward(
     run: KeyRun,
     start: Starts,
     end: Ends,
-    final: State,
+    lse: Float[Array, "B N T"],
+    delta: Float[Array, "B N T"],
     dout: Float[Array, "B T N Hv"],
-    dquery: Float[Array, "B T N H"] | None,
-    dquery_dtype: jnp.dtype,
+    dquery: PartialSums | None,
+    dquery_dtype: jnp.dtype | None,
     dkey_dtype: jnp.dtype,
-) -> tuple[Array, Array, Array, Array]:
+) -> tuple[PartialSums, Array, Array, Array]:
     """The gradients that flow through the keys of one launch of `attend_keys`.
 
     Args:
@@ -77,20 +84,22 @@ def attend_keys_backward(
         run: keys of this launch.
         start: where each query's sequence starts, relative to the shard.
         end: where each query's sequence ends, as in `attend_keys`.
-        final: attention to the keys of all launches, its output in the dtype of ``query``.
+        lse: log-sum-exp over the keys of all launches.
+        delta: ``rowsum(out * dout)`` of the output of all launches, as `delta_of` computes it.
         dout: the output's cotangent.
-        dquery: gradient of the queries through the keys of other launches, in the accumulator's
-            dtype, or None.
-        dquery_dtype: of the returned gradient of the queries.
+        dquery: gradient of the queries through the keys of other launches, as these have left it,
+            or None.
+        dquery_dtype: of the returned gradient of the queries; None in all launches but the last.
         dkey_dtype: of the returned gradients of keys and values.
 
     Returns:
-        dquery with this launch's part added, dkey, dvalue and ``delta = rowsum(out * dout)``,
-        which `sink_logits_gradient` takes.
+        dquery with this launch's part added, dkey, dvalue, and ``delta`` with zeros for padding,
+        which `sink_logits_gradient` takes. Of dquery holds what `attend_keys` says of a state that
+        varies over manual mesh axes.
     """
     start, end = spec.moved(start, end)
     run = spec.moved_run(run)
-    inputs = BackwardInputs(query, (run,), None, start, final.out, dout, final.lse, end)
+    inputs = BackwardInputs(query, (run,), None, start, None, dout, lse, end, delta)
     kernels, rows = _implementations.kernels_of(implementation), query.shape[1]
     dquery, ((dkey, dvalue),), _, delta = launch_backward(
         spec, kernels, inputs, dquery, rows=rows, dquery_dtype=dquery_dtype, dkey_dtype=dkey_dtype
@@ -142,10 +151,10 @@ def launch_backward(
     spec: Spec,
     kernels: Kernels,
     inputs: BackwardInputs,
-    dquery: Float[Array, "B R0 N H"] | None,
+    dquery: Float[Array, "B R0 N H"] | PartialSums | None,
     *,
     rows: int,
-    dquery_dtype: jnp.dtype,
+    dquery_dtype: jnp.dtype | None,
     dkey_dtype: jnp.dtype,
 ) -> Gradients:
     """`Kernels.backward`, under vmap and inside other transformations too."""

@@ -22,13 +22,13 @@ from jaxtyping import Float, Int
 from pallas_kernels import (
     KeyRun,
     Spec,
-    State,
     attend_keys,
     attend_keys_backward,
     choose,
+    delta_of,
     sink_logits_gradient,
 )
-from ring_swa_jax._axis import SequenceAxis, same_varying
+from ring_swa_jax._axis import SequenceAxis, after, same_varying
 from ring_swa_jax._layout import from_dual_order, to_dual_order
 from ring_swa_jax._segments import whole_bounds
 
@@ -99,10 +99,10 @@ class HeadExchange:
         leaving: list[Array] = []
         arrived, _ = self._fetch(inputs, 0, None)
         for launch in range(self.launches):
-            here, begin = arrived, _after(start, *leaving[-1:])
+            here, begin = arrived, after(start, *leaving[-1:])
             if launch + 1 < self.launches:
                 arrived, message = self._fetch(inputs, launch + 1, here[-1])
-                begin = _after(begin, message)
+                begin = after(begin, message)
             leaving = [self._leaving(x) for x in compute(launch, here, begin)]
             returned.append([self._returned(x) for x in leaving])
         return [self._joined(parts) for parts in zip(*returned, strict=True)]
@@ -114,11 +114,12 @@ class HeadExchange:
         column = once._joined([once._returned(once._leaving(column))])
         return jnp.moveaxis(column[..., 0], 2, 1)
 
-    def sums_to_heads(self, sums: Float[Array, "B N T"]) -> list[Float[Array, "B n S"]]:
-        """The inverse of `sums_to_chunks`."""
+    def sums_to_heads(self, *sums: Float[Array, "B N T"]) -> list[Float[Array, "B n S sums"]]:
+        """The inverse of `sums_to_chunks`, of several such numbers in one message."""
         once = dataclasses.replace(self, launches=1)
-        column = once._arrived(once._outgoing(jnp.moveaxis(sums, 1, 2)[..., None], 0))
-        return jnp.split(jnp.moveaxis(column[..., 0], 2, 1), self.launches, axis=1)
+        columns = jnp.moveaxis(jnp.stack(sums, axis=-1), 1, 2)
+        columns = once._arrived(once._outgoing(columns, 0))
+        return jnp.split(jnp.moveaxis(columns, 2, 1), self.launches, axis=1)
 
     def sum_of_parts(self, x: Float[Array, "B T R H"], dtype) -> Float[Array, "B T K H"]:
         """The gradient of the keys from that of the repeated keys.
@@ -142,7 +143,7 @@ class HeadExchange:
         """The inputs of a launch's heads, received one after the other, and the last message."""
         arrived: list[Array] = []
         for x in inputs:
-            message = _after(self._outgoing(x, launch), before)
+            message = after(self._outgoing(x, launch), before)
             before = self._arrived(message)
             arrived.append(before)
         return arrived, message
@@ -171,21 +172,6 @@ class HeadExchange:
     def _joined(self, parts: Sequence[Float[Array, "B T P n H"]]) -> Float[Array, "B T N H"]:
         x = jnp.stack(parts, axis=3)
         return x.reshape(*x.shape[:2], -1, x.shape[-1])
-
-
-def _after(x: Array, other: Array | None = None) -> Array:
-    """``x``, but only once ``other`` has been computed.
-
-    Without a latency-hiding scheduler, XLA overlaps an exchange with a kernel only if that kernel
-    depends on the message. A barrier alone is not enough, because the compiler drops it before it
-    orders the program. Until then the barrier keeps the compiler from reading the number from an
-    earlier array.
-    """
-    if other is None:
-        return x
-    number = lax.optimization_barrier(other)[(0,) * other.ndim]
-    exists = (number <= jnp.inf) | jnp.isnan(number)  # True, but the compiler cannot know
-    return jnp.where(exists, x, jnp.full_like(x, -1))  # no start is -1, so XLA keeps `exists`
 
 
 def attend(
@@ -274,21 +260,23 @@ def _attend_heads_bwd(spec, exchange, implementation, residuals, dout):
     shares, sink_logits, start, end, out, lse = residuals
     # Parts of a head's gradient keep the accumulator's precision until they are added.
     travel = lse.dtype if exchange.repeats > 1 else dout.dtype
-    learned, sums = _learned(exchange, sink_logits), exchange.sums_to_heads(lse)
+    learned = _learned(exchange, sink_logits)
+    sums = exchange.sums_to_heads(lse, delta_of(out, dout, lse.dtype))
     dlearned: list[Any] = []
 
     def compute(launch, arrived, start):
-        share, (out, dout) = shares[launch], arrived
-        keys, final = KeyRun(share.key, share.value, 0), State(out, sums[launch])
+        share, (dout,) = shares[launch], arrived
+        keys = KeyRun(share.key, share.value, 0)
+        lse, delta = jnp.moveaxis(sums[launch], -1, 0)
         dquery, *dkeys, delta = attend_keys_backward(
             spec, implementation, share.query, keys, start, end,
-            final, dout, None, dout.dtype, travel,
+            lse, delta, dout, None, dout.dtype, travel,
         )  # fmt: skip
         if learned[launch] is not None:
-            dlearned.append(sink_logits_gradient(learned[launch], final.lse, delta))
+            dlearned.append(sink_logits_gradient(learned[launch], lse, delta))
         return [*dkeys, dquery]
 
-    *dkeys, dquery = exchange.pipeline([out, dout], compute, start)
+    *dkeys, dquery = exchange.pipeline([dout], compute, start)
     dkey, dvalue = (exchange.sum_of_parts(x, dout.dtype) for x in dkeys)
     dsink_logits = None
     if sink_logits is not None:

@@ -73,6 +73,21 @@ def same_varying(axis: SequenceAxis, *trees):
     return jax.tree.map(cast, trees)
 
 
+def after(x: Array, other: Array | None = None) -> Array:
+    """``x``, but only once ``other`` has been computed.
+
+    Without a latency-hiding scheduler, XLA overlaps an exchange with a kernel only if that kernel
+    depends on the message. A barrier alone is not enough, because the compiler drops it before it
+    orders the program. Until then the barrier keeps the compiler from reading the number from an
+    earlier array.
+    """
+    if other is None or not other.size:
+        return x
+    number = lax.optimization_barrier(other)[(0,) * other.ndim]
+    exists = (number <= jnp.inf) | jnp.isnan(number)  # True, but the compiler cannot know
+    return jnp.where(exists, x, jnp.full_like(x, -1))  # no start is -1, so XLA keeps `exists`
+
+
 def vmapped_axes() -> frozenset[Hashable]:
     """Mesh axes that surrounding ``jax.vmap`` name as their ``spmd_axis_name``.
 

@@ -1,168 +1,160 @@
-"""Which half chunks a device has, and which keys of each hop of a balanced ring it sees.
+"""Which keys of each hop of a balanced ring a device's pair of half chunks sees.
 
-Device r computes the queries of the half chunks r and 2P - 1 - r. When it has the keys of another
-device d, it computes two blocks of half a chunk by half a chunk:
+An upper half chunk sees the lower half chunk of every pair, and the upper one of a pair that is
+smaller than its own; a lower half chunk sees smaller lower ones. So every hop computes two blocks
+of half a chunk by half a chunk, or one where the other is within a chunk of the caller's.
 
-* The second half of the queries sees the first half of the keys, whatever d is.
-* Where d < r, the first half of the queries sees the first half of the keys.
-* Where d > r, the second half of the queries sees the second half of the keys.
-
-One program computes both cases: it shifts the keys so that the visible ones are the last, and the
-``start`` of each query says how many of the last keys the query sees.
+Arrays hold the upper half chunk of a pair before the lower one. Then the keys that a query sees in
+a hop are the last ones, and where they start, seen from query to query, only moves forward.
 """
 
 import dataclasses
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
-from pallas_kernels import KeyRun
-from ring_swa_jax._axis import SequenceAxis
-from ring_swa_jax._layout import HalfChunks
-
-
-class Halves(NamedTuple):
-    """One array for each of the two half chunks of a device."""
-
-    first: Array
-    second: Array
-
-
-class Launch(NamedTuple):
-    """The keys that one half of the queries attends in a launch, and each query's first key."""
-
-    half: int
-    run: KeyRun
-    start: Int[Array, "B half"]
+from ring_swa_jax._half_chunk_pairs import Pairs
 
 
 @dataclasses.dataclass(frozen=True)
-class BalancedRing:
-    """The hops of a ring of P chunks, and which keys of each hop this device sees.
+class HopsOfOneSequence:
+    """One launch for all queries of a device and all keys of a hop, where there are no documents.
 
-    A device's array holds its two half chunks one after the other. Keys and values are one array,
-    and so are their gradients, so that a hop is one message. Where a chunk's length is odd, half
-    chunks with even numbers are one token longer, and `split` pads the shorter half chunk with a
-    row of zeros.
+    Attributes:
+        pairs: of half chunks.
+        batch: B.
     """
 
-    axis: SequenceAxis
-    layout: str
-    chunk: int
-    dim: int
+    pairs: Pairs
+    batch: int
 
-    @property
-    def halves(self) -> HalfChunks:
-        """The half chunks."""
-        return HalfChunks(self.axis, self.chunk)
+    def rows(self, x: Shaped[Array, "B T *_"]) -> Shaped[Array, "B T *_"]:
+        """Queries of a pair, as a launch takes them."""
+        return x
 
-    def to_half_chunks(self, x: Array, axis: int = 1) -> Array:
-        """The caller's array as half chunks."""
-        return x if self.layout == "dual_chunk" else self.halves.to_dual_chunks(x, axis)
+    def from_rows(self, x: Shaped[Array, "B T *_"]) -> Shaped[Array, "B T *_"]:
+        """The inverse of `rows`."""
+        return x
 
-    def from_half_chunks(self, x: Array, axis: int = 1) -> Array:
-        """The inverse of `to_half_chunks`."""
-        return x if self.layout == "dual_chunk" else self.halves.from_dual_chunks(x, axis)
+    def keys(self, keys: Float[Array, "B T K D"], distance) -> Float[Array, "B T K D"]:
+        """Keys of a hop, as a launch takes them: before the queries, the visible ones last."""
+        del distance
+        return keys
 
-    def split(self, x: Array, axis: int = 1) -> Halves:
-        """The two half chunks, the shorter one padded to the length of the longer one."""
-        half = self.halves.longest
-        if self.chunk % 2 == 0:
-            return Halves(*jnp.split(x, 2, axis))
-        length = self._first_length()
-        pad = [(0, 0)] * x.ndim
-        pad[axis] = (0, 1)
-        second = lax.dynamic_slice_in_dim(jnp.pad(x, pad), length, half, axis)
-        first = lax.slice_in_dim(x, 0, half, axis=axis)
-        shape = [1] * x.ndim
-        shape[axis] = half
-        own = jnp.arange(half, dtype=jnp.int32).reshape(shape) < length
-        return Halves(jnp.where(own, first, jnp.zeros_like(first)), second)
+    def keys_gradient(self, dkeys: Float[Array, "B T K D"], distance) -> Float[Array, "B T K D"]:
+        """The gradient of the keys of a hop, from what a launch leaves."""
+        del distance
+        return dkeys
 
-    def join(self, halves: Halves, axis: int = 1) -> Array:
-        """The inverse of `split`."""
-        if self.chunk % 2 == 0:
-            return jnp.concatenate(halves, axis)
-        pad = [(0, 0)] * halves.first.ndim
-        pad[axis] = (0, self.halves.longest)
-        whole = jnp.pad(halves.first, pad)
-        whole = lax.dynamic_update_slice_in_dim(whole, halves.second, self._first_length(), axis)
-        return lax.slice_in_dim(whole, 0, self.chunk, axis=axis)
+    def starts(self, distance: Int[Array, ""] | int) -> Int[Array, "B T"]:
+        """The first key that each query sees, counted from behind the last key."""
+        pairs, halves = self.pairs, self.pairs.halves
+        index = pairs.axis.index()
+        upper, lower = pairs.numbers(index)
+        upper_key, lower_key = pairs.numbers((index - distance) % pairs.axis.size)
+        length = halves.length(lower_key)
+        from_upper = jnp.where(pairs.sees(upper, lower_key), length, 0)
+        from_upper = jnp.where(pairs.sees(upper, upper_key), pairs.chunk, from_upper)
+        from_lower = jnp.where(pairs.sees(lower, lower_key), length, 0)
+        rows = jnp.arange(pairs.chunk, dtype=jnp.int32)
+        seen = jnp.where(rows < halves.length(upper), from_upper, from_lower)
+        return jnp.broadcast_to(-seen, (self.batch, pairs.chunk))
 
-    def starts(self, start: Int[Array, ""] | Int[Array, "B S"], batch: int) -> Halves:
-        """For each query the position, in the whole sequence, where its document starts."""
-        halves, found = self.halves, []
-        for half in halves.of_device(self.axis.index()):
-            rows = jnp.arange(halves.longest, dtype=jnp.int32)
-            if start.ndim:
-                past = jnp.pad(start, ((0, 0), (0, 1)))
-                own = lax.dynamic_slice_in_dim(past, halves.begin(half), halves.longest, 1)
-            else:
-                own = jnp.broadcast_to(start, (batch, halves.longest))
-            # The row that `split` adds starts after all keys, as padding does.
-            filled = rows >= halves.length(half)
-            past_all = self.axis.size * self.chunk
-            found.append(jnp.where(filled[None], past_all, own))
-        return Halves(*found)
 
-    def without_padding(self, x: Float[Array, "B T R D"], starts: Halves) -> Array:
-        """``x`` with zeros at this device's padding, which other devices do not know of."""
-        rows = jnp.arange(self.halves.longest, dtype=jnp.int32)[None]
-        numbers = self.halves.of_device(self.axis.index())
-        real = [
-            start <= self.halves.begin(number) + rows
-            for start, number in zip(starts, numbers, strict=True)
-        ]
-        return jnp.where(self.join(Halves(*real))[..., None, None], x, jnp.zeros_like(x))
+@dataclasses.dataclass(frozen=True)
+class HopsOfDocuments:
+    """Two rows of a launch's batch for the two half chunks of a device, where there are documents.
 
-    def own_launches(self, keys: Array, starts: Halves) -> list[Launch]:
-        """Each half of the queries to its own keys; the second half also to the first half's."""
-        numbers = self.halves.of_device(self.axis.index())
-        launches = [
-            Launch(n, self._run(part, 0), start - self.halves.begin(number))
-            for n, (part, start, number) in enumerate(
-                zip(self.split(keys), starts, numbers, strict=True)
-            )
-        ]
-        return [*launches, self.hop_launches(0, keys, starts)[1]]
+    The documents of the upper half chunk may start behind those of the lower one, whatever their
+    order. A row of the shorter half chunk ends with a query that sees nothing.
 
-    def hop_launches(
-        self, distance: Int[Array, ""] | int, keys: Array, starts: Halves
-    ) -> tuple[Launch, Launch]:
-        """Each half of the queries to the keys of the device ``distance`` places before."""
-        index, halves = self.axis.index(), self.halves
-        device = (index - distance) % self.axis.size
-        begins = [halves.begin(half) for half in halves.of_device(device)]
-        lengths = [halves.length(half) for half in halves.of_device(device)]
+    Attributes:
+        pairs: of half chunks.
+        start: where the document of each token of the whole sequence starts.
+    """
 
-        def begin_from_end(start, n):
-            """The first key that a query sees in half chunk n, counted from the half's end."""
-            return jnp.clip(start - begins[n], 0, lengths[n]) - lengths[n]
+    pairs: Pairs
+    start: Int[Array, "B S"]
 
-        first = jnp.where(device < index, begin_from_end(starts.first, 0), 0)
-        second = begin_from_end(starts.second, 0)
-        both = second + begin_from_end(starts.second, 1)
-        second = jnp.where(device > index, both, second)
-        run = self._run(self._shifted(keys, self._shift(distance)), -self.chunk)
-        return Launch(0, run, first), Launch(1, run, second)
+    def rows(self, x: Shaped[Array, "B T *_"]) -> Shaped[Array, "R half *_"]:
+        """Queries of a pair, as a launch takes them."""
+        half = self.pairs.halves.longest
+        if self.pairs.chunk % 2:
+            x = jnp.concatenate([x, jnp.zeros_like(x[:, :1])], 1)
+            lower = lax.dynamic_slice_in_dim(x, self._upper_length(), half, 1)
+            x = jnp.concatenate([x[:, :half], lower], 1)
+        return x.reshape(-1, half, *x.shape[2:])
 
-    def shifted_back(self, x: Array, distance: Int[Array, ""] | int) -> Array:
-        """Gradients of the shifted keys of `hop_launches`, in the order before the shift."""
-        return self._shifted(x, self.chunk - self._shift(distance))
+    def from_rows(self, x: Shaped[Array, "R half *_"]) -> Shaped[Array, "B T *_"]:
+        """The inverse of `rows`."""
+        half = self.pairs.halves.longest
+        x = x.reshape(-1, 2 * half, *x.shape[2:])
+        if self.pairs.chunk % 2 == 0:
+            return x
+        x = lax.dynamic_update_slice_in_dim(x, x[:, half:], self._upper_length(), 1)
+        return x[:, : self.pairs.chunk]
 
-    def _run(self, keys: Array, offset: int) -> KeyRun:
-        return KeyRun(keys[..., : self.dim], keys[..., self.dim :], offset)
+    def keys(
+        self, keys: Float[Array, "B T K D"], distance: Int[Array, ""] | int
+    ) -> Float[Array, "R T K D"]:
+        """Keys of a hop, as a launch takes them: before the queries, the visible ones last.
+
+        An upper half chunk that sees both half chunks of keys sees them in their order.
+        """
+        turned = self._turned(keys, self._shift(distance))
+        return jnp.stack([turned, keys], 1).reshape(-1, *keys.shape[1:])
+
+    def keys_gradient(
+        self, dkeys: Float[Array, "R T K D"], distance: Int[Array, ""] | int
+    ) -> Float[Array, "B T K D"]:
+        """The gradient of the keys of a hop, from what a launch leaves."""
+        turned, dkeys = jnp.moveaxis(dkeys.reshape(-1, 2, *dkeys.shape[1:]), 1, 0)
+        return dkeys + self._turned(turned, self.pairs.chunk - self._shift(distance))
+
+    def starts(self, distance: Int[Array, ""] | int) -> Int[Array, "R half"]:
+        """The first key that each query sees, counted from behind the last key."""
+        pairs = self.pairs
+        index = pairs.axis.index()
+        keys = pairs.numbers((index - distance) % pairs.axis.size)
+        seen = []
+        for query in pairs.numbers(index):
+            start = self._starts_of(query)
+            seen.append(sum((self._keys_seen(query, key, start) for key in keys), jnp.int32(0)))
+        return -jnp.stack(seen, 1).reshape(-1, pairs.halves.longest)
+
+    def _keys_seen(self, query: Array, key: Array, start: Int[Array, "B half"]) -> Array:
+        """How many keys of a half chunk each query of another one sees."""
+        halves = self.pairs.halves
+        length = halves.length(key)
+        seen = length - jnp.clip(start - halves.begin(key), 0, length)
+        return jnp.where(self.pairs.sees(query, key), seen, 0)
+
+    def _starts_of(self, query: Array) -> Int[Array, "B half"]:
+        """Where the documents of a half chunk's tokens start; for a row too many, past all keys."""
+        halves = self.pairs.halves
+        past_all = self.pairs.axis.size * self.pairs.chunk
+        start = jnp.pad(self.start, ((0, 0), (0, 1)), constant_values=past_all)
+        start = lax.dynamic_slice_in_dim(start, halves.begin(query), halves.longest, 1)
+        rows = jnp.arange(halves.longest, dtype=jnp.int32)
+        return jnp.where(rows < halves.length(query), start, past_all)
 
     def _shift(self, distance: Int[Array, ""] | int) -> Int[Array, ""]:
-        """How far a device's keys are shifted, so that the visible keys are the last."""
-        device = (self.axis.index() - distance) % self.axis.size
-        return jnp.where(device > self.axis.index(), 0, self.halves.length(device))
+        """How far the keys are turned for the upper half chunk."""
+        pairs = self.pairs
+        index = pairs.axis.index()
+        upper, _ = pairs.numbers(index)
+        upper_key, _ = pairs.numbers((index - distance) % pairs.axis.size)
+        return jnp.where(pairs.sees(upper, upper_key), pairs.halves.length(upper_key), 0)
 
-    def _shifted(self, x: Array, shift: Int[Array, ""]) -> Array:
+    def _turned(self, x: Array, shift: Int[Array, ""]) -> Array:
         """``x`` with its first ``shift`` tokens moved to the end."""
-        return lax.dynamic_slice_in_dim(jnp.concatenate([x, x], 1), shift, self.chunk, 1)
+        twice = jnp.concatenate([x, x], 1)
+        return lax.dynamic_slice_in_dim(twice, shift, self.pairs.chunk, 1)
 
-    def _first_length(self) -> Int[Array, ""]:
-        return self.halves.length(self.axis.index())
+    def _upper_length(self) -> Int[Array, ""]:
+        upper, _ = self.pairs.numbers(self.pairs.axis.index())
+        return self.pairs.halves.length(upper)
+
+
+Hops = HopsOfOneSequence | HopsOfDocuments

@@ -23,11 +23,11 @@ from jaxtyping import Float, Int
 from pallas_kernels import (
     KeyRun,
     Spec,
-    State,
     accumulator_dtype,
     attend_keys,
     attend_keys_backward,
     choose,
+    delta_of,
     sink_logits_gradient,
 )
 from ring_swa_jax._axis import SequenceAxis, same_varying
@@ -181,34 +181,34 @@ def _attend_ring_bwd(spec, ring, implementation, residuals, dout):
     query, keys, sink_logits, bounds, out, lse = residuals
     if bounds.start.ndim:
         dout = without_padding(dout, bounds.start)
-    final, dtype = State(out, lse), lse.dtype
+    dtype = lse.dtype
+    delta = delta_of(out, dout, dtype)
 
     def through(distance, keys, dquery):
-        """(sum of the queries' gradients, gradient of the visiting keys, delta)."""
-        dkeys, deltas = [], []
+        """(sum of the queries' gradients, gradient of the visiting keys)."""
+        dkeys = []
         for start, end in ring.ranges(distance, bounds, query.shape[0]):
-            dquery, dkey, dvalue, delta = attend_keys_backward(
+            dquery, dkey, dvalue, _ = attend_keys_backward(
                 spec, implementation, query, ring.run(keys), start, end,
-                final, dout, dquery, dtype, dtype,
+                lse, delta, dout, dquery, dtype, dtype,
             )  # fmt: skip
             dkeys.append(jnp.concatenate([dkey, dvalue], -1))
-            deltas.append(delta)
-        return dquery, sum(dkeys[1:], dkeys[0]), deltas[0]
+        return dquery, sum(dkeys[1:], dkeys[0])
 
     def step(carry, distance):
         keys, sums, dquery = carry
         following, arrived = ring.axis.pass_on(keys), ring.axis.pass_on(sums)
-        dquery, dkeys, _ = through(distance, keys, dquery)
+        dquery, dkeys = through(distance, keys, dquery)
         return (following, arrived + dkeys, dquery), None
 
     following = ring.axis.pass_on(keys)
-    dquery, sums, delta = through(0, keys, None)
+    dquery, sums = through(0, keys, None)
     last = ring.axis.size - 1
     (following, sums, dquery), _ = lax.scan(
         step, (following, sums, dquery), jnp.arange(1, last, dtype=jnp.int32)
     )
     arrived = ring.axis.pass_on(sums)
-    dquery, dkeys, _ = through(last, following, dquery)
+    dquery, dkeys = through(last, following, dquery)
     dkeys = ring.axis.pass_on(arrived + dkeys).astype(query.dtype)
     dsink_logits = None
     if sink_logits is not None:

@@ -10,7 +10,7 @@ from jax import Array
 from jaxtyping import Float
 
 from pallas_kernels import _device, _support
-from pallas_kernels._kernels import BackwardInputs, ForwardInputs, Gradients, Kernels
+from pallas_kernels._kernels import BackwardInputs, ForwardInputs, Gradients, Kernels, PartialSums
 from pallas_kernels._mosaic_gpu.backward import choice
 from pallas_kernels._mosaic_gpu.forward.kernel import forward
 from pallas_kernels._mosaic_gpu.padding import is_padding
@@ -82,10 +82,10 @@ class MosaicKernels:
         self,
         spec: Spec,
         inputs: BackwardInputs,
-        dquery: Float[Array, "B R0 N H"] | None,
+        dquery: Float[Array, "B R0 N H"] | PartialSums | None,
         *,
         rows: int,
-        dquery_dtype: jnp.dtype,
+        dquery_dtype: jnp.dtype | None,
         dkey_dtype: jnp.dtype,
     ) -> Gradients:
         """As `Kernels.backward`."""

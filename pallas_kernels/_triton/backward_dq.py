@@ -41,31 +41,38 @@ def backward_dq(
     interpret: bool,
 ) -> tuple[Array, Array]:
     """Gradient of the first ``rows`` queries, ``dquery`` of the first R of them added; delta."""
-    query, out, dout, lse = inputs.query, inputs.out, inputs.dout, inputs.lse
+    query, dout, lse = inputs.query, inputs.dout, inputs.lse
     batch, _, heads, dim = query.shape
     loop = KeyLoop(spec, inputs, (0, rows), tiles)
     shapes = (
         shape_like_varying(query, (batch, rows, heads, dim), out_dtype),
         shape_like_varying(query, (batch, heads, rows), jnp.float32),
     )
-    arrays = {**loop.arrays, "query": query, "out": out, "dout": dout, "lse": lse}
+    arrays = {**loop.arrays, "query": query, "dout": dout, "lse": lse}
     blocks = {
         **loop.blocks,
         "query": loop.head_block(query),
-        "out": loop.head_block(out),
         "dout": loop.head_block(dout),
         "lse": loop.lse_block(lse),
     }
+    if inputs.delta is not None:
+        arrays["delta"], blocks["delta"] = inputs.delta, loop.lse_block(inputs.delta)
+    else:
+        arrays["out"], blocks["out"] = inputs.out, loop.head_block(inputs.out)
     if dquery is not None:
         arrays["dquery"], blocks["dquery"] = dquery, loop.head_block(dquery)
 
     def kernel(refs, dquery_ref, delta_ref):
         tile = loop.query_tile(refs)
-        queries, outs, douts = (
-            load_rows(refs[name], tile.rows, tile.valid) for name in ("query", "out", "dout")
+        queries, douts = (
+            load_rows(refs[name], tile.rows, tile.valid) for name in ("query", "dout")
         )
         lse_log2 = log2_sums(load_vector(refs["lse"], tile.flat, tile.valid))
-        delta = _rowsum(outs, douts, loop.size)
+        if inputs.delta is not None:
+            delta = load_vector(refs["delta"], tile.flat, tile.valid)
+        else:
+            outs = load_rows(refs["out"], tile.rows, tile.valid)
+            delta = _rowsum(outs, douts, loop.size)
         real = is_real(tile.positions, tile.start, tile.end) if loop.packed else None
         if real is not None:
             delta = jnp.where(real, delta, 0.0)

@@ -83,7 +83,7 @@ class TritonKernels:
         dquery: Float[Array, "B R0 N H"] | None,
         *,
         rows: int,
-        dquery_dtype: jnp.dtype,
+        dquery_dtype: jnp.dtype | None,
         dkey_dtype: jnp.dtype,
     ) -> Gradients:
         """As `Kernels.backward`."""
@@ -95,7 +95,7 @@ class TritonKernels:
             inputs,
             dquery,
             rows=rows,
-            out_dtype=dquery_dtype,
+            out_dtype=inputs.lse.dtype if dquery_dtype is None else dquery_dtype,
             tiles=plan.dquery,
             interpret=interpret,
         )

@@ -9,7 +9,6 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from pallas_kernels._kernels import BackwardInputs, Gradients
-from pallas_kernels._logits import delta_of
 from pallas_kernels._masks import is_real
 from pallas_kernels._spec import KeyRun, SinkRun, Spec
 from pallas_kernels._varying import full_like_varying
@@ -38,13 +37,14 @@ def backward(
     dquery: Float[Array, "B R0 N H"] | None,
     *,
     rows: int,
-    dquery_dtype: jnp.dtype,
+    dquery_dtype: jnp.dtype | None,
     dkey_dtype: jnp.dtype,
 ) -> Gradients:
     """As `Kernels.backward`."""
-    query, out, dout, lse = inputs.query, inputs.out, inputs.dout, inputs.lse
+    query, dout, lse = inputs.query, inputs.dout, inputs.lse
     run, bounds = joined(inputs.runs), Bounds(inputs.start, inputs.end)
-    delta = delta_of(out[:, :rows], dout[:, :rows], lse.dtype)
+    delta = inputs.delta_of(rows)
+    dquery_dtype = lse.dtype if dquery_dtype is None else dquery_dtype
     if bounds.packed:
         end = None if bounds.end is None else bounds.end[:, :rows]
         real = is_real(jnp.arange(rows, dtype=jnp.int32)[None], bounds.start[:, :rows], end)

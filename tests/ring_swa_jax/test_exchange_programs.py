@@ -4,9 +4,12 @@ Bytes of a device in float32, with chunks of T tokens, B rows, P devices, N and 
 R = lcm(K, P):
 
 * all_to_all, forward: q B T N H, keys and values B T R (H + Hv), out B T N Hv, and the
-  log-sum-exp B T N, each times 4; backward: out, dout, the log-sum-exp, dq, dk and dv alike;
+  log-sum-exp B T N, each times 4; backward: dout, the log-sum-exp, rowsum(out * dout), dq, dk
+  and dv alike;
 * ring, forward: keys and values B T K (H + Hv) before the loop and in each of its P - 2 rounds;
-  backward: the same, and their gradients as often and twice more.
+  backward: the same, and their gradients as often and twice more. Between mirror images, half as
+  many tokens: q, keys and values, out and the log-sum-exp forward; q, keys and values, dout, the
+  log-sum-exp and rowsum(out * dout), dq and the gradients of keys and values backward.
 """
 
 import collections
@@ -40,7 +43,7 @@ def test_all_to_all_moves_what_the_formula_says(kv_heads):
     keys = repeated * (16 + 32) * rows
     assert {x.kind for x in forward + backward} == {"all-to-all"}
     assert moved(forward, "all-to-all") == query + keys + out + sums
-    assert moved(backward, "all-to-all") == query + keys + 2 * out + sums
+    assert moved(backward, "all-to-all") == query + keys + out + 2 * sums
 
 
 def test_a_ring_moves_what_the_formula_says():
@@ -52,6 +55,13 @@ def test_a_ring_moves_what_the_formula_says():
     permute = "collective-permute"
     assert [moved(x, permute) for x in (forward, backward)] == [keys, 3 * keys]
     assert [moved(x, permute, in_loop=True) for x in (forward, backward)] == [keys, 2 * keys]
+    mirror = {(device, P - 1 - device) for device in range(P)}
+    forward, backward = ([x for x in some if set(x.pairs) == mirror] for some in found)
+    rows = case.batch * T // 2 * 4
+    query, out, sums = 4 * 16 * rows, 4 * 32 * rows, 4 * rows
+    assert moved(forward, permute) == query + keys // 2 + out + sums
+    assert moved(backward, permute) == query + keys // 2 + out + 2 * sums + query + keys // 2
+    assert all(set(x.pairs) in (ring, mirror) for some in found for x in some)
     assert {x.kind for some in found for x in some} == {permute}
 
 
@@ -98,8 +108,9 @@ def test_saving_context_runs_the_forward_kernels_once(exchange):
     assert saved["ring_swa_forward"] == launches > 0
     assert nothing["ring_swa_forward"] == 2 * launches
     if exchange == "all_to_all":
-        # q, k, v; out and log-sum-exp; these again, dout, dq, dk and dv backward; q, k, v again.
-        assert everything["all_to_all"] == 5 + 6
+        # q, k, v; out and log-sum-exp; dout, log-sum-exp with rowsum(out * dout), dq, dk and dv
+        # backward; q, k, v again.
+        assert everything["all_to_all"] == 5 + 5
         assert saved["all_to_all"] == everything["all_to_all"] + 3
         # Nobody needs the log-sum-exp of the first time.
         assert nothing["all_to_all"] == everything["all_to_all"] + 5 - 1

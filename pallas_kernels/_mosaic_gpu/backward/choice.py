@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from pallas_kernels import _device, _logits
+from pallas_kernels import _device
 from pallas_kernels._kernels import BackwardInputs, Gradients, Queries
 from pallas_kernels._mosaic_gpu.backward import (
     dq_postprocess,
@@ -25,6 +25,7 @@ from pallas_kernels._mosaic_gpu.backward import (
     short_windows,
 )
 from pallas_kernels._mosaic_gpu.backward import sinks as sinks_backward
+from pallas_kernels._mosaic_gpu.backward.dq_postprocess import DqSums
 from pallas_kernels._mosaic_gpu.backward.pipeline import backward_schedule
 from pallas_kernels._mosaic_gpu.backward.scheduler import BackwardSchedule
 from pallas_kernels._mosaic_gpu.backward.short_windows_schedule import TILE, reaches
@@ -39,14 +40,14 @@ class FusedBackward(Protocol):
         self,
         spec: Spec,
         inputs: BackwardInputs,
-        dquery: Float[Array, "B R0 N H"] | None,
+        dquery: Float[Array, "B R0 N H"] | DqSums | None,
         *,
         rows: int,
-        dquery_dtype: jnp.dtype,
+        dquery_dtype: jnp.dtype | None,
         dkey_dtype: jnp.dtype,
         deterministic: bool,
     ) -> Gradients:
-        """As `Kernels.backward`.
+        """As `Kernels.backward`; `DqSums` are what it leaves where there is no ``dquery_dtype``.
 
         ``deterministic`` asks that the gradients of queries are added up in a fixed order.
         """
@@ -95,7 +96,9 @@ def rounds_within_backward(schedule: BackwardSchedule) -> bool:
 def _takes_short_windows(spec: Spec, inputs: BackwardInputs) -> bool:
     """Whether `short_windows` takes a launch; the halo of a causal window is left to others."""
     window, runs = spec.window, inputs.runs
-    if window is None or _has_sinks_beyond_window(spec, runs, inputs.sinks):
+    if inputs.out is None or window is None:
+        return False
+    if _has_sinks_beyond_window(spec, runs, inputs.sinks):
         return False
     if not spec.lookahead and (len(runs) > 1 or runs[0].offset):
         return False
@@ -106,15 +109,17 @@ def _takes_short_windows(spec: Spec, inputs: BackwardInputs) -> bool:
 def _by_short_windows(
     spec: Spec,
     inputs: BackwardInputs,
-    dquery: Float[Array, "B R0 N H"] | None,
+    dquery: Float[Array, "B R0 N H"] | DqSums | None,
     *,
     rows: int,
-    dquery_dtype: jnp.dtype,
+    dquery_dtype: jnp.dtype | None,
     dkey_dtype: jnp.dtype,
     deterministic: bool,
 ) -> Gradients:
     """The `FusedBackward` by `short_windows`, which is deterministic in any case."""
     del rows, deterministic
+    assert not isinstance(dquery, DqSums)
+    assert dquery_dtype is not None
     if inputs.end is not None and not inputs.end.ndim:
         inputs = _with_bounds_by_row(inputs)
     runs, start = inputs.runs, inputs.start
@@ -136,10 +141,10 @@ def _by_key_tiles(
     kernel: ModuleType,
     spec: Spec,
     inputs: BackwardInputs,
-    dquery: Float[Array, "B R0 N H"] | None,
+    dquery: Float[Array, "B R0 N H"] | DqSums | None,
     *,
     rows: int,
-    dquery_dtype: jnp.dtype,
+    dquery_dtype: jnp.dtype | None,
     dkey_dtype: jnp.dtype,
     deterministic: bool,
 ) -> Gradients:
@@ -151,7 +156,7 @@ def _by_key_tiles(
     own = _own_run(spec, runs)
     if spec.lookahead and start.ndim:
         runs = _without_own_padding(runs, own, start, spec.first_key)
-    delta = _logits.delta_of(inputs.out[:, :rows], dout[:, :rows], jnp.float32)
+    delta = inputs.delta_of(rows)
     if start.ndim:
         delta = zero_delta(start, delta, spec.first_key)
     queries = Queries(query, dout, lse, delta, start, inputs.end)
@@ -166,6 +171,14 @@ def _by_key_tiles(
         num_sms=num_sms,
         deterministic=deterministic,
     )
+    finish = partial(dq_postprocess.postprocess, scale=spec.scale, rows=rows)
+    if isinstance(dquery, DqSums) or dquery_dtype is None:
+        if dquery is None:
+            columns = kernel.dquery_columns(query.shape[3])
+            dquery = dq_postprocess.zero_sums(query, rows=rows, columns=columns)
+        sums, *gradients = launch(dkey_dtype=dkey_dtype, sums=dquery)
+        added = sums if dquery_dtype is None else finish(sums, None, dtype=dquery_dtype)
+        return Gradients(added, _split_by_runs(runs, kernel.KEY_TILE, gradients), None, delta)
     if _has_sinks_beyond_window(spec, runs, sinks):
         sums, *gradients = launch(dkey_dtype=jnp.dtype(jnp.float32))
         dkeys = list(_split_by_runs(runs, kernel.KEY_TILE, gradients))
@@ -192,9 +205,7 @@ def _by_key_tiles(
         dquery, *gradients = launch(dkey_dtype=dkey_dtype, dquery_dtype=dquery_dtype)
     else:
         sums, *gradients = launch(dkey_dtype=dkey_dtype)
-        dquery = dq_postprocess.postprocess(
-            sums, dquery, scale=spec.scale, rows=rows, dtype=dquery_dtype
-        )
+        dquery = finish(sums, dquery, dtype=dquery_dtype)
     return Gradients(dquery, _split_by_runs(runs, kernel.KEY_TILE, gradients), None, delta)
 
 

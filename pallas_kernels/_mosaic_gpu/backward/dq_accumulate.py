@@ -70,7 +70,7 @@ def accumulate_slices(
         for slot, index in slices:
             plgpu.barrier_wait(barriers["dquery"].at[slot])
             dst = refs["dquery_sums"].at[schedule.row, head, query_block, index]
-            store_or_add(buffers.at[slot], dst, before)
+            store_or_add(pipeline, buffers.at[slot], dst, before)
             plgpu.commit_smem_to_gmem_group()
             if copied is not None:
                 release(copied, 1)
@@ -159,7 +159,7 @@ class _TileAccumulator:
     def _add(self, slot, head, query_block, before) -> None:
         """Adds a tile to the sums."""
         dst = self.refs["dquery_sums"].at[self.schedule.row, head, query_block]
-        store_or_add(self.buffers.at[slot], dst, before)
+        store_or_add(self.pipeline, self.buffers.at[slot], dst, before)
 
     def _write(self, epilogue: DqEpilogue, slot, head, query_block) -> None:
         """Writes a tile of results."""
@@ -231,12 +231,15 @@ def signals_others(pipeline: BackwardPipeline, before: Int[Array, ""]) -> Int[Ar
     return jnp.int32(1 if pipeline.deterministic else before == 0)
 
 
-def store_or_add(src: Any, dst: Any, before: Int[Array, ""]) -> None:
-    """Copies to global memory if no program has added before, else adds."""
+def store_or_add(pipeline: BackwardPipeline, src: Any, dst: Any, before: Int[Array, ""]) -> None:
+    """Copies to global memory if no program or launch has added before, else adds."""
 
     def copy(reduction):
         plgpu.copy_smem_to_gmem(src, dst, commit_group=False, reduction_op=reduction)
 
+    if pipeline.sums is not None:
+        copy("add")
+        return
     pl.when(before == 0)(partial(copy, None))
     pl.when(before > 0)(partial(copy, "add"))
 

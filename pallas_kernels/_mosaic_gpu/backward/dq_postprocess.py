@@ -45,6 +45,14 @@ class DqSums(NamedTuple):
         return self.slices.shape[4] * WIDTH // ROWS
 
 
+def zero_sums(query: Float[Array, "B T N H"], *, rows: int, columns: int) -> DqSums:
+    """Sums to which no launch has added, in slices of so many columns."""
+    batch, _, heads, dim = query.shape
+    tiles = pl.cdiv(rows, ROWS)
+    shape = (batch, heads, tiles, dim // columns, *register_tiles.tile_shape(columns))
+    return DqSums(jnp.zeros(shape, jnp.float32), jnp.ones((batch, tiles), bool))
+
+
 class DqEpilogue:
     """Scales and rounds sums of the gradients of queries.
 

@@ -50,6 +50,11 @@ KEY_TILE = CONSUMERS * ROWS
 """Keys of a tile."""
 
 
+def dquery_columns(dim: int) -> int:
+    """Columns of a slice of dq, for heads of this size."""
+    return dim // 2
+
+
 def backward(
     spec: Spec,
     queries: Queries,
@@ -60,6 +65,7 @@ def backward(
     num_sms: int,
     deterministic: bool,
     dquery_dtype: jnp.dtype | None = None,
+    sums: DqSums | None = None,
 ) -> tuple[DqSums | Float[Array, "B R N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
     """Gradients through the first ``rows`` queries and the keys of a run that windows reach.
 
@@ -74,6 +80,7 @@ def backward(
         dquery_dtype: of dquery, where the kernel is to scale and round it. It can if it is
             deterministic, ``rows`` is all queries and the run has the shard's own keys, and not
             without a window and documents.
+        sums: of other launches, to which this one adds in place.
 
     Returns:
         dquery, or `DqSums` if ``dquery_dtype`` is None; dkey; dvalue.
@@ -82,7 +89,10 @@ def backward(
     epilogue = None
     if dquery_dtype is not None:
         epilogue = DqEpilogue(
-            scale=spec.scale, shape=queries.query.shape, columns=dim // 2, dtype=dquery_dtype
+            scale=spec.scale,
+            shape=queries.query.shape,
+            columns=dquery_columns(dim),
+            dtype=dquery_dtype,
         )
     pipeline = BackwardPipeline(
         spec,
@@ -90,10 +100,11 @@ def backward(
         run,
         rows=rows,
         key_tile=KEY_TILE,
-        columns=dim // 2,
+        columns=dquery_columns(dim),
         num_sms=num_sms,
         deterministic=deterministic,
         epilogue=epilogue,
+        sums=sums,
     )
 
     def consume(refs, smem, barriers, warpgroup):

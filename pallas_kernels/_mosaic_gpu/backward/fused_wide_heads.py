@@ -54,6 +54,12 @@ SLOTS = 2
 """Tiles of queries in shared memory. There is one of the gradients of outputs."""
 
 
+def dquery_columns(dim: int) -> int:
+    """Columns of a slice of dq, for heads of this size."""
+    del dim
+    return DQUERY_COLUMNS
+
+
 def takes(dim: int, value_dim: int) -> bool:
     """Whether the kernel is for heads of this size."""
     divides = dim % DQUERY_COLUMNS == 0 and value_dim % DQUERY_COLUMNS == 0
@@ -69,6 +75,7 @@ def backward(
     dkey_dtype: jnp.dtype,
     num_sms: int,
     deterministic: bool,
+    sums: DqSums | None = None,
 ) -> tuple[DqSums, Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
     """As `pallas_kernels._mosaic_gpu.backward.fused.backward`."""
     dim, value_dim = queries.query.shape[3], run.value.shape[3]
@@ -81,6 +88,7 @@ def backward(
         columns=DQUERY_COLUMNS,
         num_sms=num_sms,
         deterministic=deterministic,
+        sums=sums,
     )
 
     def consume(refs, smem, barriers, warpgroup):
@@ -98,8 +106,10 @@ def backward(
     }
     smem = _smem(pipeline, dim, value_dim, dkey_dtype) | pipeline.row_buffers(copies)
     barriers = _barriers({barrier: len(arrays.names) for barrier, arrays in copies.items()})
-    sums, dkey, dvalue = pipeline.launch(consume, accumulate_dq, copies, smem, barriers, dkey_dtype)
-    return DqSums(sums, pipeline.seen), dkey, dvalue
+    slices, dkey, dvalue = pipeline.launch(
+        consume, accumulate_dq, copies, smem, barriers, dkey_dtype
+    )
+    return DqSums(slices, pipeline.seen), dkey, dvalue
 
 
 def _smem(

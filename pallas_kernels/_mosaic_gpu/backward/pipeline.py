@@ -81,6 +81,7 @@ class BackwardPipeline:
         deterministic: whether they are added up in a fixed order.
         epilogue: makes dq of the sums, in the program that adds last; None leaves the sums to
             `dq_postprocess`.
+        sums: of other launches, to which this one adds in place; None: there are none.
     """
 
     def __init__(
@@ -95,10 +96,11 @@ class BackwardPipeline:
         num_sms: int,
         deterministic: bool,
         epilogue: dq_postprocess.DqEpilogue | None = None,
+        sums: dq_postprocess.DqSums | None = None,
     ):
         query, start, end = queries.query, queries.start, queries.end
         self.spec, self.run, self.query = spec, run, query
-        self.deterministic, self.epilogue = deterministic, epilogue
+        self.deterministic, self.epilogue, self.sums = deterministic, epilogue, sums
         self.batch, _, self.heads, self.dim = query.shape
         self.packed = start.ndim > 0
         self.has_ends_by_row = end is not None and end.ndim > 0
@@ -119,10 +121,11 @@ class BackwardPipeline:
                 plan = _masked_outside(plan, self.schedule, start, end)
         if self.schedule.halo_last:
             plan = plan_with_first_block(plan)
-        self.seen = seen_tiles(plan, self.schedule.num_query_tiles)
+        self.seen = seen_tiles(plan, self.schedule.num_query_tiles) if sums is None else sums.seen
         self.operands = self._operands(queries, plan)
         if epilogue is not None:
             has_own_keys = run.offset + run.key.shape[1] > 0
+            assert sums is None
             assert deterministic and has_own_keys
             assert not self.schedule.longest_first and not self.schedule.halo_last
         self.dquery_tile = (self.dim // columns, *register_tiles.tile_shape(columns))
@@ -333,6 +336,9 @@ class BackwardPipeline:
         operands = self.operands | {
             name: jax.new_ref(jnp.zeros(shape, jnp.int32)) for name, shape in semaphores.items()
         }
+        if self.sums is not None:
+            del outputs["dquery_sums"]
+            operands["dquery_sums"] = jax.new_ref(self.sums.slices)
 
         def ring_swa_backward_fused(refs):
             def body(smem, barriers):
@@ -365,7 +371,10 @@ class BackwardPipeline:
             compiler_params=WARPGROUPS_APART,
             warpgroups=4,
         )
-        dquery = found["dquery_sums" if self.epilogue is None else "out"]
+        if self.sums is not None:
+            dquery = jax.freeze(operands["dquery_sums"])
+        else:
+            dquery = found["dquery_sums" if self.epilogue is None else "out"]
         return dquery, found["dkey"], found["dvalue"]
 
     def _results(self, dkey_dtype: jnp.dtype):

@@ -156,6 +156,7 @@ def _operands(
     """The arrays that the kernel reads, and how many tiles of queries ``others`` has."""
     query, (run,), start = inputs.query, inputs.runs, inputs.start
     out, dout, lse = inputs.out, inputs.dout, inputs.lse
+    assert out is not None
     pad = -query.shape[1] % TILE
     shift = shift_of(spec, lse)
     operands = {
