@@ -211,7 +211,7 @@ def measure_all(arguments: argparse.Namespace, devices: int) -> Iterator[dict[st
     """All rows, each in a process."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "benchmarks.full_causal", f"--devices={devices}"]
-        command += [f"--lock={folder}/lock", f"--rounds={arguments.rounds}"]
+        command += [f"--lock={arguments.lock or folder + '/lock'}", f"--rounds={arguments.rounds}"]
         command += ["--quick"] if arguments.quick else []
         command += ["--only", *arguments.only] if arguments.only else []
         if arguments.implementation:
@@ -273,8 +273,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="tiny shapes: a smoke test")
     parser.add_argument("--output", type=Path, help="JSON to write; default: benchmarks/results/")
+    parser.add_argument("--lock", type=Path, help="file that who times on these GPUs holds")
     parser.add_argument("--row", help=argparse.SUPPRESS)
-    parser.add_argument("--lock", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     jax.config.update("jax_num_cpu_devices", arguments.devices or 2)

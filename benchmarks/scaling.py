@@ -2,9 +2,9 @@
 
 Weak scaling: 16384 tokens a GPU, over 2, 4, 8 and 16 of them, as far as they are there. Efficiency
 is the time of one GPU that does the work of the ring's busiest device, with the keys before it in
-its memory, over the ring's. Strong scaling: 131072 tokens, cut over 1, 2 and so on, also with a
-window that reaches over several chunks where there are many; the time of one GPU over that of so
-many, and over their number. Forward and backward in bfloat16; JSON and a chart.
+its memory, over the ring's. Strong scaling: as many tokens, cut over 1, 2 and so on, also with a
+window that reaches over several chunks where there are many, and without a window; the time of one
+GPU over that of so many, and over their number. Forward and backward in bfloat16; JSON and a chart.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh
 
 from benchmarks._exchanges import AXIS
 from benchmarks._ring_report import ONE_RANK, RING
-from benchmarks._ring_shapes import RingShape
+from benchmarks._ring_shapes import LONG_SHAPES, RingShape
 from benchmarks._timing import calls_within, median_seconds
 from benchmarks.attention import machine, reason_of
 from benchmarks.ring import Built, arrays, build
@@ -31,18 +31,18 @@ LAYERS = {
     "1023": RingShape("1023", A_GPU, 32, 8, 128, 1023),
     "4095": RingShape("4095", A_GPU, 32, 8, 128, 4095),
     "8191": RingShape("8191", A_GPU, 32, 8, 128, 8191),
-    "None": RingShape("None", A_GPU, 32, 8, 128, None),
 }
 """By window."""
 LONG = RingShape("24575", ALL_TOKENS, 32, 8, 128, 24575)
 STRONG = [dataclasses.replace(LAYERS[name], length=ALL_TOKENS) for name in ("127", "4095")] + [LONG]
+STRONG += [LONG_SHAPES[name] for name in ("full-64k", "gptoss-full", "gemma-full", "packed-full")]
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
     """Milliseconds on so many devices, forward and backward; None and a reason if it did not run.
 
-    ``one_rank`` is the yardstick of weak scaling.
+    ``window`` is the name of the shape. ``one_rank`` is the yardstick of weak scaling.
     """
 
     kind: str
@@ -79,7 +79,12 @@ def measure(implementation: str | None, most: int, shorten: int) -> Iterator[Poi
 
     def short(shape: RingShape, length: int) -> RingShape:
         window = None if shape.window is None else max(shape.window // shorten, 1)
-        return dataclasses.replace(shape, length=length // shorten, window=window)
+        documents = tuple(max(x // shorten // 8, 1) * 8 for x in shape.documents)
+        if documents and shorten > 1:
+            length = sum(documents) * shorten
+        return dataclasses.replace(
+            shape, length=length // shorten, window=window, documents=documents
+        )
 
     counts = [n for n in (1, 2, 4, 8, 16) if n <= most]
     jobs: list[tuple[str, str, int, RingShape, tuple[str, ...]]] = [
@@ -88,7 +93,7 @@ def measure(implementation: str | None, most: int, shorten: int) -> Iterator[Poi
         for n in counts[1:]
     ]
     jobs += [
-        ("strong", shape.name, n, short(shape, ALL_TOKENS), (RING,))
+        ("strong", shape.name, n, short(shape, shape.length), (RING,))
         for shape in STRONG
         for n in counts
     ]
@@ -122,7 +127,7 @@ def chart(path: Path, where: dict[str, Any], points: list[Point]) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    titles = {"weak": f"weak: {A_GPU} tokens a GPU", "strong": f"strong: {ALL_TOKENS} tokens"}
+    titles = {"weak": f"weak: {A_GPU} tokens a GPU", "strong": "strong: as many tokens in all"}
     for axis, (kind, title) in zip(axes, titles.items(), strict=True):
         for window in dict.fromkeys(x.window for x in points if x.kind == kind):
             found = [
@@ -131,7 +136,7 @@ def chart(path: Path, where: dict[str, Any], points: list[Point]) -> None:
                 if (x.kind, x.window) == (kind, window) and (share := efficiency(x, points))
             ]
             if found:
-                axis.plot(*zip(*found, strict=True), "o-", label=f"window {window}")
+                axis.plot(*zip(*found, strict=True), "o-", label=window)
         axis.axhline(0.95, color="0.7", linewidth=0.8)
         axis.set(title=title, xlabel="GPUs", ylim=(0, 1.1))
         axis.set_xticks(sorted({x.devices for x in points}))
