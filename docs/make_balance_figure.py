@@ -3,11 +3,13 @@
 Half chunks are those that the library deals out.
 """
 
-import jax.numpy as jnp
+from collections.abc import Callable
+
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from ring_swa_jax._layout import to_dual_order
+from ring_swa_jax._axis import SequenceAxis
+from ring_swa_jax._half_chunk_pairs import Pairs
 
 from _drawing import COLORS, cell, save
 
@@ -15,14 +17,16 @@ DEVICES = 4
 HALVES = 2 * DEVICES
 
 
-def draw_work(axes: Axes, title: str, owners: list[int]) -> None:
+def draw_work(axes: Axes, title: str, owner: Callable[[int, int], int]) -> None:
     """Squares of half a chunk of queries by half a chunk of keys, in the color of their device."""
     work = [0.0] * DEVICES
-    for query, owner in enumerate(owners):
+    for query in range(HALVES):
         for key in range(query + 1):
-            cell(axes, key, query, COLORS[owner])
-            work[owner] += 0.5 if key == query else 1
-        axes.text(-0.2, query + 0.5, f"{owner}", color=COLORS[owner], ha="right", va="center")
+            device = owner(query, key)
+            cell(axes, key, query, COLORS[device])
+            work[device] += 0.5 if key == query else 1
+        home = query // 2
+        axes.text(-0.2, query + 0.5, f"{home}", color=COLORS[home], ha="right", va="center")
     for device, squares in enumerate(work):
         axes.text(
             HALVES + 0.1, 0.6 + 0.75 * device, f"device {device}: {squares:g} squares",
@@ -31,6 +35,14 @@ def draw_work(axes: Axes, title: str, owners: list[int]) -> None:
     axes.set_title(title, fontsize=11)
     axes.set(xlim=(-0.9, HALVES + 0.2), ylim=(HALVES + 0.2, -0.2), aspect="equal")
     axes.axis("off")
+
+
+def owner_in_ring(query: int, key: int) -> int:
+    """The device that attends from a half chunk of queries to one of keys."""
+    pairs = Pairs(SequenceAxis("seq", DEVICES), "contiguous", 2)
+    if not pairs.sees(query, key):
+        return query // 2
+    return next(device for device in range(DEVICES) if query in map(int, pairs.numbers(device)))
 
 
 def draw_exchange(axes: Axes) -> None:
@@ -52,10 +64,8 @@ def main() -> None:
     """Writes the picture."""
     pyplot.rcParams.update({"font.size": 10.5})
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.7), layout="constrained")
-    draw_work(axes[0], "contiguous chunks", [half // 2 for half in range(HALVES)])
-    order = to_dual_order(jnp.arange(HALVES), DEVICES, axis=0).tolist()
-    owners = [order.index(half) // 2 for half in range(HALVES)]
-    draw_work(axes[1], '"ring": half chunks r and 2P - 1 - r', owners)
+    draw_work(axes[0], "contiguous chunks", lambda query, key: query // 2)
+    draw_work(axes[1], '"ring": pairs of half chunks beside the own chunk', owner_in_ring)
     draw_exchange(axes[2])
     save(figure, "balance")
 
