@@ -109,17 +109,20 @@ class HeadExchange:
 
     def sums_to_chunks(self, sums: list[Float[Array, "B n S"]]) -> Float[Array, "B N T"]:
         """One number for each query and head, from those of all launches."""
-        once = dataclasses.replace(self, launches=1)
-        column = jnp.moveaxis(jnp.concatenate(sums, axis=1), 1, 2)[..., None]
-        column = once._joined([once._returned(once._leaving(column))])
-        return jnp.moveaxis(column[..., 0], 2, 1)
+        x = jnp.stack(sums, axis=1)
+        x = to_dual_order(x, self.axis.size, 3) if self.layout == "dual_chunk" else x
+        chunks = jnp.moveaxis(x.reshape(*x.shape[:3], self.axis.size, -1), 3, 0)
+        x = jnp.moveaxis(self._exchange(chunks), 0, 1)
+        return x.reshape(x.shape[0], -1, x.shape[-1])
 
-    def sums_to_heads(self, *sums: Float[Array, "B N T"]) -> list[Float[Array, "B n S sums"]]:
+    def sums_to_heads(self, *sums: Float[Array, "B N T"]) -> list[Float[Array, "sums B n S"]]:
         """The inverse of `sums_to_chunks`, of several such numbers in one message."""
-        once = dataclasses.replace(self, launches=1)
-        columns = jnp.moveaxis(jnp.stack(sums, axis=-1), 1, 2)
-        columns = once._arrived(once._outgoing(columns, 0))
-        return jnp.split(jnp.moveaxis(columns, 2, 1), self.launches, axis=1)
+        x = jnp.stack(sums)
+        x = x.reshape(*x.shape[:2], self.axis.size, self.launches, -1, x.shape[-1])
+        x = jnp.moveaxis(self._exchange(jnp.moveaxis(x, 2, 0)), 0, 4)
+        x = x.reshape(*x.shape[:4], -1)
+        x = from_dual_order(x, self.axis.size, 4) if self.layout == "dual_chunk" else x
+        return [x[:, :, launch] for launch in range(self.launches)]
 
     def sum_of_parts(self, x: Float[Array, "B T R H"], dtype) -> Float[Array, "B T K H"]:
         """The gradient of the keys from that of the repeated keys.
@@ -267,7 +270,7 @@ def _attend_heads_bwd(spec, exchange, implementation, residuals, dout):
     def compute(launch, arrived, start):
         share, (dout,) = shares[launch], arrived
         keys = KeyRun(share.key, share.value, 0)
-        lse, delta = jnp.moveaxis(sums[launch], -1, 0)
+        lse, delta = sums[launch]
         dquery, *dkeys, delta = attend_keys_backward(
             spec, implementation, share.query, keys, start, end,
             lse, delta, dout, None, dout.dtype, travel,
