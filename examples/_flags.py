@@ -106,7 +106,11 @@ def _add_model(group: Any) -> None:
         help="first tokens of its document that every token sees besides, in layers with a window "
         "(default: 4 in sliding-window, else 0)",
     )
-    group.add_argument("--dtype", choices=("float32", "bfloat16"), help="in which it computes")
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="in which it computes; parameters are float32",
+    )
 
 
 def _add_devices(group: Any) -> None:

@@ -96,8 +96,9 @@ class Transformer(nnx.Module):
 
     def __init__(self, size: Size, pattern: tuple[Settings, ...], repeats: int, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(size.dtype)
-        self.remat = size.remat
-        self.embedding = nnx.Embed(size.vocabulary, size.features, dtype=dtype, rngs=rngs)
+        self.dtype, self.remat = dtype, size.remat
+        # In float32: the gradient of a frequent token is a sum over its thousands of places.
+        self.embedding = nnx.Embed(size.vocabulary, size.features, rngs=rngs)
         self.blocks = _create_blocks(size, pattern, rngs.fork(split=repeats))
         self.norm = nnx.RMSNorm(size.features, dtype=dtype, rngs=rngs)
         self.head = nnx.Linear(
@@ -146,7 +147,8 @@ class Transformer(nnx.Module):
                 after.append(cache)
             return x, after
 
-        x, caches = repeat(self.blocks, self.embedding(tokens), caches)
+        x = self.embedding(tokens).astype(self.dtype)
+        x, caches = repeat(self.blocks, x, caches)
         return self.head(self.norm(x)).astype(jnp.float32), caches
 
 

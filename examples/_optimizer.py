@@ -6,6 +6,7 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
+from _loss_scale import with_loss_scale
 from _settings import Settings
 
 
@@ -26,7 +27,7 @@ def make_optimizer(settings: Settings) -> optax.GradientTransformation:
         ],
         [rise, steps - fall],
     )
-    return optax.chain(
+    optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
         muon(
             schedule,
@@ -36,6 +37,7 @@ def make_optimizer(settings: Settings) -> optax.GradientTransformation:
             consistent_rms=0.2,  # so that one rate suits both
         ),
     )
+    return with_loss_scale(optimizer) if settings.dtype == "float16" else optimizer
 
 
 def _matrices(parameters: Any) -> Any:

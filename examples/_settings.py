@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from ring_swa_jax import half_precision_dtype
+
 from _model import Size, patterns
 
 
@@ -105,6 +107,7 @@ LAPTOP: dict[str, Any] = dict(
     learning_rate=1e-2,
     seed=0,
 )
+# `fitted` adds dtype and lengths, by the card.
 GPU: dict[str, Any] = LAPTOP | dict(
     features=768,
     num_heads=12,
@@ -112,7 +115,6 @@ GPU: dict[str, Any] = LAPTOP | dict(
     head_dim=64,
     vocabulary=8192,
     window=1023,
-    dtype="bfloat16",
     remat=True,
     document_length=32768,
     short_share=0.5,
@@ -121,8 +123,8 @@ GPU: dict[str, Any] = LAPTOP | dict(
 )
 PRESETS = {"laptop": LAPTOP, "gpu": GPU}
 _LAYERS = {"laptop": 4, "gpu": 12}
-# A gigabyte of the card holds this many tokens of the preset "gpu", its largest arrays, with room
-# to spare: a token needs about 170 kB, most of which are its logits in float32.
+# Of the preset "gpu". Compiled for an H100 a token needs 105 kB, for a T4 151 kB: they take a sixth
+# of the memory at most. Longer sequences would see the text, 2.5 million tokens, too often.
 _TOKENS_PER_GIGABYTE = 1024
 
 
@@ -138,7 +140,7 @@ def default_layers(preset: str, model: str) -> int:
 
 
 def fitted(preset: str, device: jax.Device, sequence_devices: int) -> dict[str, Any]:
-    """The preset's settings, sequences as long as devices of this kind hold.
+    """The preset's settings: on GPUs in half precision, sequences as long as their memory holds.
 
     Args:
         preset: its name.
@@ -146,13 +148,13 @@ def fitted(preset: str, device: jax.Device, sequence_devices: int) -> dict[str, 
         sequence_devices: how many they are.
     """
     settings = dict(PRESETS[preset])
-    if device.platform == "cpu" or preset == "laptop":
+    if preset == "laptop":
+        return settings
+    settings["dtype"] = half_precision_dtype().name
+    if device.platform == "cpu":
         return settings
     gigabytes = (device.memory_stats() or {}).get("bytes_limit", 16e9) / 1e9
     each = 1 << int(gigabytes * _TOKENS_PER_GIGABYTE).bit_length() - 1
     settings["sequence_length"] = sequence_devices * each
     settings["short_length"] = sequence_devices * max(each // 8, 1024)
-    # Before Ampere, GPUs have no units for bfloat16.
-    if float(getattr(device, "compute_capability", 8)) < 8:
-        settings["dtype"] = "float32"
     return settings

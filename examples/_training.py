@@ -18,6 +18,7 @@ from _checkpoint import Checkpoints
 from _data import Batch, PackedStream
 from _devices import cut, replicated
 from _log import Log
+from _loss_scale import loss_scale
 from _model import Transformer, loss_fn
 from _optimizer import make_optimizer
 from _settings import Settings
@@ -61,7 +62,13 @@ def train_step(
     segment_ids: jax.Array,
 ) -> jax.Array:
     """Improves the model; returns the loss that it had before."""
-    loss, gradients = nnx.value_and_grad(loss_fn)(model, tokens, targets, segment_ids)
+    scale = loss_scale(optimizer)
+
+    def scaled_loss(model: Transformer) -> tuple[jax.Array, jax.Array]:
+        loss = loss_fn(model, tokens, targets, segment_ids)
+        return loss * scale, loss
+
+    (_, loss), gradients = nnx.value_and_grad(scaled_loss, has_aux=True)(model)
     optimizer.update(model, gradients)
     return loss
 

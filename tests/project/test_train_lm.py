@@ -11,6 +11,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -21,6 +22,7 @@ sys.path.insert(0, str(processes.ROOT / "examples"))
 
 from _data import NO_TARGET, PackedStream
 from _flags import check, check_settings, make_parser
+from _loss_scale import loss_scale, with_loss_scale
 from _model import Size, Transformer, patterns
 from _settings import LAPTOP, Settings, fitted
 from _tokenizer import BEGIN, BytePairs
@@ -128,9 +130,10 @@ def interrupt_after(process, folder, step):
     [
         ("gpt-oss-like", ["--layers=2", "--devices=2"]),
         ("gemma-like", ["--layers=6", "--devices=2"]),
+        ("sliding-window", ["--preset=gpu", "--dtype=float16", "--devices=2"]),
     ],
 )
-def test_hybrids_learn_and_speak(model, flags, tmp_path):
+def test_other_models_learn_and_speak(model, flags, tmp_path):
     output = processes.succeed([start(tmp_path / "run", f"--model={model}", *flags)])[0]
     assert f"model: {model}" in output
     first, last = losses(output)
@@ -201,20 +204,39 @@ def test_settings_that_do_not_go_together(changes, message):
 
 
 @pytest.mark.parametrize(
-    ("memory", "capability", "expected"),
-    [
-        (80e9, "9.0", (4 * 65536, "bfloat16")),
-        (24e9, "8.9", (4 * 16384, "bfloat16")),
-        (15e9, "7.5", (4 * 8192, "float32")),
-    ],
+    ("memory", "dtype", "length"),
+    [(80e9, "bfloat16", 65536), (24e9, "bfloat16", 16384), (15e9, "float16", 8192)],
 )
-def test_the_preset_for_gpus_fits_the_card(memory, capability, expected):
-    card = types.SimpleNamespace(
-        platform="gpu", compute_capability=capability, memory_stats=lambda: {"bytes_limit": memory}
-    )
+def test_the_preset_for_gpus_fits_the_card(memory, dtype, length, monkeypatch):
+    monkeypatch.setattr("_settings.half_precision_dtype", lambda: jnp.dtype(dtype))
+    card = types.SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": memory})
     settings = fitted("gpu", card, sequence_devices=4)
-    assert (settings["sequence_length"], settings["dtype"]) == expected
+    assert (settings["sequence_length"], settings["dtype"]) == (4 * length, dtype)
     assert settings["short_length"] < settings["sequence_length"]
+    assert fitted("laptop", card, sequence_devices=4) == LAPTOP
+
+
+def step_with_loss_scale(optimizer, model, gradient):
+    """One step with a gradient of the unscaled loss; returns whether the scale changed, and how."""
+    before = loss_scale(optimizer)
+    gradients = jax.tree.map(lambda x: jnp.full_like(x, gradient * before), nnx.state(model))
+    optimizer.update(model, gradients)
+    return float(loss_scale(optimizer) / before)
+
+
+def test_loss_scaling_skips_steps_that_overflow(monkeypatch):
+    monkeypatch.setattr("_loss_scale._GROWTH_INTERVAL", 2)
+    models = [nnx.Linear(2, 3, rngs=nnx.Rngs(0)) for _ in range(2)]
+    scaled = nnx.Optimizer(models[0], with_loss_scale(optax.adam(0.1)), wrt=nnx.Param)
+    plain = nnx.Optimizer(models[1], optax.adam(0.1), wrt=nnx.Param)
+    assert loss_scale(plain) == 1
+    factors = []
+    for gradient in (1e-3, jnp.inf, jnp.nan, 2e-3, 1e-3):
+        factors.append(step_with_loss_scale(scaled, models[0], gradient))
+        if jnp.isfinite(gradient):
+            step_with_loss_scale(plain, models[1], gradient)
+        np.testing.assert_allclose(models[0].kernel[...], models[1].kernel[...], rtol=1e-6)
+    assert factors == [1, 0.5, 0.5, 1, 2]
 
 
 @pytest.mark.parametrize(
