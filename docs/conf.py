@@ -3,19 +3,14 @@
 import pathlib
 import re
 import shutil
-import sys
 
 from pygments.lexers.shell import BashLexer
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-sys.path[:0] = [str(DOCS), str(ROOT)]
-
-from _signatures import signature  # noqa: E402
-
 project = "ring-swa-jax"
 copyright = "the ring-swa-jax authors"
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+extensions = ["myst_nb", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
 suppress_warnings = ["misc.highlighting_failure"]  # commands of IPython in notebooks
 
@@ -25,18 +20,9 @@ html_copy_source = False
 pygments_style = "tango"
 
 myst_enable_extensions = ["dollarmath"]
-myst_heading_anchors = 3
+myst_heading_anchors = 4
 nb_execution_mode = "off"
 smartquotes = False
-
-# In docstrings `name` is a link where the name is documented here.
-default_role = "py:obj"
-# Names of other libraries, and all types in annotations.
-nitpick_ignore_regex = [("py:obj", r"(jax|flax|nnx)\..*"), ("py:class", ".*")]
-autodoc_member_order = "bysource"
-maximum_signature_line_length = 88
-napoleon_numpy_docstring = False
-napoleon_attr_annotations = False  # the signature has them
 
 
 def leave_out_links_to_files(app, name, source):
@@ -59,7 +45,6 @@ def setup(app):
     """Called by Sphinx."""
     app.add_lexer("console", BashLexer)  # commands without a prompt
     app.connect("source-read", leave_out_links_to_files)
-    app.connect("autodoc-process-signature", signature)
 
 
 # Sphinx reads what lies below its own folder only.

@@ -14,12 +14,13 @@ from jax import Array, lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Bool, Float, Int, Shaped
 
-from ring_swa_jax import _checks
+from ring_swa_jax import _checks, nnx
 from ring_swa_jax import _serialization as _serialization
 from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._attention_fn import attention_fn as attention_fn
 from ring_swa_jax._axis import AxisName, explicit_axes
 from ring_swa_jax._cache import Cache
+from ring_swa_jax._help import shows_fields_as
 from ring_swa_jax._layer import AttentionLayer, KeysValues, Learned, Projected, SharedKeysValues
 from ring_swa_jax._layer_decode import decode, init_cache, keys_values, prefill
 from ring_swa_jax._linen_init import axes_that_divide, repeated_work_is_meant
@@ -48,17 +49,14 @@ class _Parts(NamedTuple):
         return Projected(query(x), *(None if p is None else p(x) for p in rest))
 
 
+@shows_fields_as(nnx.RingSlidingWindowAttention)
 class RingSlidingWindowAttention(nn.Module):
     """Self-attention to a sliding window, its sequence cut over the devices of a mesh.
 
     The settings, parameters and maths are those of `ring_swa_jax.nnx.RingSlidingWindowAttention`,
-    which describes them, except that ``in_features`` may be left to the first x and that metadata
-    such as logical axes are given through the initialisers, as everywhere in Linen:
+    except that ``in_features`` may be left to the first x and that metadata such as logical axes
+    are given through the initialisers, as everywhere in Linen:
     ``kernel_init=nn.with_logical_partitioning(init, ("embed", "heads", "kv"))``.
-
-    ``window_size`` is W: a token sees **W + 1 keys**, the W before it and itself, as
-    FlashAttention's ``(W, 0)``; Hugging Face's ``sliding_window=n`` is ``n - 1`` here; None makes a
-    full causal layer. A pair (L, R) sees L tokens before and R after; None in it is no bound.
 
     Raises:
         ValueError: sizes or settings that do not fit.

@@ -18,6 +18,7 @@ from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._attention_fn import attention_fn as attention_fn
 from ring_swa_jax._axis import AxisName
 from ring_swa_jax._cache import Cache
+from ring_swa_jax._help import shows_arguments
 from ring_swa_jax._layer import AttentionLayer, KeysValues, Learned, Projected, SharedKeysValues
 from ring_swa_jax._layer_decode import decode, init_cache, keys_values, prefill
 from ring_swa_jax._query_scaling import QueryScaling
@@ -29,6 +30,7 @@ __all__ = ["RingSlidingWindowAttention", "attention_fn"]
 _NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 
 
+@shows_arguments
 class RingSlidingWindowAttention(nnx.Module):
     r"""Causal self-attention to a sliding window, its sequence cut over the devices of a mesh.
 
