@@ -17,6 +17,8 @@ suppress_warnings = ["misc.highlighting_failure"]  # commands of IPython in note
 html_theme = "furo"
 html_title = "ring-swa-jax"
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 pygments_style = "tango"
 
 myst_enable_extensions = ["dollarmath"]
@@ -26,7 +28,7 @@ smartquotes = False
 
 
 def leave_out_links_to_files(app, name, source):
-    """Links to files of the repository that are no pages become text; others stay, and are checked.
+    """Links to files of the repository that are no pages become text; others are checked.
 
     Pages and notebooks lie one folder below the root, so that all such links begin with "../".
     """
@@ -36,6 +38,8 @@ def leave_out_links_to_files(app, name, source):
         text, path, anchor = link.groups("")
         if path.startswith("docs/"):  # from a notebook, which has moved into docs/
             return f"[{text}](../{path.removeprefix('docs/')}{anchor})"
+        if path.startswith("notebooks/"):  # from a page, beside which the notebooks lie here
+            return f"[{text}]({path}{anchor})"
         return text if (ROOT / path).exists() else link[0]
 
     source[0] = re.sub(r"\[([^][]*)\]\(\.\./([^)#\s]+)(#[^)\s]*)?\)", shorten, source[0])

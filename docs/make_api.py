@@ -111,7 +111,7 @@ def _is_method(node: ast.FunctionDef) -> bool:
 def describe(name: str, owner: Any, documented: frozenset[str]) -> str:
     """Heading, signature and docstring of one name."""
     level = "####" if name.count(".") > name.startswith(("nnx.", "linen.")) else "###"
-    text = f"{level} {name}\n\n"
+    text = f"{level} `{name}`\n\n"
     if call := signature(name, owner):
         text += f"<!-- not run: a signature -->\n```python\n{call}\n```\n\n"
     if name in TEXTS:
