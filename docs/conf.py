@@ -18,7 +18,7 @@ html_theme = "furo"
 html_title = "ring-swa-jax"
 html_copy_source = False
 html_static_path = ["_static"]
-html_css_files = ["tables.css"]
+html_css_files = ["site.css"]
 pygments_style = "tango"
 
 myst_enable_extensions = ["dollarmath"]

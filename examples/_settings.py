@@ -116,10 +116,10 @@ GPU: dict[str, Any] = LAPTOP | dict(
     vocabulary=8192,
     window=1023,
     remat=True,
-    document_length=32768,
-    short_share=0.5,
-    steps=400,
-    learning_rate=2e-3,
+    document_length=4096,
+    short_share=0.0,
+    steps=250,
+    learning_rate=1e-3,
 )
 PRESETS = {"laptop": LAPTOP, "gpu": GPU}
 _LAYERS = {"laptop": 4, "gpu": 12}
