@@ -10,7 +10,7 @@ Class = TypeVar("Class", bound=type)
 
 def shows_arguments(layer: Class) -> Class:
     """Gives a class the signature of its ``__init__``, which the metaclass of nnx hides."""
-    parameters = list(inspect.signature(layer.__init__).parameters.values())
+    parameters = list(inspect.signature(vars(layer)["__init__"]).parameters.values())
     layer.__signature__ = inspect.Signature(parameters[1:])  # type: ignore[attr-defined]
     return layer
 
