@@ -9,6 +9,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 # As many as a CPU plays where nobody says how many.
 CPU_DEVICES = 4
+# After so long without a sign of life a process counts as dead, and the others end.
+HEARTBEAT_SECONDS = 30
 Model = TypeVar("Model", bound=nnx.Module)
 
 
@@ -20,7 +22,12 @@ def start_jax(args: argparse.Namespace) -> int:
     """
     # This must come before JAX looks at its devices for the first time.
     if args.coordinator or args.distributed:
-        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+        jax.distributed.initialize(
+            args.coordinator,
+            args.num_processes,
+            args.process_id,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
     jax.config.update(
         "jax_num_cpu_devices", (args.devices or CPU_DEVICES) // (args.num_processes or 1)
     )

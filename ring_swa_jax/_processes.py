@@ -1,10 +1,12 @@
 """Whether the processes of a job agree on what they are about to run."""
 
 import json
+import zlib
 from collections import Counter
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -13,27 +15,31 @@ _BYTES = 65536
 
 
 def check_processes(mesh: Mesh, **settings: Any) -> None:
-    """Checks that all processes have the same mesh and the same settings.
+    """Checks that all processes have the same mesh, the same settings and the same data.
 
     If processes trace different programs, the job may hang or give wrong numbers, and JAX does not
     notice. Programs differ, for example, if the order of the devices or the length of the sequence
-    does. (A window's halo has the same size for all lengths, so its exchange does not fail.) The
-    library's other functions do not check this, because they would have to wait for all processes
-    in every step. So call this function once, in every process, after
-    ``jax.distributed.initialize`` and before the first step. It waits for all processes, and does
-    nothing in a job of one process.
+    does. (A window's halo has the same size for all lengths, so its exchange does not fail.) Nor
+    does JAX notice if a process draws other parameters or packs other documents. The library's
+    other functions do not check this, because they would have to wait for all processes in every
+    step. So call this function once, in every process, after ``jax.distributed.initialize`` and
+    before the first step. It waits for all processes, and does nothing in a job of one process.
 
     Args:
         mesh: the mesh to run on; axis names, sizes, axis types and the order of the devices count.
-        settings: whatever else must be the same everywhere, ``sequence_length=...`` above all;
-            compared by their ``repr``.
+        settings: whatever else must be the same everywhere, ``sequence_length=...`` above all.
+            Values with arrays in them (an array, or any pytree, such as the model's parameters) are
+            compared by shape, dtype and a checksum of every element; other values by their
+            ``repr``. An array must be whole in every process: ``segment_ids`` as they were loaded,
+            or a ``jax.Array`` that is replicated, all of whose copies are looked at. Parts of one
+            array differ by nature.
 
     Raises:
         ValueError: the processes differ, also in how many devices each has; raised in all of
-            them, shows what each one has.
+            them, shows what each one has. Or an array is cut over several processes.
 
     Example:
-        >>> check_processes(mesh, sequence_length=32768, window_size=1023)
+        >>> check_processes(mesh, sequence_length=32768, seed=0, segment_ids=batch.segment_ids)
     """
     if jax.process_count() == 1:
         return
@@ -52,7 +58,7 @@ def check_processes(mesh: Mesh, **settings: Any) -> None:
             )
         ),
         "devices of the mesh": str([device.id for device in mesh.devices.flat]),
-        **{name: repr(value) for name, value in settings.items()},
+        **{name: _shown(name, value) for name, value in settings.items()},
     }
     everyone = _gathered(mine)
     found = []
@@ -66,6 +72,42 @@ def check_processes(mesh: Mesh, **settings: Any) -> None:
             f"the processes disagree on {'; '.join(found)}. Start all of them with the same "
             "settings and make the mesh of the same devices in the same order"
         )
+
+
+def _shown(name: str, value: Any) -> str:
+    """A short text that differs where two values do."""
+    leaves = jax.tree_util.tree_leaves_with_path(value)
+    if not any(isinstance(leaf, (np.ndarray, jax.Array)) for _, leaf in leaves):
+        return repr(value)
+    texts = [f"{jax.tree_util.keystr(path)} {_leaf(name, leaf)}".lstrip() for path, leaf in leaves]
+    if len(texts) == 1:
+        return texts[0]
+    return f"{len(texts)} leaves with checksum {zlib.crc32(json.dumps(texts).encode()):08x}"
+
+
+def _leaf(name: str, leaf: Any) -> str:
+    """A leaf of a pytree: of an array its shape, its dtype and a checksum of each copy here."""
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    if not isinstance(leaf, (np.ndarray, jax.Array)):
+        return repr(leaf)
+    checksums = [f"{zlib.crc32(np.asarray(x).tobytes()):08x}" for x in _copies(name, leaf)]
+    shape = ", ".join(map(str, leaf.shape))
+    return f"{leaf.dtype}[{shape}] with checksum {' and '.join(dict.fromkeys(checksums))}"
+
+
+def _copies(name: str, array: np.ndarray | jax.Array) -> list[np.ndarray | jax.Array]:
+    """The array, once for each device of this process if all devices hold it as a whole."""
+    if isinstance(array, np.ndarray):
+        return [array]
+    if array.is_fully_replicated:
+        return [shard.data for shard in array.addressable_shards]
+    if array.is_fully_addressable:
+        return [array]
+    raise ValueError(
+        f"{name} has an array of shape {array.shape} that is cut over several processes, as "
+        f"{array.sharding} says; give arrays that every process holds as a whole"
+    )
 
 
 def _gathered(mine: dict[str, str]) -> list[dict[str, str]]:

@@ -8,11 +8,37 @@ Exits with 0 only if check_processes says what differs, in both processes, and i
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from ring_swa_jax import check_processes
+
+
+def different_data(mesh):
+    """(message, what each process has): a wrong seed, another layout of documents, a device."""
+    ids = np.repeat(np.arange(64), 64)[None]  # long enough for repr to leave out its middle
+    layout = ids.copy()
+    layout[0, 2048] -= 1
+    parameters = [{"w": jax.random.normal(jax.random.key(seed), (3,)), "b": 0} for seed in range(2)]
+
+    def replicated(values):
+        """The same array on all devices, by its type; `values` are what they really hold."""
+        here = jax.local_devices()
+        shards = [jax.device_put(np.full(2, x), d) for x, d in zip(values, here, strict=True)]
+        return jax.make_array_from_single_device_arrays((2,), NamedSharding(mesh, P()), shards)
+
+    number = "[0-9a-f]{8}"
+    return (
+        ("on data: 0 in process 0, 1 in process 1", (0, 1)),
+        (rf"on data: int64\[1, 4096\] with checksum {number} in process 0, int64", (ids, layout)),
+        (f"on data: 2 leaves with checksum {number} in process 0, 2 leaves", parameters),
+        (r"on data: uint32\[2\] with checksum", (jax.random.key(0), jax.random.key(1))),
+        (rf"{number} and {number} in process 1", (replicated([5, 5]), replicated([5, 6]))),
+        ("float32.* in process 0, bfloat16", (jnp.ones(2), jnp.ones(2, jnp.bfloat16))),
+    )
 
 
 def main(index, port):
@@ -37,7 +63,17 @@ def main(index, port):
         with pytest.raises(ValueError, match=message):
             check_processes(meshes[index], sequence_length=lengths[index])
     check_processes(mesh(), sequence_length=4096)
-    print("told", len(cases), flush=True)
+    values = different_data(mesh())
+    for message, pair in values:
+        with pytest.raises(ValueError, match=message):
+            check_processes(mesh(), first=1, data=pair[index])
+        check_processes(mesh(), first=1, data=pair[0])
+    part = jax.make_array_from_callback(
+        (4,), NamedSharding(mesh(), P("seq")), np.zeros(4).__getitem__
+    )
+    with pytest.raises(ValueError, match=r"data has an array of shape \(4,\) that is cut over sev"):
+        check_processes(mesh(), data=part)
+    print("told", len(cases) + len(values), flush=True)
 
 
 if __name__ == "__main__":
