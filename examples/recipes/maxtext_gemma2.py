@@ -1,8 +1,8 @@
 """Trains MaxText's Gemma 2 for four steps: `python maxtext_gemma2.py FOLDER [--ours] [--stages 2]`.
 
-FOLDER is `src/maxtext` of MaxText, with the lines of maxtext_gemma2.diff for `--ours`. The model has
-layers with a window and without, and soft caps. MaxText's training loop runs as it is, its load
-balancing included; only the data are ours. With two stages the layers are a pipeline.
+FOLDER is `src/maxtext` of MaxText, with the lines of maxtext_gemma2.diff for `--ours`. Its layers
+have a window or none, and soft caps. MaxText's training loop runs as it is, its load balancing
+included; only the data are ours. With two stages the layers are a pipeline.
 """
 
 import importlib

@@ -118,7 +118,7 @@ def test_no_block_is_forgotten():
         if block.language in ("python", "console", "bash"):
             assert block.mark.split(": ")[0] in known, where
         else:
-            assert block.language == "text" or block.language.startswith("{"), where
+            assert block.language in ("text", "diff") or block.language.startswith("{"), where
     assert len(to_run("python")) >= 10
 
 

@@ -20,7 +20,10 @@ def test_processes_that_disagree_are_told():
 
 
 def start_training(folder, steps, devices, *several):
-    return start("-m", "tests.helpers.training_worker", folder, steps, devices, *several, **CPU)
+    """Compiling is most of the time."""
+    environment = CPU | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    command = ("-m", "tests.helpers.training_worker", folder, steps, devices, *several)
+    return start(*command, **environment)
 
 
 def losses_of(folder):
