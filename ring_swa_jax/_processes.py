@@ -91,19 +91,26 @@ def _leaf(name: str, leaf: Any) -> str:
         leaf = jax.random.key_data(leaf)
     if not isinstance(leaf, (np.ndarray, jax.Array)):
         return repr(leaf)
-    checksums = [f"{zlib.crc32(np.asarray(x).tobytes()):08x}" for x in _copies(name, leaf)]
     shape = ", ".join(map(str, leaf.shape))
-    return f"{leaf.dtype}[{shape}] with checksum {' and '.join(dict.fromkeys(checksums))}"
+    checksums = {
+        device: f"{zlib.crc32(np.asarray(copy).tobytes()):08x}"
+        for device, copy in _copies(name, leaf).items()
+    }
+    if len(set(checksums.values())) == 1:
+        (checksum,) = set(checksums.values())
+    else:  # with the devices' numbers, so that no two processes have the same text
+        checksum = " and ".join(f"{x} on device {device}" for device, x in checksums.items())
+    return f"{leaf.dtype}[{shape}] with checksum {checksum}"
 
 
-def _copies(name: str, array: np.ndarray | jax.Array) -> list[np.ndarray | jax.Array]:
-    """The array, once for each device of this process if all devices hold it as a whole."""
+def _copies(name: str, array: np.ndarray | jax.Array) -> dict[int | None, np.ndarray | jax.Array]:
+    """The array; by the device's number if each device of this process holds all of the array."""
     if isinstance(array, np.ndarray):
-        return [array]
+        return {None: array}
     if array.is_fully_replicated:
-        return [shard.data for shard in array.addressable_shards]
+        return {shard.device.id: shard.data for shard in array.addressable_shards}
     if array.is_fully_addressable:
-        return [array]
+        return {None: array}
     raise ValueError(
         f"{name} has an array of shape {array.shape} that is cut over several processes, as "
         f"{array.sharding} says; give arrays that every process holds as a whole"

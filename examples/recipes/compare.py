@@ -22,7 +22,7 @@ RECIPES = sorted(path.stem for path in HERE.glob("*.diff"))
 
 def losses(recipe: str, folder: pathlib.Path, *flags: str) -> list[float]:
     """What the recipe's script prints for this copy of the client."""
-    command = [sys.executable, HERE / f"{recipe}.py", folder, *flags]
+    command: list[str | pathlib.Path] = [sys.executable, HERE / f"{recipe}.py", folder, *flags]
     run = subprocess.run(
         command,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
@@ -36,7 +36,8 @@ def losses(recipe: str, folder: pathlib.Path, *flags: str) -> list[float]:
 def with_our_lines(recipe: str, folder: pathlib.Path, copy: pathlib.Path) -> pathlib.Path:
     """A copy of the client with the recipe's lines."""
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("__pycache__", "assets"))
-    command = ["patch", "--quiet", "-p1", "-d", copy, "-i", HERE / f"{recipe}.diff"]
+    lines = HERE / f"{recipe}.diff"
+    command: list[str | pathlib.Path] = ["patch", "--quiet", "-p1", "-d", copy, "-i", lines]
     subprocess.run(command, check=True)
     return copy
 

@@ -68,15 +68,10 @@ def main() -> None:
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 8 if args.ours else args.stages)
     sys.path.insert(0, str(args.folder.parent))
-    pyconfig, train, sharding, interface = map(
-        importlib.import_module,
-        (
-            "maxtext.configs.pyconfig",
-            "maxtext.trainers.pre_train.train",
-            "maxtext.utils.sharding",
-            "maxtext.input_pipeline.input_pipeline_interface",
-        ),
-    )
+    pyconfig = importlib.import_module("maxtext.configs.pyconfig")
+    train = importlib.import_module("maxtext.trainers.pre_train.train")
+    sharding = importlib.import_module("maxtext.utils.sharding")
+    interface: Any = importlib.import_module("maxtext.input_pipeline.input_pipeline_interface")
 
     def batches(config: Any, mesh: Mesh) -> tuple[Iterator[dict[str, jax.Array]], None]:
         where = sharding.get_input_data_sharding(config, mesh)

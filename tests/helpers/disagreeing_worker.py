@@ -36,7 +36,11 @@ def different_data(mesh):
         (rf"on data: int64\[1, 4096\] with checksum {number} in process 0, int64", (ids, layout)),
         (f"on data: 2 leaves with checksum {number} in process 0, 2 leaves", parameters),
         (r"on data: uint32\[2\] with checksum", (jax.random.key(0), jax.random.key(1))),
-        (rf"{number} and {number} in process 1", (replicated([5, 5]), replicated([5, 6]))),
+        (
+            rf"{number} on device \d+ and {number} on device",
+            (replicated([5, 5]), replicated([5, 6])),
+        ),
+        (rf"{number} on device 0 and {number} on device 1 in", (replicated([5, 6]),) * 2),
         ("float32.* in process 0, bfloat16", (jnp.ones(2), jnp.ones(2, jnp.bfloat16))),
     )
 
@@ -67,7 +71,8 @@ def main(index, port):
     for message, pair in values:
         with pytest.raises(ValueError, match=message):
             check_processes(mesh(), first=1, data=pair[index])
-        check_processes(mesh(), first=1, data=pair[0])
+    ids = values[1][1][0]
+    check_processes(mesh(), data=ids, parameters=values[2][1][0])
     part = jax.make_array_from_callback(
         (4,), NamedSharding(mesh(), P("seq")), np.zeros(4).__getitem__
     )

@@ -16,7 +16,7 @@ def test_two_processes_equal_the_oracle():
 def test_processes_that_disagree_are_told():
     port = free_port()
     workers = [start("-m", "tests.helpers.disagreeing_worker", n, port, **CPU) for n in range(2)]
-    assert all("told 10" in out for out in succeed(workers))
+    assert all("told 11" in out for out in succeed(workers))
 
 
 def start_training(folder, steps, devices, *several):
