@@ -55,9 +55,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         copy = with_our_lines(args.recipe, folder, pathlib.Path(place, folder.name))
         ours = losses(args.recipe, copy, "--ours", *flags)
-    print("step  theirs, 1 device  ours, 8 devices")
+    print("step     theirs       ours")
     for step, pair in enumerate(zip(theirs, ours, strict=True), start=1):
-        print("{:4}  {:16.7f}  {:15.7f}".format(step, *pair))
+        print("{:4}  {:9.7f}  {:9.7f}".format(step, *pair))
     if not all(math.isclose(*pair, rel_tol=1e-5) for pair in zip(theirs, ours, strict=True)):
         raise SystemExit("the losses differ")
 
