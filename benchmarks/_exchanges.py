@@ -127,11 +127,17 @@ def all_gather_cudnn(shape: RingShape, devices: int, implementation: str | None)
     del implementation
     if shape.documents:
         raise NotImplementedError("packed sequences that end before the device's keys begin")
-    cudnn = CONTENDERS["cudnn"].build(shape)
-    chunk, halo = shape.chunk(devices), shape.halo(devices)
-    halo = min(-(-halo // 64) * 64, shape.length - chunk)  # cuDNN refuses odd lengths
+    return gather_window(CONTENDERS["cudnn"].build(shape), shape.window, devices)
 
-    def attend(query, key, value, ends):
+
+def gather_window(attend: Attend, window: int | None, devices: int) -> Attend:
+    """All keys and values gathered; a causal kernel on those that the device's windows reach."""
+
+    def around(query, key, value, ends):
+        chunk = query.shape[1]
+        before = (devices - 1) * chunk
+        # cuDNN refuses odd lengths
+        halo = before if window is None else min(-(-window // 64) * 64, before)
         position = lax.axis_index(AXIS) * chunk
         begin = jnp.maximum(position - halo, 0)
 
@@ -141,10 +147,10 @@ def all_gather_cudnn(shape: RingShape, devices: int, implementation: str | None)
 
         rows = jnp.zeros((query.shape[0], halo + chunk, *query.shape[2:]), query.dtype)
         rows = lax.dynamic_update_slice_in_dim(rows, query, position - begin, axis=1)
-        out = cudnn(rows, reached(key), reached(value), ends)
+        out = attend(rows, reached(key), reached(value), ends)
         return lax.dynamic_slice_in_dim(out, position - begin, chunk, axis=1)
 
-    return attend
+    return around
 
 
 def all_to_all(shape: RingShape, devices: int, attend: Attend) -> Attend:
@@ -154,6 +160,12 @@ def all_to_all(shape: RingShape, devices: int, attend: Attend) -> Attend:
     """
     if shape.kv_heads % devices:
         raise NotImplementedError(f"{shape.kv_heads} key/value heads over {devices} devices")
+
+    return heads_for_sequence(attend)
+
+
+def heads_for_sequence(attend: Attend) -> Attend:
+    """A kernel on the whole sequence of a device's heads; the devices divide all head counts."""
 
     def exchange(x, cut, joined):
         return lax.all_to_all(x, AXIS, split_axis=cut, concat_axis=joined, tiled=True)
