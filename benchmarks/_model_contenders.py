@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import ring_swa_jax
 from benchmarks._exchanges import AXIS, gather_window, heads_for_sequence
-from benchmarks._model_cudnn import Attended, Gradients, Launch, differentiable, merged
+from benchmarks._model_cudnn import Gradients, Launch, differentiable, merged
 from ring_swa_jax import _layer
 
 OURS, ALL_GATHER, ALL_TO_ALL = "ours", "all-gather + cuDNN", "all-to-all + cuDNN"

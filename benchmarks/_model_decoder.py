@@ -23,9 +23,7 @@ class Block(nnx.Module):
 
     def __init__(self, size: ModelSize, settings: dict[str, Any], dtype: str, *, rngs: nnx.Rngs):
         norm = functools.partial(nnx.RMSNorm, size.features, dtype=jnp.dtype(dtype), rngs=rngs)
-        linear = functools.partial(
-            nnx.Linear, use_bias=False, dtype=jnp.dtype(dtype), rngs=rngs
-        )
+        linear = functools.partial(nnx.Linear, use_bias=False, dtype=jnp.dtype(dtype), rngs=rngs)
         self.attention_norm, self.mlp_norm = norm(), norm()
         self.attention = RingSlidingWindowAttention(
             **settings, batch_axis="data", dtype=jnp.dtype(dtype), rngs=rngs

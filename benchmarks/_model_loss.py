@@ -66,9 +66,7 @@ def _backward(chunk, residuals, dloss):
         hit = (targets - first)[..., None] == jnp.arange(chunk)
         dlogits = ((jnp.exp(logits - lse[..., None]) - hit) * weight).astype(x.dtype)
         dvectors = jnp.einsum("bsv,bse->ve", dlogits, x)
-        product = jnp.einsum(
-            "bsv,ve->bse", dlogits, vectors, preferred_element_type=jnp.float32
-        )
+        product = jnp.einsum("bsv,ve->bse", dlogits, vectors, preferred_element_type=jnp.float32)
         return tokens_cut(dx + product), cut_over_devices(dvectors, axis=1).astype(table.dtype)
 
     start = tokens_cut(jnp.zeros(x.shape, jnp.float32))

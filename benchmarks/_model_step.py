@@ -45,8 +45,10 @@ class Step:
         return {
             "arguments": found.argument_size_in_bytes,
             "temporary": found.temp_size_in_bytes,
-            "peak": found.peak_memory_in_bytes,
-            "program": found.generated_code_size_in_bytes,
+            "all": found.argument_size_in_bytes
+            + found.output_size_in_bytes
+            - found.alias_size_in_bytes
+            + found.temp_size_in_bytes,
         }
 
 
@@ -59,8 +61,11 @@ class Training:
             parameters, moments = jax.eval_shape(lambda: self._init(jax.random.key(0)))
             cut = jax.tree_util.tree_map_with_path(self._sharding, parameters)
         whole = NamedSharding(mesh, P())
-        self.shardings = cut, optax.tree_utils.tree_map_params(
-            OPTIMIZER, lambda _, s: s, moments, cut, transform_non_params=lambda _: whole
+        self.shardings = (
+            cut,
+            optax.tree_utils.tree_map_params(
+                OPTIMIZER, lambda _, s: s, moments, cut, transform_non_params=lambda _: whole
+            ),
         )
         self.types = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -80,10 +85,11 @@ class Training:
         parameters = self.decoder.init(key)
         return parameters, OPTIMIZER.init(parameters)
 
-    def init(self) -> tuple[Any, Any]:
-        """Random parameters, and the optimizer's moments, on the devices."""
+    def compile_init(self) -> Any:
+        """``()`` to random parameters and the optimizer's moments, on the devices."""
         with jax.set_mesh(self.mesh):
-            return jax.jit(self._init, out_shardings=self.shardings)(jax.random.key(0))
+            init = jax.jit(lambda: self._init(jax.random.key(0)), out_shardings=self.shardings)
+            return init.lower().compile()
 
     def words(self, batch: int, length: int) -> tuple[Array, Array]:
         """Random words, and the word after each."""
@@ -103,26 +109,39 @@ class Training:
         updates, moments = OPTIMIZER.update(gradients, moments, parameters)
         return optax.apply_updates(parameters, updates), moments, loss, norm
 
-    def compile(self, contender: str, batch: int, length: int, options: dict[str, Any]) -> Step:
+    def lower(self, contender: str, batch: int, length: int) -> "Lowered":
         """A step; neither parameters nor words need exist."""
         whole = NamedSharding(self.mesh, P())
         outputs = (*self.shardings, whole, whole)
         step = jax.jit(self._update, donate_argnums=(0, 1), out_shardings=outputs)
-        return self._compiled(step, self.types, contender, batch, length, options)
+        return self._lowered(step, self.types, contender, batch, length)
 
-    def compile_gradients(
-        self, contender: str, batch: int, length: int, options: dict[str, Any]
-    ) -> Step:
+    def lower_gradients(self, contender: str, batch: int, length: int) -> "Lowered":
         """``(parameters, tokens, targets)`` to loss and gradients."""
         outputs = NamedSharding(self.mesh, P()), self.shardings[0]
         function = jax.jit(self._gradients, out_shardings=outputs)
-        return self._compiled(function, self.types[:1], contender, batch, length, options)
+        return self._lowered(function, self.types[:1], contender, batch, length)
 
-    def _compiled(self, function, types, contender, batch, length, options) -> Step:
+    def _lowered(self, function, types, contender, batch, length):
         sharding = NamedSharding(self.mesh, TOKENS)
         words = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=sharding)
         begin = time.perf_counter()
         with jax.set_mesh(self.mesh), attending_by(contender):
-            lowered = function.lower(*types, words, words)
-            compiled = lowered.compile(compiler_options=options)
-        return Step(compiled, time.perf_counter() - begin)
+            program = function.lower(*types, words, words)
+        return Lowered(program, time.perf_counter() - begin)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """A traced and lowered program, and the seconds that it took."""
+
+    program: Any
+    seconds: float
+
+    def compile(self, options: dict[str, Any] | None = None) -> Step:
+        """With XLA's options; by default those for GPUs, where there are some."""
+        if options is None:
+            options = {} if jax.default_backend() == "cpu" else GPU_OPTIONS
+        begin = time.perf_counter()
+        compiled = self.program.compile(compiler_options=options)
+        return Step(compiled, self.seconds + time.perf_counter() - begin)

@@ -1,0 +1,226 @@
+"""Times training steps of whole models on the GPUs that are here: ``python -m benchmarks.model``.
+
+Decoders (`benchmarks._model_sizes`) with the attention of this library beside the same decoders
+with cuDNN behind an all-gather of the keys, and behind an all-to-all of the heads, in every layer
+(`benchmarks._model_contenders`). Parameters, gradients and the optimizer's moments are cut over all
+devices for all of them, and so are the tokens. First every model's loss and gradients are compared
+at 8192 tokens. Then each job (`benchmarks._model_jobs.plan`) is compiled in a process of its own,
+several at the same time, and timed while no other is on its GPUs. Writes JSON and a chart as it
+goes, and ends after --seconds with what it has.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks import _model_profile, _model_report
+from benchmarks._model_contenders import CONTENDERS, OURS
+from benchmarks._model_jobs import DOES_NOT_FIT, FRACTION, Job, in_this_process, plan
+from benchmarks._model_sizes import MODELS
+from benchmarks.attention import machine
+
+
+@dataclasses.dataclass
+class Started:
+    """A job's process."""
+
+    job: Job
+    check: bool
+    process: subprocess.Popen[bytes]
+    output: Path
+
+    def found(self) -> dict[str, Any]:
+        """What it wrote; a reason where it wrote nothing."""
+        if self.output.exists():
+            return json.loads(self.output.read_text())
+        return {"reason": f"its process ended with {self.process.returncode}"}
+
+
+class Runner:
+    """Starts jobs in processes, so many at a time, and collects what they find."""
+
+    def __init__(self, arguments: argparse.Namespace, devices: int, folder: Path):
+        self.arguments, self.devices, self.folder = arguments, devices, folder
+        self.end = time.monotonic() + arguments.seconds
+        self.started: list[Started] = []
+        self.count = 0
+
+    def start(self, job: Job, *, check: bool = False, trace: Path | None = None) -> None:
+        """Starts one; jobs of one GPU take another GPU each time."""
+        first = self.count % self.devices if job.devices == 1 else 0
+        gpus = range(first, first + job.devices)
+        output = self.folder / f"{self.count}.json"
+        self.count += 1
+        command = [sys.executable, "-m", "benchmarks.model", f"--folder={self.folder}"]
+        command += [f"--job={json.dumps(dataclasses.asdict(job) | {'check': check})}"]
+        command += [f"--gpus={gpus.start}", f"{gpus.stop}", f"--output={output}"]
+        command += ["--quick"] if self.arguments.quick else []
+        command += [f"--trace={trace}"] if trace else []
+        known = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = known.split(",") if known else [str(n) for n in range(self.devices)]
+        environment = os.environ | {
+            "CUDA_VISIBLE_DEVICES": ",".join(names[n] for n in gpus),
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            "XLA_PYTHON_CLIENT_MEM_FRACTION": str(FRACTION),
+        }
+        if trace:  # kernels of a CUDA graph would be one event
+            flags = os.environ.get("XLA_FLAGS", "")
+            environment["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer="
+        process = subprocess.Popen(command, env=environment)
+        self.started.append(Started(job, check, process, output))
+
+    def finished(self) -> list[Started]:
+        """Those that have ended since the last call; at the time's end all are ended."""
+        late = time.monotonic() > self.end
+        for each in self.started:
+            if late and each.process.poll() is None:
+                each.process.kill()
+                each.process.wait()
+        done = [each for each in self.started if each.process.poll() is not None]
+        self.started = [each for each in self.started if each not in done]
+        return done
+
+    def has_time(self) -> bool:
+        """Whether another job may be started."""
+        return time.monotonic() < self.end
+
+
+def run_all(runner: Runner, jobs: list[Job], workers: int, take) -> None:
+    """Runs jobs in their order; ``take`` gets each that ended.
+
+    What is longer than a job that did not fit is left out.
+    """
+    too_long: dict[tuple[Any, ...], int] = {}
+    waiting = list(jobs)
+    while waiting or runner.started:
+        while waiting and len(runner.started) < workers and runner.has_time():
+            job = waiting.pop(0)
+            if job.length < too_long.get(job.family, job.length + 1):
+                runner.start(job)
+        if not runner.has_time():
+            waiting = []
+        for each in runner.finished():
+            found = each.found()
+            if found.get("reason", "").startswith(DOES_NOT_FIT):
+                longest = too_long.get(each.job.family, each.job.length)
+                too_long[each.job.family] = min(longest, each.job.length)
+            take(each, found)
+        time.sleep(0.1)
+
+
+def check_all(runner: Runner, models: list[str], devices: int) -> dict[str, Any]:
+    """Every model's contenders against ours, on a short sequence."""
+    length = 128 if runner.arguments.quick else 8192
+    for model in models:
+        runner.start(Job(model, OURS, 1, devices, 1, length), check=True)
+    found: dict[str, Any] = {}
+    while runner.started:
+        for each in runner.finished():
+            found[each.job.model] = each.found()
+            print("check", each.job.model, json.dumps(found[each.job.model]), flush=True)
+        time.sleep(0.1)
+    return found
+
+
+def passed(checks: dict[str, Any], job: Job) -> bool:
+    """Whether this model's loss and gradients by this contender are those of ours."""
+    of_model = checks[job.model]
+    return "reason" not in of_model and "reason" not in of_model[job.contender]
+
+
+def compare(arguments: argparse.Namespace, devices: int, where: dict[str, Any]) -> None:
+    """Checks, runs, prints and writes."""
+    with tempfile.TemporaryDirectory() as name:
+        runner = Runner(arguments, devices, Path(name))
+        checks = check_all(runner, arguments.models, devices)
+        rows: list[dict[str, Any]] = []
+
+        def take(each: Started, found: dict[str, Any]) -> None:
+            rows.append({"job": dataclasses.asdict(each.job)} | found)
+            print(_model_report.line(rows[-1], rows, quick=arguments.quick), flush=True)
+            _model_report.write(arguments.output, where, rows, checks, quick=arguments.quick)
+
+        jobs = plan(arguments.models, devices)
+        if arguments.quick:
+            jobs = [dataclasses.replace(job, length=job.length // 512) for job in jobs]
+        jobs = [job for job in jobs if job.contender in arguments.only and passed(checks, job)]
+        if not jobs:
+            raise SystemExit("no contender passed its check")
+        run_all(runner, jobs[: arguments.jobs], arguments.workers, take)
+    picture = arguments.output.with_suffix(".png")
+    _model_report.chart(picture, where, rows, quick=arguments.quick)
+    print(f"wrote {arguments.output} and {picture}")
+
+
+def profile(arguments: argparse.Namespace, devices: int, where: dict[str, Any]) -> None:
+    """One step of each model at 128k tokens: where its time goes."""
+    length = 256 if arguments.quick else 128 * 1024
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        runner = Runner(arguments, devices, Path(name))
+        jobs = [
+            Job(model, contender, 1, devices, 1, length, steps=2)
+            for model in arguments.models
+            for contender in arguments.only
+        ]
+        for n, job in enumerate(jobs):
+            runner.start(job, trace=Path(name) / f"trace-{n}")
+        while runner.started:
+            for each in runner.finished():
+                n = jobs.index(each.job)
+                row = each.found()
+                if "reason" not in row:
+                    row["profile"] = _model_profile.summary(Path(name) / f"trace-{n}")
+                found[f"{each.job.model}, {each.job.contender}"] = row
+                print(_model_profile.table(each.job, row), flush=True)
+                document = {"machine": where, "length": length, "profiles": found}
+                arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+            time.sleep(0.1)
+
+
+def main() -> None:
+    """Runs what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--devices", type=int, help="how many; default: all GPUs, or 4 of a CPU")
+    parser.add_argument("--seconds", type=float, default=3600, help="after which it ends")
+    parser.add_argument("--workers", type=int, default=8, help="processes at a time")
+    parser.add_argument("--jobs", type=int, help="at most so many, the first ones")
+    parser.add_argument("--profile", action="store_true", help="where a step's time goes")
+    parser.add_argument("--quick", action="store_true", help="tiny models: a smoke test")
+    parser.add_argument("--output", type=Path, help="JSON to write; default: benchmarks/results/")
+    for name in ("--job", "--folder", "--trace"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    parser.add_argument("--gpus", type=int, nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", arguments.devices or 4)
+    if arguments.job:
+        trace = Path(arguments.trace) if arguments.trace else None
+        in_this_process(
+            arguments.job, Path(arguments.folder), range(*arguments.gpus), arguments.output,
+            quick=arguments.quick, trace=trace,
+        )  # fmt: skip
+    if jax.default_backend() == "cpu" and not arguments.quick:
+        parser.error("on a CPU there is only --quick")
+    devices = arguments.devices or jax.device_count()
+    where = machine() | {"devices": devices}
+    print(where, flush=True)
+    if arguments.output is None:
+        kind = "model-profile" if arguments.profile else "model"
+        slug = "-".join(where["device"].lower().split())
+        arguments.output = Path(__file__).parent / "results" / f"{kind}-{devices}x-{slug}.json"
+    (profile if arguments.profile else compare)(arguments, devices, where)
+
+
+if __name__ == "__main__":
+    main()
