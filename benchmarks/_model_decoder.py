@@ -46,8 +46,8 @@ class Block(nnx.Module):
 class Decoder:
     """Functions of a tree of parameters.
 
-    Blocks whose settings repeat are one `lax.scan` over the repeats of the pattern, so that one
-    pattern is compiled; what remains of a pattern follows.
+    Blocks whose settings repeat are one `lax.scan`, so that only its body is compiled; what remains
+    of a pattern follows.
 
     Attributes:
         size: of the model.
@@ -59,21 +59,21 @@ class Decoder:
 
     @property
     def repeats(self) -> int:
-        """Of the whole pattern."""
-        return self.size.layers // self.size.period
+        """Of the scan's body."""
+        return self.size.layers // self.size.body
 
     def _block(self, layer: int, key: Array) -> Block:
         return Block(self.size, self.size.kinds[layer], self.dtype, rngs=nnx.Rngs(key))
 
     @functools.cached_property
     def _graphs(self) -> list[Any]:
-        """What of each layer of the pattern is no array."""
+        """What of each layer of the body is no array."""
 
         def graph(layer):
             block = nnx.eval_shape(lambda: self._block(layer, jax.random.key(0)))
             return nnx.graphdef(block)
 
-        return [graph(layer) for layer in range(self.size.period)]
+        return [graph(layer) for layer in range(self.size.body)]
 
     def init(self, key: Array) -> dict[str, Any]:
         """Random parameters."""
@@ -91,10 +91,10 @@ class Decoder:
             shape = (size.vocabulary, size.features)
             return jax.random.normal(next(keys), shape) * size.features**-0.5
 
-        repeated_layers = self.repeats * size.period
+        repeated_layers = self.repeats * size.body
         parameters = {
             "embedding": table(),
-            "blocks": [repeated(layer) for layer in range(size.period)],
+            "blocks": [repeated(layer) for layer in range(size.body)],
             "rest": [state(n, next(keys)) for n in range(repeated_layers, size.layers)],
             "norm": jnp.ones(size.features),
         }
@@ -114,7 +114,7 @@ class Decoder:
         return normal.astype(dtype)
 
     def _repeat(self, *, inside_scan: bool):
-        """Applies the pattern's first blocks, as many as there are states."""
+        """Applies the body's first blocks, as many as there are states."""
 
         def apply(graph, state, x):
             state = jax.tree.map(lambda w: w if w.ndim < 2 else gathered(w, x.dtype), state)

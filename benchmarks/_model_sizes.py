@@ -51,6 +51,15 @@ class ModelSize:
         kinds = self.attention.layers[: self.layers]
         return next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n])
 
+    @property
+    def body(self) -> int:
+        """Layers of a scan's body: four or more, where they divide all layers.
+
+        While one of them computes, the matrices of another can travel.
+        """
+        layers = self.period * -(-4 // self.period)
+        return self.period if self.layers % layers else layers
+
     def shape(self, layer: int, batch: int, length: int) -> RingShape:
         """The attention call of a layer."""
         kind = self.kinds[layer]

@@ -62,7 +62,7 @@ class Runner:
         self.count += 1
         command = [sys.executable, "-m", "benchmarks.model", f"--folder={self.folder}"]
         command += [f"--job={json.dumps(dataclasses.asdict(job) | {'check': check})}"]
-        command += [f"--gpus={gpus.start}", f"{gpus.stop}", f"--output={output}"]
+        command += ["--gpus", str(gpus.start), str(gpus.stop), f"--output={output}"]
         command += ["--quick"] if self.arguments.quick else []
         command += [f"--trace={trace}"] if trace else []
         known = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -163,7 +163,7 @@ def compare(arguments: argparse.Namespace, devices: int, where: dict[str, Any]) 
 
 def profile(arguments: argparse.Namespace, devices: int, where: dict[str, Any]) -> None:
     """One step of each model at 128k tokens: where its time goes."""
-    length = 256 if arguments.quick else 128 * 1024
+    length = 128 * 1024
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         runner = Runner(arguments, devices, Path(name))
@@ -210,8 +210,8 @@ def main() -> None:
             arguments.job, Path(arguments.folder), range(*arguments.gpus), arguments.output,
             quick=arguments.quick, trace=trace,
         )  # fmt: skip
-    if jax.default_backend() == "cpu" and not arguments.quick:
-        parser.error("on a CPU there is only --quick")
+    if jax.default_backend() == "cpu" and (arguments.profile or not arguments.quick):
+        parser.error("on a CPU there is only --quick, and no profile")
     devices = arguments.devices or jax.device_count()
     where = machine() | {"devices": devices}
     print(where, flush=True)

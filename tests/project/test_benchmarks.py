@@ -54,3 +54,14 @@ def test_decoding(tmp_path):
     [(name, times)] = json.loads(output.read_text())["microseconds"].items()
     assert name == "one-1-sinks" and min(times["ours"], times["xla"]) > 0
     assert isinstance(times["cudnn"], str)  # why a CPU has no such time
+
+
+def test_model(tmp_path):
+    names = ["ours", "all-gather + cuDNN", "all-to-all + cuDNN"]
+    found = written(tmp_path, "model", "--models=gpt-oss", "--jobs=3")
+    assert {row["job"]["contender"] for row in found["rows"]} == set(names)
+    losses = [row["loss"] for row in found["rows"]]
+    assert max(losses) - min(losses) < 0.01
+    checks = found["checks"]["gpt-oss"]
+    assert list(checks) == names
+    assert all("reason" not in check for check in checks.values())
