@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks._model_jobs import Job
-
 CLASSES = {
     "attention, ours": r"ring_swa|mosaic",
     "attention, cuDNN": r"cudnn|sdpa|fmha",
@@ -90,13 +88,12 @@ def summary(folder: Path) -> dict[str, Any]:
     }
 
 
-def table(job: Job, row: dict[str, Any]) -> str:
+def table(title: str, profile: dict[str, Any]) -> str:
     """Lines of one profile."""
-    title = f"\n{job.model}, {job.contender}, {job.length} tokens on {job.devices}"
-    if "profile" not in row:
-        return f"{title}: {row['reason']}"
-    mean, most = row["profile"]["mean"], row["profile"]["most"]
-    lines = [f"{title}: a step takes {row['seconds'] * 1e3:.0f} ms; ms, mean | most of a device"]
+    if "reason" in profile:
+        return f"\n{title}: {profile['reason']}"
+    mean, most = profile["mean"], profile["most"]
+    lines = [f"\n{title}: ms, mean | most of a device"]
     lines += [f"  {kind:22s} {mean[kind]:9.1f} | {most[kind]:9.1f}" for kind in mean]
-    longest = list(row["profile"]["kernels"].items())[:12]
+    longest = list(profile["kernels"].items())[:12]
     return "\n".join([*lines, *(f"    {took:9.1f}  {name}" for name, took in longest)])

@@ -105,7 +105,7 @@ class Training:
 
     def _update(self, parameters, moments, tokens, targets):
         loss, gradients = self._gradients(parameters, tokens, targets)
-        norm = optax.tree_utils.tree_norm(gradients)
+        norm = optax.global_norm(gradients)
         updates, moments = OPTIMIZER.update(gradients, moments, parameters)
         return optax.apply_updates(parameters, updates), moments, loss, norm
 

@@ -54,7 +54,7 @@ class Runner:
         self.started: list[Started] = []
         self.count = 0
 
-    def start(self, job: Job, *, check: bool = False, trace: Path | None = None) -> None:
+    def start(self, job: Job, *, check: bool = False) -> None:
         """Starts one; jobs of one GPU take another GPU each time."""
         first = self.count % self.devices if job.devices == 1 else 0
         gpus = range(first, first + job.devices)
@@ -64,7 +64,6 @@ class Runner:
         command += [f"--job={json.dumps(dataclasses.asdict(job) | {'check': check})}"]
         command += ["--gpus", str(gpus.start), str(gpus.stop), f"--output={output}"]
         command += ["--quick"] if self.arguments.quick else []
-        command += [f"--trace={trace}"] if trace else []
         known = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = known.split(",") if known else [str(n) for n in range(self.devices)]
         environment = os.environ | {
@@ -72,7 +71,7 @@ class Runner:
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             "XLA_PYTHON_CLIENT_MEM_FRACTION": str(FRACTION),
         }
-        if trace:  # kernels of a CUDA graph would be one event
+        if job.profile:  # kernels of a CUDA graph would be one event
             flags = os.environ.get("XLA_FLAGS", "")
             environment["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer="
         process = subprocess.Popen(command, env=environment)
@@ -137,6 +136,12 @@ def passed(checks: dict[str, Any], job: Job) -> bool:
     return "reason" not in of_model and "reason" not in of_model[job.contender]
 
 
+def profiled(job: Job, arguments: argparse.Namespace, devices: int) -> bool:
+    """Whether a job is one that --profile asks for."""
+    whole = (job.seq, job.batch, job.length) == (devices, 1, 128 * 1024)
+    return job.contender in arguments.profile and whole
+
+
 def compare(arguments: argparse.Namespace, devices: int, where: dict[str, Any]) -> None:
     """Checks, runs, prints and writes."""
     with tempfile.TemporaryDirectory() as name:
@@ -147,44 +152,22 @@ def compare(arguments: argparse.Namespace, devices: int, where: dict[str, Any]) 
         def take(each: Started, found: dict[str, Any]) -> None:
             rows.append({"job": dataclasses.asdict(each.job)} | found)
             print(_model_report.line(rows[-1], rows, quick=arguments.quick), flush=True)
+            if "profile" in found:
+                title = f"{each.job.model}, {each.job.contender}, one step"
+                print(_model_profile.table(title, found["profile"]), flush=True)
             _model_report.write(arguments.output, where, rows, checks, quick=arguments.quick)
 
         jobs = plan(arguments.models, devices)
         if arguments.quick:
             jobs = [dataclasses.replace(job, length=job.length // 512) for job in jobs]
         jobs = [job for job in jobs if job.contender in arguments.only and passed(checks, job)]
+        jobs = [dataclasses.replace(x, profile=profiled(x, arguments, devices)) for x in jobs]
         if not jobs:
             raise SystemExit("no contender passed its check")
         run_all(runner, jobs[: arguments.jobs], arguments.workers, take)
     picture = arguments.output.with_suffix(".png")
     _model_report.chart(picture, where, rows, quick=arguments.quick)
     print(f"wrote {arguments.output} and {picture}")
-
-
-def profile(arguments: argparse.Namespace, devices: int, where: dict[str, Any]) -> None:
-    """One step of each model at 128k tokens: where its time goes."""
-    length = 128 * 1024
-    found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as name:
-        runner = Runner(arguments, devices, Path(name))
-        jobs = [
-            Job(model, contender, 1, devices, 1, length, steps=2)
-            for model in arguments.models
-            for contender in arguments.only
-        ]
-        for n, job in enumerate(jobs):
-            runner.start(job, trace=Path(name) / f"trace-{n}")
-        while runner.started:
-            for each in runner.finished():
-                n = jobs.index(each.job)
-                row = each.found()
-                if "reason" not in row:
-                    row["profile"] = _model_profile.summary(Path(name) / f"trace-{n}")
-                found[f"{each.job.model}, {each.job.contender}"] = row
-                print(_model_profile.table(each.job, row), flush=True)
-                document = {"machine": where, "length": length, "profiles": found}
-                arguments.output.write_text(json.dumps(document, indent=1) + "\n")
-            time.sleep(0.1)
 
 
 def main() -> None:
@@ -196,30 +179,34 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3600, help="after which it ends")
     parser.add_argument("--workers", type=int, default=8, help="processes at a time")
     parser.add_argument("--jobs", type=int, help="at most so many, the first ones")
-    parser.add_argument("--profile", action="store_true", help="where a step's time goes")
+    parser.add_argument(
+        "--profile",
+        nargs="*",
+        choices=list(CONTENDERS),
+        default=[],
+        help="where the time of their steps at 128k tokens on all devices goes",
+    )
     parser.add_argument("--quick", action="store_true", help="tiny models: a smoke test")
     parser.add_argument("--output", type=Path, help="JSON to write; default: benchmarks/results/")
-    for name in ("--job", "--folder", "--trace"):
+    for name in ("--job", "--folder"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("--gpus", type=int, nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", arguments.devices or 4)
     if arguments.job:
-        trace = Path(arguments.trace) if arguments.trace else None
         in_this_process(
             arguments.job, Path(arguments.folder), range(*arguments.gpus), arguments.output,
-            quick=arguments.quick, trace=trace,
+            quick=arguments.quick,
         )  # fmt: skip
-    if jax.default_backend() == "cpu" and (arguments.profile or not arguments.quick):
-        parser.error("on a CPU there is only --quick, and no profile")
+    if jax.default_backend() == "cpu" and not arguments.quick:
+        parser.error("on a CPU there is only --quick")
     devices = arguments.devices or jax.device_count()
     where = machine() | {"devices": devices}
     print(where, flush=True)
     if arguments.output is None:
-        kind = "model-profile" if arguments.profile else "model"
         slug = "-".join(where["device"].lower().split())
-        arguments.output = Path(__file__).parent / "results" / f"{kind}-{devices}x-{slug}.json"
-    (profile if arguments.profile else compare)(arguments, devices, where)
+        arguments.output = Path(__file__).parent / "results" / f"model-{devices}x-{slug}.json"
+    compare(arguments, devices, where)
 
 
 if __name__ == "__main__":
