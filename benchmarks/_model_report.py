@@ -75,6 +75,36 @@ def write(path: Path, where: Row, rows: list[Row], checks: Row, *, quick: bool) 
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
+def markdown(rows: list[Row]) -> str:
+    """A table for a page: a line a mesh and length, tokens a second, MFU and GiB by contender."""
+    names = list(CONTENDERS)
+    lines = [
+        f"| model | data x seq | batch x tokens | {' | '.join(names)} | allowed |",
+        "|---" * (len(names) + 4) + "|",
+    ]
+    groups: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        job = job_of(row)
+        key = job.model, f"{job.data} x {job.seq}", f"{job.batch} x {job.length // 1024}k"
+        groups.setdefault(key, {})[job.contender] = row
+    for key, found in groups.items():
+        cells = [_cell(found.get(name)) for name in names]
+        ratios = (found[name].get("allowed_over_ours") for name in names[1:] if name in found)
+        allowed = ", ".join("-" if x is None else f"{x:.2f}" for x in ratios)
+        lines.append(f"| {' | '.join([*key, *cells, allowed])} |")
+    return "\n".join(lines)
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    memory = f"{row['memory']['all'] / GIB:.0f} GiB" if "memory" in row else row["reason"]
+    if "tokens_per_second" not in row:
+        return memory
+    ratio = f"; {row['seconds_over_ours']:.2f}" if "seconds_over_ours" in row else ""
+    return f"{row['tokens_per_second']:,.0f}, {100 * row['mfu']:.1f}%, {memory}{ratio}"
+
+
 def chart(path: Path, where: Row, rows: list[Row], *, quick: bool) -> None:
     """Model FLOPs utilisation of every model at every length on all devices, as bars."""
     import matplotlib as mpl

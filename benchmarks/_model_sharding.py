@@ -51,7 +51,8 @@ def tokens_cut(x: Array) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gathered(x: Array, dtype: jnp.dtype) -> Array:
     """A matrix on every device, in the dtype of the computation; its gradient is cut again."""
-    return whole(x.astype(dtype))
+    # The barrier keeps XLA from gathering float32 and narrowing it afterwards.
+    return whole(lax.optimization_barrier(x.astype(dtype)))
 
 
 def _gathered_forward(x, dtype):

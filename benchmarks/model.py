@@ -188,10 +188,14 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="tiny models: a smoke test")
     parser.add_argument("--output", type=Path, help="JSON to write; default: benchmarks/results/")
+    parser.add_argument("--table", type=Path, help="only print an earlier JSON as Markdown")
     for name in ("--job", "--folder"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("--gpus", type=int, nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.table:
+        print(_model_report.markdown(json.loads(arguments.table.read_text())["rows"]))
+        return
     jax.config.update("jax_num_cpu_devices", arguments.devices or 4)
     if arguments.job:
         in_this_process(

@@ -35,6 +35,7 @@ SHAPE = re.compile(rf"\b({'|'.join(BYTES)})\[([0-9,]*)\]")
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 COLLECTIVE = re.compile(rf"= (?P<shape>[^=]*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
 CALL = re.compile(r"(?:body|calls|to_apply|branch_computations)=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)")
+COMMENT = re.compile(r"/\*.*?\*/")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -58,13 +59,15 @@ def moved_bytes(hlo: str, devices: int) -> dict[str, float]:
             computation = header[1]
             entry = computation if text.startswith("ENTRY") else entry
             continue
+        text = COMMENT.sub("", text)
         if match := COLLECTIVE.search(text):
             kind, size = match["kind"], float(_bytes_of(match["shape"]))
-            if match["start"] and kind == "all-gather":  # operands stand beside results
-                size *= devices / (devices + 1)
-            if match["start"] and kind == "collective-permute":
-                size /= 2
-            own[computation][kind] += int(size * devices if kind == "reduce-scatter" else size)
+            cuts = kind in ("all-gather", "reduce-scatter")
+            if match["start"]:  # operands stand beside results
+                size *= devices / (devices + 1) if cuts else 0.5
+            elif kind == "reduce-scatter":
+                size *= devices
+            own[computation][kind] += round(size)
         trips = int(found[1]) if (found := TRIPS.search(text)) else 1
         for names in CALL.findall(text):
             calls[computation] += [(name.strip(" %"), trips) for name in names.split(",")]

@@ -43,6 +43,7 @@ def test_contenders_compute_the_same_model(name, axes):
             assert np.linalg.norm(leaf - expected) <= 1e-5 * np.linalg.norm(expected)
 
 
+@pytest.mark.slow
 def test_loss_in_chunks_of_words():
     keys = jax.random.split(jax.random.key(0), 3)
     x, table = jax.random.normal(keys[0], (2, 8, 16)), jax.random.normal(keys[1], (32, 16))
@@ -94,7 +95,9 @@ def test_moved_bytes_count_loops():
 }
 ENTRY %main (p: f32[4]) -> f32[4] {
   %w = f32[4] while(%p), condition=%c, body=%body.1, backend_config={"known_trip_count":{"n":"3"}}
+  %s = ((f32[8]{0}, /*index=1*/bf16[8]{0}), (f32[8]{0}, bf16[8]{0})) all-reduce-start(%w)
   ROOT %r = f32[2,8]{1,0} reduce-scatter(%w), dimensions={0}
 }
 """
-    assert model_compile.moved_bytes(hlo, 4) == {"all-gather": 3 * 128, "reduce-scatter": 4 * 64}
+    moved = {"all-gather": 3 * 128, "reduce-scatter": 4 * 64, "all-reduce": 48}
+    assert model_compile.moved_bytes(hlo, 4) == moved
