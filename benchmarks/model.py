@@ -196,6 +196,8 @@ def main() -> None:
     if arguments.table:
         print(_model_report.markdown(json.loads(arguments.table.read_text())["rows"]))
         return
+    # This process only counts the GPUs; the memory is for those that it starts.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     jax.config.update("jax_num_cpu_devices", arguments.devices or 4)
     if arguments.job:
         in_this_process(
