@@ -20,15 +20,16 @@ def job_of(row: Row) -> Job:
 
 def derived(row: Row, rows: list[Row], *, quick: bool) -> Row:
     """Tokens a second, model FLOPs utilisation, and ratios to ours; nothing where nothing ran."""
-    job, seconds = job_of(row), row.get("seconds")
-    if seconds is None or quick:
+    job = job_of(row)
+    if "seconds" not in row or "reason" in row or quick:
         return {}
+    seconds = row["seconds"]
     size = MODELS[job.model]
     found: Row = {
         "tokens_per_second": job.batch * job.length / seconds,
         "mfu": size.utilisation(job.batch, job.length, job.devices, seconds),
     }
-    base = next((x for x in rows if _is_ours(x, job) and x.get("seconds")), None)
+    base = next((x for x in rows if _is_ours(x, job) and "seconds" in x), None)
     if base is not None:
         per_group = job.batch // job.data
         flops = [
@@ -121,7 +122,10 @@ def chart(path: Path, where: Row, rows: list[Row], *, quick: bool) -> None:
         own = [
             row
             for row in rows
-            if row["job"]["model"] == model and job_of(row).seq == devices and "seconds" in row
+            if row["job"]["model"] == model
+            and job_of(row).seq == devices
+            and "seconds" in row
+            and "reason" not in row
         ]
         own = [row for row in own if row["job"]["batch"] == 1]
         lengths = sorted({row["job"]["length"] for row in own})

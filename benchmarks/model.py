@@ -23,8 +23,9 @@ from typing import Any
 import jax
 
 from benchmarks import _model_profile, _model_report
-from benchmarks._model_contenders import CONTENDERS, OURS
-from benchmarks._model_jobs import DOES_NOT_FIT, FRACTION, Job, in_this_process, plan
+from benchmarks._model_contenders import CONTENDERS
+from benchmarks._model_jobs import Job, plan
+from benchmarks._model_run import DOES_NOT_FIT, FRACTION, in_this_process
 from benchmarks._model_sizes import MODELS
 from benchmarks.attention import machine
 
@@ -34,7 +35,6 @@ class Started:
     """A job's process."""
 
     job: Job
-    check: bool
     process: subprocess.Popen[bytes]
     output: Path
 
@@ -54,14 +54,14 @@ class Runner:
         self.started: list[Started] = []
         self.count = 0
 
-    def start(self, job: Job, *, check: bool = False) -> None:
+    def start(self, job: Job) -> None:
         """Starts one; jobs of one GPU take another GPU each time."""
         first = self.count % self.devices if job.devices == 1 else 0
         gpus = range(first, first + job.devices)
         output = self.folder / f"{self.count}.json"
         self.count += 1
         command = [sys.executable, "-m", "benchmarks.model", f"--folder={self.folder}"]
-        command += [f"--job={json.dumps(dataclasses.asdict(job) | {'check': check})}"]
+        command += [f"--job={json.dumps(dataclasses.asdict(job))}"]
         command += ["--gpus", str(gpus.start), str(gpus.stop), f"--output={output}"]
         command += ["--quick"] if self.arguments.quick else []
         known = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -75,7 +75,7 @@ class Runner:
             flags = os.environ.get("XLA_FLAGS", "")
             environment["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer="
         process = subprocess.Popen(command, env=environment)
-        self.started.append(Started(job, check, process, output))
+        self.started.append(Started(job, process, output))
 
     def finished(self) -> list[Started]:
         """Those that have ended since the last call; at the time's end all are ended."""
@@ -93,47 +93,43 @@ class Runner:
         return time.monotonic() < self.end
 
 
-def run_all(runner: Runner, jobs: list[Job], workers: int, take) -> None:
-    """Runs jobs in their order; ``take`` gets each that ended.
+class Results:
+    """What was found, written whenever there is more."""
 
-    What is longer than a job that did not fit is left out.
-    """
-    too_long: dict[tuple[Any, ...], int] = {}
-    waiting = list(jobs)
-    while waiting or runner.started:
-        while waiting and len(runner.started) < workers and runner.has_time():
-            job = waiting.pop(0)
-            if job.length < too_long.get(job.family, job.length + 1):
-                runner.start(job)
-        if not runner.has_time():
-            waiting = []
-        for each in runner.finished():
-            found = each.found()
+    def __init__(self, arguments: argparse.Namespace, where: dict[str, Any]):
+        self.arguments, self.where = arguments, where
+        self.rows: list[dict[str, Any]] = []
+        self.checks: dict[str, Any] = {}
+        self.too_long: dict[tuple[Any, ...], int] = {}
+
+    def wants(self, job: Job) -> bool:
+        """Whether a job may fit, and has not failed its check by now."""
+        too_long = job.length >= self.too_long.get(job.family, job.length + 1)
+        return job.check or not (too_long or self._failed(job))
+
+    def _failed(self, job: Job) -> bool:
+        check = self.checks.get(job.model, {})
+        return "reason" in check or "reason" in check.get(job.contender, {})
+
+    def add(self, job: Job, found: dict[str, Any]) -> None:
+        """Takes, prints and writes."""
+        quick = self.arguments.quick
+        if job.check:
+            self.checks[job.model] = found
+            print("check", job.model, json.dumps(found), flush=True)
+        else:
             if found.get("reason", "").startswith(DOES_NOT_FIT):
-                longest = too_long.get(each.job.family, each.job.length)
-                too_long[each.job.family] = min(longest, each.job.length)
-            take(each, found)
-        time.sleep(0.1)
-
-
-def check_all(runner: Runner, models: list[str], devices: int) -> dict[str, Any]:
-    """Every model's contenders against ours, on a short sequence."""
-    length = 128 if runner.arguments.quick else 8192
-    for model in models:
-        runner.start(Job(model, OURS, 1, devices, 1, length), check=True)
-    found: dict[str, Any] = {}
-    while runner.started:
-        for each in runner.finished():
-            found[each.job.model] = each.found()
-            print("check", each.job.model, json.dumps(found[each.job.model]), flush=True)
-        time.sleep(0.1)
-    return found
-
-
-def passed(checks: dict[str, Any], job: Job) -> bool:
-    """Whether this model's loss and gradients by this contender are those of ours."""
-    of_model = checks[job.model]
-    return "reason" not in of_model and "reason" not in of_model[job.contender]
+                longest = self.too_long.get(job.family, job.length)
+                self.too_long[job.family] = min(longest, job.length)
+            self.rows.append({"job": dataclasses.asdict(job)} | found)
+            print(_model_report.line(self.rows[-1], self.rows, quick=quick), flush=True)
+        if "profile" in found:
+            title = f"{job.model}, {job.contender}, one step"
+            print(_model_profile.table(title, found["profile"]), flush=True)
+        for row in self.rows:  # some may have been timed before their check ended
+            if self._failed(_model_report.job_of(row)):
+                row["reason"] = "failed its check"
+        _model_report.write(self.arguments.output, self.where, self.rows, self.checks, quick=quick)
 
 
 def profiled(job: Job, arguments: argparse.Namespace, devices: int) -> bool:
@@ -143,30 +139,27 @@ def profiled(job: Job, arguments: argparse.Namespace, devices: int) -> bool:
 
 
 def compare(arguments: argparse.Namespace, devices: int, where: dict[str, Any]) -> None:
-    """Checks, runs, prints and writes."""
+    """Runs the jobs in their order, prints and writes."""
+    jobs = plan(arguments.models, devices)
+    if arguments.quick:
+        jobs = [dataclasses.replace(job, length=max(job.length // 512, 128)) for job in jobs]
+    jobs = [job for job in jobs if job.check or job.contender in arguments.only]
+    waiting = [dataclasses.replace(x, profile=profiled(x, arguments, devices)) for x in jobs]
+    waiting = waiting[: arguments.jobs]
+    results = Results(arguments, where)
     with tempfile.TemporaryDirectory() as name:
         runner = Runner(arguments, devices, Path(name))
-        checks = check_all(runner, arguments.models, devices)
-        rows: list[dict[str, Any]] = []
-
-        def take(each: Started, found: dict[str, Any]) -> None:
-            rows.append({"job": dataclasses.asdict(each.job)} | found)
-            print(_model_report.line(rows[-1], rows, quick=arguments.quick), flush=True)
-            if "profile" in found:
-                title = f"{each.job.model}, {each.job.contender}, one step"
-                print(_model_profile.table(title, found["profile"]), flush=True)
-            _model_report.write(arguments.output, where, rows, checks, quick=arguments.quick)
-
-        jobs = plan(arguments.models, devices)
-        if arguments.quick:
-            jobs = [dataclasses.replace(job, length=job.length // 512) for job in jobs]
-        jobs = [job for job in jobs if job.contender in arguments.only and passed(checks, job)]
-        jobs = [dataclasses.replace(x, profile=profiled(x, arguments, devices)) for x in jobs]
-        if not jobs:
-            raise SystemExit("no contender passed its check")
-        run_all(runner, jobs[: arguments.jobs], arguments.workers, take)
+        while waiting or runner.started:
+            waiting = waiting if runner.has_time() else []
+            while waiting and len(runner.started) < arguments.workers:
+                job = waiting.pop(0)
+                if results.wants(job):
+                    runner.start(job)
+            for each in runner.finished():
+                results.add(each.job, each.found())
+            time.sleep(0.1)
     picture = arguments.output.with_suffix(".png")
-    _model_report.chart(picture, where, rows, quick=arguments.quick)
+    _model_report.chart(picture, where, results.rows, quick=arguments.quick)
     print(f"wrote {arguments.output} and {picture}")
 
 

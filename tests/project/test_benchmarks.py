@@ -58,7 +58,7 @@ def test_decoding(tmp_path):
 
 def test_model(tmp_path):
     names = ["ours", "all-gather + cuDNN", "all-to-all + cuDNN"]
-    found = written(tmp_path, "model", "--models=gpt-oss", "--jobs=3")
+    found = written(tmp_path, "model", "--models=gpt-oss", "--jobs=4")
     assert {row["job"]["contender"] for row in found["rows"]} == set(names)
     losses = [row["loss"] for row in found["rows"]]
     assert max(losses) - min(losses) < 0.01
