@@ -1,5 +1,6 @@
 """Whether all contenders compute the model that ours computes."""
 
+import math
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 
 from benchmarks._model_contenders import CONTENDERS
-from benchmarks._model_jobs import Job, alone_on
+from benchmarks._model_jobs import Job, hold
 from benchmarks._model_sizes import MODELS
 from benchmarks.attention import difference, reason_of
 
@@ -37,23 +38,23 @@ def check(job: Job, folder: Path, gpus: range, *, quick: bool) -> dict[str, Any]
         programs = dict(zip(programs, pool.map(compiled, programs.values()), strict=True))
     init = training.compile_init()
     found: dict[str, Any] = {}
-    with alone_on(folder, gpus):
-        parameters, _ = init()
-        words = training.words(job.batch, job.length)
-        expected = None
-        for name, program in programs.items():
-            result = program
-            if not isinstance(program, Exception):
-                result = _or_error(lambda call=program.call: call(parameters, *words))
-            if isinstance(result, Exception):
-                found[name] = {"reason": reason_of(result)}
-                continue
-            loss, gradients = result
-            expected = gradients if expected is None else expected
-            off, where = max(_differences(gradients, expected))
-            found[name] = {"loss": float(loss), "off": off, "most in": where}
-            if not off < MOST_OFF:  # NaN too
-                found[name]["reason"] = f"its gradients are off ours by {off:.2g} in {where}"
+    hold(folder, gpus)
+    parameters, _ = init()
+    words = training.words(job.batch, job.length)
+    expected = None
+    for name, program in programs.items():
+        result = program
+        if not isinstance(program, Exception):
+            result = _or_error(lambda call=program.call: call(parameters, *words))
+        if isinstance(result, Exception):
+            found[name] = {"reason": reason_of(result)}
+            continue
+        loss, gradients = result
+        expected = gradients if expected is None else expected
+        off, where = max(_differences(gradients, expected))
+        found[name] = {"loss": float(loss), "off": off, "most in": where}
+        if off > MOST_OFF:
+            found[name]["reason"] = f"its gradients are off ours by {off:.2g} in {where}"
     return found
 
 
@@ -70,4 +71,5 @@ def _differences(gradients: Any, expected: Any) -> Iterator[tuple[float, str]]:
     """The relative norm of a difference of every parameter's gradient, and the parameter."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(gradients)
     for (path, leaf), other in zip(leaves, jax.tree.leaves(expected), strict=True):
-        yield difference(leaf, other), jax.tree_util.keystr(path)
+        off = difference(leaf, other)
+        yield math.inf if math.isnan(off) else off, jax.tree_util.keystr(path)

@@ -70,7 +70,8 @@ def _by_rank(scale: float, devices: int, chunk: int):
             jnp.pad(jnp.concatenate(x, axis=1), later)
             for x in zip(*(part[1:] for part in parts), strict=True)
         )
-        return Gradients(sum(part.query for part in parts), dkey, dvalue)
+        dquery = functools.reduce(jnp.add, (part.query for part in parts))
+        return Gradients(dquery, dkey, dvalue)
 
     def by_rank(of_rank):
         branches = [functools.partial(of_rank, rank) for rank in range(devices)]

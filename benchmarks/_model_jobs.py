@@ -1,11 +1,9 @@
 """What the whole-model benchmark runs, and in which order."""
 
-import contextlib
 import dataclasses
 import fcntl
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 from jax.sharding import AxisType
@@ -94,11 +92,15 @@ def plan(models: list[str], devices: int) -> list[Job]:
     return list(dict.fromkeys(jobs))
 
 
-@contextlib.contextmanager
-def alone_on(folder: Path, gpus: range) -> Iterator[None]:
-    """Waits until no other job is timed on these GPUs; always in the same order."""
-    with contextlib.ExitStack() as stack:
-        for gpu in gpus:
-            lock = stack.enter_context((folder / f"gpu-{gpu}").open("w"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+_HELD: list[IO[str]] = []
+
+
+def hold(folder: Path, gpus: range) -> None:
+    """Waits until no other job is on these GPUs; they are this process's until it ends.
+
+    Until then, as only the end of the process gives its memory back.
+    """
+    for gpu in gpus:  # always in the same order
+        lock = (folder / f"gpu-{gpu}").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _HELD.append(lock)

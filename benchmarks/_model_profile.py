@@ -77,14 +77,15 @@ def of_device(kernels: list[Kernel]) -> dict[str, float]:
 def summary(folder: Path) -> dict[str, Any]:
     """Milliseconds by class, the mean and the most of the devices, and the longest kernels."""
     devices = [of_device(x) for x in kernels_of(folder).values()]
-    names: collections.Counter[str] = collections.Counter()
+    names: dict[str, float] = collections.defaultdict(float)
     for kernels in kernels_of(folder).values():
         for kernel in kernels:
             names[kernel.name] += (kernel.end - kernel.begin) / 1e3 / len(devices)
+    longest = sorted(names.items(), key=lambda x: -x[1])
     return {
         "mean": {kind: sum(x[kind] for x in devices) / len(devices) for kind in devices[0]},
         "most": {kind: max(x[kind] for x in devices) for kind in devices[0]},
-        "kernels": {name[:120]: took for name, took in names.most_common(25)},
+        "kernels": {name[:120]: took for name, took in longest[:25]},
     }
 
 

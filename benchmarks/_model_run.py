@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks._model_check import check
-from benchmarks._model_jobs import Job, alone_on
+from benchmarks._model_jobs import Job, hold
 from benchmarks._model_profile import summary
 from benchmarks._model_sharding import AXES
 from benchmarks._model_step import Training
@@ -54,25 +54,25 @@ def run(job: Job, folder: Path, gpus: range, *, quick: bool) -> dict[str, Any]:
     init = training.compile_init()
     _connect(training)
     words = training.words(job.batch, job.length)
-    with alone_on(folder, gpus):
-        state = init()
-        *state, loss, norm = step.call(*state, *words)
-        found |= {"loss": float(loss), "gradient_norm": float(norm)}
-        times: list[float] = []
-        while len(times) < job.steps and sum(times) < 15:
-            begin = time.perf_counter()
-            *state, loss, _ = step.call(*state, *words)
-            jax.block_until_ready((state, loss))
-            times.append(time.perf_counter() - begin)
-        stats = [x.memory_stats() or {} for x in training.mesh.devices.flat]
-        found |= {
-            "times": times,
-            "seconds": statistics.median(times),
-            "last_loss": float(loss),
-            "peak": max(x.get("peak_bytes_in_use", 0) for x in stats),
-        }
-        if job.profile:
-            found["profile"] = _profile(lambda: step.call(*state, *words), folder)
+    hold(folder, gpus)
+    state = init()
+    *state, loss, norm = step.call(*state, *words)
+    found |= {"loss": float(loss), "gradient_norm": float(norm)}
+    times: list[float] = []
+    while len(times) < job.steps and sum(times) < 15:
+        begin = time.perf_counter()
+        *state, loss, _ = step.call(*state, *words)
+        jax.block_until_ready((state, loss))
+        times.append(time.perf_counter() - begin)
+    stats = [x.memory_stats() or {} for x in training.mesh.devices.flat]
+    found |= {
+        "times": times,
+        "seconds": statistics.median(times),
+        "last_loss": float(loss),
+        "peak": max(x.get("peak_bytes_in_use", 0) for x in stats),
+    }
+    if job.profile:
+        found["profile"] = _profile(lambda: step.call(*state, *words), folder)
     return found
 
 

@@ -157,8 +157,8 @@ def _small() -> ModelLayers:
     return ModelLayers("none", ("local", "global") * 2, kinds)
 
 
-_GEMMA = {"tied": True, "post_norms": True, "activation": "gelu"}
-_LLAMA = {"tied": False, "post_norms": False, "activation": "silu"}
+_GEMMA: dict[str, Any] = {"tied": True, "post_norms": True, "activation": "gelu"}
+_LLAMA: dict[str, Any] = {"tied": False, "post_norms": False, "activation": "silu"}
 MODELS = {
     size.name: size
     for size in (
