@@ -11,7 +11,6 @@ import jax
 
 from benchmarks._model_contenders import CONTENDERS
 from benchmarks._model_jobs import Job, hold
-from benchmarks._model_sizes import MODELS
 from benchmarks.attention import difference, reason_of
 
 MOST_OFF = 0.2
@@ -20,12 +19,12 @@ that of the gradient."""
 
 
 def check(job: Job, folder: Path, gpus: range, *, quick: bool) -> dict[str, Any]:
-    """Loss and gradients of one pattern of layers by all contenders, against those of ours.
+    """Loss and gradients by all contenders, against those of ours.
 
     Returns:
         For each contender its loss, and how far its gradients are off; or the reason why not.
     """
-    training = job.training(quick=quick, layers=MODELS[job.model].period)
+    training = job.training(quick=quick)
 
     def lowered(name):
         return _or_error(lambda: training.lower_gradients(name, job.batch, job.length))

@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from benchmarks._model_contenders import ALL_GATHER, CONTENDERS, OURS
 from benchmarks._model_decoder import Decoder
 from benchmarks._model_sharding import AXES
-from benchmarks._model_sizes import MODELS, ModelSize, tiny
+from benchmarks._model_sizes import MODELS, ModelSize, one_of_each, tiny
 from benchmarks._model_step import Training
 
 
@@ -28,7 +28,7 @@ class Job:
         length: tokens of each.
         steps: how many are timed; 0: the program is compiled and its memory counted.
         profile: whether one more step is taken apart.
-        check: instead of a step, loss and gradients of one pattern of layers by all contenders.
+        check: instead of a step, loss and gradients of a layer of each kind by all contenders.
     """
 
     model: str
@@ -51,11 +51,11 @@ class Job:
         """What jobs have in common that differ in length alone."""
         return self.model, self.contender, self.data, self.seq, self.batch
 
-    def training(self, *, quick: bool, layers: int | None = None) -> Training:
+    def training(self, *, quick: bool) -> Training:
         """The model on the job's mesh; ``quick``: a tiny one."""
         size: ModelSize = MODELS[self.model]
+        size = one_of_each(size) if self.check else size
         size = tiny(size) if quick else size
-        size = size if layers is None else dataclasses.replace(size, layers=layers)
         shape = (self.data, self.seq)
         kinds = (AxisType.Auto,) * 2
         mesh = jax.make_mesh(shape, AXES, kinds, devices=jax.devices()[: self.devices])
@@ -66,8 +66,8 @@ def plan(models: list[str], devices: int) -> list[Job]:
     """All jobs, what matters most first.
 
     The checks; 64k tokens on all devices; as many tokens a device on one; 128k; the same sequence
-    in a batch as large as the devices; two axes; two devices; then longer ones, whose memory alone
-    is counted, and shorter ones.
+    in a batch as large as the devices, and the memory of longer ones; two axes; two devices; longer
+    and shorter ones.
     """
     k = 1024
 
@@ -75,19 +75,22 @@ def plan(models: list[str], devices: int) -> list[Job]:
         return [Job(m, c, data, seq, batch, length, steps) for m in models for c in contenders]
 
     every, alone = list(CONTENDERS), [OURS, ALL_GATHER]
-    jobs = [Job(model, OURS, 1, devices, 1, 8 * k, check=True) for model in models]
+    jobs = [Job(model, OURS, 1, devices, 1, 4 * k, check=True) for model in models]
     jobs += over(every, 1, devices, 1, 64 * k)
     jobs += over(alone, 1, 1, 1, 64 * k // devices)
     jobs += over(every, 1, devices, 1, 128 * k)
+    for length in (256, 512):
+        jobs += over(every, 1, devices, 1, length * k, steps=0)
     jobs += over([OURS], 1, 1, 1, 64 * k) + over([OURS], 1, devices, devices, 64 * k)
     if devices > 2:
         jobs += over(every, 2, devices // 2, 2, 64 * k)
-        jobs += over(every, 1, 2, 1, 64 * k)
-    for length in (256, 512, 1024, 2048):
+    jobs += over([OURS], 1, devices, 1, 256 * k, steps=2)
+    for length in (1024, 2048):
         jobs += over(every, 1, devices, 1, length * k, steps=0)
     for length in (128, 256):
         jobs += over(alone, 1, 1, 1, length * k, steps=0)
-    jobs += over([OURS], 1, devices, 1, 256 * k, steps=2)
+    if devices > 2:
+        jobs += over(every, 1, 2, 1, 64 * k)
     jobs += over(every, 1, devices, 1, 32 * k) + over(alone, 1, 1, 1, 32 * k)
     return list(dict.fromkeys(jobs))
 

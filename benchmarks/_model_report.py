@@ -113,20 +113,16 @@ def chart(path: Path, where: Row, rows: list[Row], *, quick: bool) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
+    rows = [row for row in rows if "seconds" in row and "reason" not in row]
+    if not rows:
+        return
     devices = where["devices"]
     models = list(dict.fromkeys(row["job"]["model"] for row in rows))
     figure, axes = plt.subplots(
         1, len(models), figsize=(4 * len(models), 4), squeeze=False, layout="constrained"
     )
     for axis, model in zip(axes[0], models, strict=True):
-        own = [
-            row
-            for row in rows
-            if row["job"]["model"] == model
-            and job_of(row).seq == devices
-            and "seconds" in row
-            and "reason" not in row
-        ]
+        own = [row for row in rows if row["job"]["model"] == model and job_of(row).seq == devices]
         own = [row for row in own if row["job"]["batch"] == 1]
         lengths = sorted({row["job"]["length"] for row in own})
         for n, name in enumerate(CONTENDERS):

@@ -172,8 +172,16 @@ MODELS = {
 SMALL = ModelSize("small", _small(), 4, 2048, 8192, 32768, **_LLAMA)
 
 
+def one_of_each(size: ModelSize) -> ModelSize:
+    """The model with one layer of each kind."""
+    kinds = tuple(size.attention.kinds)
+    attention = dataclasses.replace(size.attention, layers=kinds, kv_from=())
+    return dataclasses.replace(size, attention=attention, layers=len(kinds))
+
+
 def tiny(size: ModelSize) -> ModelSize:
-    """A model of the same kinds of layers for a CPU: one pattern, few and small heads."""
+    """A model of the same kinds of layers for a CPU: one of each, few and small heads."""
+    size = one_of_each(size)
     kinds = {
         name: kind
         | {"in_features": 32, "num_heads": 4, "head_dim": 8}
@@ -183,6 +191,5 @@ def tiny(size: ModelSize) -> ModelSize:
     }
     attention = dataclasses.replace(size.attention, kinds=kinds)
     return dataclasses.replace(
-        size, attention=attention, layers=size.period, features=32, hidden=48,
-        vocabulary=128, vocabulary_chunk=32,
-    )  # fmt: skip
+        size, attention=attention, features=32, hidden=48, vocabulary=128, vocabulary_chunk=32
+    )
