@@ -3,10 +3,10 @@
 Decoders (`benchmarks._model_sizes`) with the attention of this library beside the same decoders
 with cuDNN behind an all-gather of the keys, and behind an all-to-all of the heads, in every layer
 (`benchmarks._model_contenders`). Parameters, gradients and the optimizer's moments are cut over all
-devices for all of them, and so are the tokens. Each job (`benchmarks._model_jobs.plan`) is compiled in a process of its own,
-several at the same time, and timed while no other is on its GPUs The first jobs compare
-every model's loss and gradients at 4096 tokens. Writes JSON and a chart as it goes, and ends after
---seconds with what it has.
+devices for all of them, and so are the tokens. Each job (`benchmarks._model_jobs.plan`) is compiled
+in a process of its own, several at the same time, and timed while no other is on its GPUs. The
+first jobs compare every model's loss and gradients at 4096 tokens. Writes JSON and a chart as it
+goes, and ends after --seconds with what it has.
 """
 
 import argparse
