@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from benchmarks._model_contenders import ALL_GATHER, CONTENDERS, OURS
 from benchmarks._model_decoder import Decoder
 from benchmarks._model_sharding import AXES
-from benchmarks._model_sizes import MODELS, ModelSize, one_of_each, tiny
+from benchmarks._model_sizes import MODELS, ModelSize, short, tiny
 from benchmarks._model_step import Training
 
 
@@ -28,7 +28,7 @@ class Job:
         length: tokens of each.
         steps: how many are timed; 0: the program is compiled and its memory counted.
         profile: whether one more step is taken apart.
-        check: instead of a step, loss and gradients of a layer of each kind by all contenders.
+        check: instead of a step, loss and gradients of a few layers by all contenders.
     """
 
     model: str
@@ -54,7 +54,7 @@ class Job:
     def training(self, *, quick: bool) -> Training:
         """The model on the job's mesh; ``quick``: a tiny one."""
         size: ModelSize = MODELS[self.model]
-        size = one_of_each(size) if self.check else size
+        size = short(size) if self.check else size
         size = tiny(size) if quick else size
         shape = (self.data, self.seq)
         kinds = (AxisType.Auto,) * 2

@@ -172,16 +172,16 @@ MODELS = {
 SMALL = ModelSize("small", _small(), 4, 2048, 8192, 32768, **_LLAMA)
 
 
-def one_of_each(size: ModelSize) -> ModelSize:
-    """The model with one layer of each kind."""
-    kinds = tuple(size.attention.kinds)
+def short(size: ModelSize) -> ModelSize:
+    """The model with three layers of each kind in turns: a scan of three steps."""
+    kinds = 3 * tuple(size.attention.kinds)
     attention = dataclasses.replace(size.attention, layers=kinds, kv_from=())
     return dataclasses.replace(size, attention=attention, layers=len(kinds))
 
 
 def tiny(size: ModelSize) -> ModelSize:
-    """A model of the same kinds of layers for a CPU: one of each, few and small heads."""
-    size = one_of_each(size)
+    """A model of the same kinds of layers for a CPU: three of each, few and small heads."""
+    size = short(size)
     kinds = {
         name: kind
         | {"in_features": 32, "num_heads": 4, "head_dim": 8}

@@ -22,6 +22,9 @@ GPU_OPTIONS: dict[str, Any] = {
     # Products by cuBLAS's own choice: a search would keep the GPUs busy that others are timed on.
     "xla_gpu_enable_triton_gemm": False,
     "xla_gpu_autotune_level": 0,
+    # It lets a launch write into the array that a scan stacks, although the launch fills only a
+    # part of what another launch has begun.
+    "xla_gpu_enable_dynamic_slice_fusion": False,
 }
 """XLA's options, alike for all contenders."""
 
