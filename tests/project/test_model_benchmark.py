@@ -24,8 +24,10 @@ def mesh(data, seq):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gemma3-1b", "gpt-oss", "mistral-7b"])
-@pytest.mark.parametrize("axes", [(1, 4), (2, 2)])
+@pytest.mark.parametrize(
+    ("name", "axes"),
+    [("gemma3-1b", (1, 4)), ("gpt-oss", (1, 4)), ("mistral-7b", (1, 4)), ("gpt-oss", (2, 2))],
+)
 def test_contenders_compute_the_same_model(name, axes):
     training = Training(Decoder(tiny(MODELS[name]), "float32"), mesh(*axes))
     parameters, _ = training.compile_init()()
