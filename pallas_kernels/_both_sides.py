@@ -1,7 +1,8 @@
 """The differentiable attention of one shard whose queries see keys after themselves.
 
-Only the first and the last rows see a short halo. The rows between them go first, while the keys
-before the shard arrive; then the first rows, while the keys after it arrive; then the last rows.
+Only the first and the last rows see a short halo. The rows between them go first, in two launches:
+the keys before the shard arrive under the first one, the keys after it under the second one. Then
+come the first rows, and the last rows.
 With long halos, and in the backward pass, one launch takes the halos of both sides and the shard's
 own keys. The halos are kept for the backward pass. Gradients of several hops travel and add up in
 the accumulator's precision.
@@ -98,7 +99,8 @@ def _launch_all_forward(
         return [halo.fetch(hop, own.key, own.value, start, after=after) for hop in hops]
 
     def with_runs(before, after):
-        return inputs._replace(runs=_runs(spec, sides, (own.key, own.value), (before, after)))
+        fetched = list(before), list(after)
+        return inputs._replace(runs=_runs(spec, sides, (own.key, own.value), fetched))
 
     tile = kernels.query_tile_rows(spec, inputs.query, own)
     has_halos = any(sides.before.lengths) or any(sides.after.lengths)
@@ -110,17 +112,22 @@ def _launch_all_forward(
         return launch(with_runs(*fetched), None, rows=(0, rows)), fetched
 
     before = fetch(sides.before)
-    state = launch(inputs, None, rows=(begin, stop))
-    # Of several messages at once XLA lets only the last travel under a kernel. So the first one
-    # travels under this launch, and the second one under that of the first rows.
-    middle = state.lse
-    after = fetch(sides.after, middle[0, 0, begin] if before else None)
+    # Of several messages at once XLA lets only the last travel under a kernel. So each one has a
+    # launch of its own to travel under. Under that of the first rows, on four H100 with a window of
+    # (512, 512), the second message took most of its time when that launch was over.
+    both = bool(before and sides.after.lengths)
+    half = begin + pl.cdiv(stop - begin, 2 * tile) * tile if both else stop
+    state = launch(inputs, None, rows=(begin, half))
+    under_first = partial(only_after, state.lse, begin)
+    after = fetch(sides.after, state.lse[0, 0, begin] if before else None)
+    under_second = under_first
+    if half < stop:
+        state = launch(inputs, state, rows=(half, stop))
+        under_second = partial(only_after, state.lse, half)
     if before:
-        late = [only_after(middle, begin, hop) for hop in before]
-        state = launch(with_runs(late, []), state, rows=(0, begin))
+        state = launch(with_runs(map(under_first, before), []), state, rows=(0, begin))
     if after:
-        late = [only_after(middle, begin, hop) for hop in after]
-        state = launch(with_runs([], late), state, rows=(stop, rows))
+        state = launch(with_runs([], map(under_second, after)), state, rows=(stop, rows))
     return state, (before, after)
 
 
