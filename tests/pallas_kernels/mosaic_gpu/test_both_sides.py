@@ -86,7 +86,7 @@ ALL = {FORWARD, FUSED, FINISH}
 # What "mosaic_gpu" launches, and the chunk.
 VARIED = {
     "documents": (ALL, Chunk(136, 136, 408, (70, 60), 70, 60, documents=ROWS)),
-    "documents_alone": (ALL, Chunk(0, 136, 136, (50, 40), documents=((60, 5, -7, 64),), **SMALL)),
+    "documents_alone": (ALL, Chunk(0, 136, 136, (99, 90), documents=((60, 5, -7, 64),), **SMALL)),
     "documents_all": (
         ALL,
         Chunk(0, 264, 264, (None, None), documents=((70, 58, 130, -6), (264,)), dims=(96, 32)),
