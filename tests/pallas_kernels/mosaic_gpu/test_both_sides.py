@@ -212,7 +212,7 @@ def test_keys_around_a_chunk_on_a_hopper(name, on_hopper):
         assert {"ring_swa_forward", "ring_swa_backward_fused"} <= set(launches)
 
 
-QUICK = {"documents_alone", "short_ring", "all_ragged"}
+QUICK = {"short_ring", "all_ragged"}
 
 
 @pytest.mark.parametrize(
