@@ -115,14 +115,15 @@ def measure(step: Step, count: int, repeats: int) -> dict[str, float | str]:
         "xla": ours(step, "xla", count),
         "cudnn": cudnn(step, count),
     }
-    programs, found = {}, {}
+    programs: dict[str, Any] = {}
+    found: dict[str, float | str] = {}
     for name, function in builders.items():
         try:
             program = jax.jit(function).lower(*inputs).compile()
             programs[name] = program, calls_within(0.1, program, *inputs)
         except Exception as error:  # a peer may fail in any way; the table says how
             found[name] = reason_of(error)
-    times = {name: [] for name in programs}
+    times: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(repeats):
         for name, (program, calls) in programs.items():
             seconds = median_seconds(program, *inputs, calls=calls, repeats=1)

@@ -89,7 +89,8 @@ def _combined(
     weights = [jnp.exp2(part_max[:, :, n] - row_max) for n in parts]
     row_sum += sum(weights[n] * part_sum[:, :, n] for n in parts)
     inverse = jnp.where(row_sum > 0, 1 / row_sum, 0.0)
-    return sum((weights[n] * inverse)[..., None] * sums[:, :, n] for n in parts)
+    out = [(weights[n] * inverse)[..., None] * sums[:, :, n] for n in parts]
+    return functools.reduce(jnp.add, out)
 
 
 def _forward(spec, query, runs, bounds, sink_logits):

@@ -24,6 +24,10 @@ BLOCK = 8
 """Rows of a block."""
 
 
+IF: Any = scf.IfOp
+"""Without a type, as that of jax 0.10 has no branches."""
+
+
 def allow_any_length() -> None:
     """Lets all copies of a kernel take arrays of any length; to be called where the kernel begins.
 
@@ -105,7 +109,7 @@ def _copy_tile(
     end = arith.addi(begin, utils.c(rows, index))
     whole_blocks = utils.c(array.length // BLOCK * BLOCK, index)
     inside = arith.cmpi(arith.CmpIPredicate.ule, end, whole_blocks)
-    branches = scf.IfOp(inside, has_else=True)
+    branches = IF(inside, has_else=True)
     with ir.InsertionPoint(branches.then_block):
         copy_rows(begin, rows, smem_ref, dataclasses.replace(tile, rounding=Rounding.DOWN))
         scf.yield_([])

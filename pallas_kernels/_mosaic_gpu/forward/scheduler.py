@@ -74,7 +74,7 @@ class TileScheduler:
             self.operands["end"] = self._by_rows(end, batch, length)
         self.longest_first = self.packed and (spec.window is None or spec.window >= LONG_WINDOW)
         if self.longest_first:
-            self.operands["order"] = self._longest_first(start)
+            self.operands["order"] = self._longest_first(start, end)
         if sinks is not None:
             pad = ((0, 0), (0, -self.num_fetched_sinks % self.sink_tile), (0, 0), (0, 0))
             # Fetched sinks hold values of the keys' dtype, so this cast loses nothing.
@@ -90,7 +90,7 @@ class TileScheduler:
         bounds = jnp.broadcast_to(bounds, (*bounds.shape[:2], self.tiles.heads, positions))
         return bounds.reshape(batch, -1, ROWS)
 
-    def _longest_first(self, start: Array) -> Array:
+    def _longest_first(self, start: Array, end: Array | None) -> Array:
         """[B * tiles] numbers of the tiles of queries, those that see the most keys first.
 
         Documents make tiles differ, so that programs with equal numbers of tiles have unequal
@@ -99,11 +99,13 @@ class TileScheduler:
         tile = jnp.arange(self.query_tiles, dtype=jnp.int32)
         first = self.rows[0] + tile * self.positions_per_tile
         last = jnp.minimum(first + self.positions_per_tile, self.rows[1]) - 1
+        last_end = end if end is None or not end.ndim else end[:, last]
         keys = jnp.zeros((start.shape[0], self.query_tiles), jnp.int32)
         for offset, length in self.runs:
             low, high = key_span(
-                first, last, start[:, first], self.spec.window, offset=offset, length=length
-            )
+                first, last, start[:, first], self.spec.window,
+                offset=offset, length=length, last_end=last_end,
+            )  # fmt: skip
             keys += high - low + 1
         return jnp.argsort(-keys.reshape(-1), stable=True).astype(jnp.int32)
 
