@@ -155,7 +155,8 @@ BOTH = ("mistral_7b_ring", "phi3_mini", "mistral_7b_hops", "float16", "gpt_oss_r
 BOTH += ("mimo_v2_flash_ring", "sinks_segments_ring")
 MOSAIC = {name: VARIANTS[name] for name in BOTH} | {
     "segments": Variant(SMALL, segments=True),
-    "gpt_oss_segments": Variant(MODELS["gpt_oss"], segments=True),
+    # A length that is no multiple of 8.
+    "gpt_oss_segments": Variant(MODELS["gpt_oss"], segments=True, chunk=8189),
     # Heads of 256 that go on from partial results take the most shared memory.
     "gemma2_9b_hops": Variant(MODELS["gemma2_9b"], devices=4, chunk=2048),
     "gemma3_4b_sinks_segments": Variant(MODELS["gemma3_4b"], sinks=4, segments=True),

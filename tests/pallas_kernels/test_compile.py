@@ -72,7 +72,7 @@ SPILLS = {
     ("gpt_oss_ring_mosaic", FORWARD): (560, THIRD),
     ("gpt_oss_ring_mosaic", SHORT): (96, QUARTER),
     ("gpt_oss_segments_mosaic", FORWARD): (176, THIRD),
-    ("gpt_oss_segments_mosaic", SHORT): (112, QUARTER),
+    ("gpt_oss_segments_mosaic", SHORT): (172, QUARTER),
     ("sinks_segments_ring_mosaic", FORWARD): (352, MASK),
     ("sinks_segments_ring_mosaic", FUSED): (344, MASK),
     ("sinks_segments_ring_mosaic", SINKS): (420, KEPT),
