@@ -85,7 +85,8 @@ def after(x: Array, other: Array | None = None) -> Array:
         return x
     number = lax.optimization_barrier(other)[(0,) * other.ndim]
     exists = (number <= jnp.inf) | jnp.isnan(number)  # True, but the compiler cannot know
-    return jnp.where(exists, x, jnp.full_like(x, -1))  # no start is -1, so XLA keeps `exists`
+    # A constant start is never -1: of two equal values XLA would drop `exists`.
+    return jnp.where(exists, x, jnp.full_like(x, -1))
 
 
 def vmapped_axes() -> frozenset[Hashable]:
