@@ -78,12 +78,13 @@ class Runner:
         self.started.append(Started(job, process, output))
 
     def finished(self) -> list[Started]:
-        """Those that have ended since the last call; at the time's end all are ended."""
-        late = time.monotonic() > self.end
-        for each in self.started:
-            if late and each.process.poll() is None:
+        """Those that have ended by themselves since the last call; when time is up, it ends all."""
+        if not self.has_time():
+            late = [each for each in self.started if each.process.poll() is None]
+            for each in late:
                 each.process.kill()
                 each.process.wait()
+            self.started = [each for each in self.started if each not in late]
         done = [each for each in self.started if each.process.poll() is not None]
         self.started = [each for each in self.started if each not in done]
         return done
