@@ -139,7 +139,8 @@ def chart(path: Path, where: Row, rows: list[Row], *, quick: bool) -> None:
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
     axes[0][0].set_ylabel("tokens a second")
-    axes[0][0].legend(fontsize="small")
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize="small")
     figure.suptitle(
         f"A training step on {devices} x {where['device']}, jax {where['jax']}, one sequence",
         fontsize="medium",
