@@ -2,7 +2,8 @@
 
 A program has four warpgroups. Two are consumers: they compute. One is the producer: it copies keys,
 values, queries and the gradients of outputs to shared memory through TMA. One adds the gradients of
-queries to those of other programs (`dq_accumulate`). `scheduler` says what a program computes.
+queries to those of other programs (`dq_accumulate`). `tasks` and `scheduler` say what a program
+computes.
 """
 
 import dataclasses
@@ -21,20 +22,24 @@ from pallas_kernels._masks import sees
 from pallas_kernels._mosaic_gpu import register_tiles
 from pallas_kernels._mosaic_gpu.backward import dkv_reduce, dq_postprocess
 from pallas_kernels._mosaic_gpu.backward.launch import WARPGROUPS_APART, launch
-from pallas_kernels._mosaic_gpu.backward.scheduler import (
-    QUERY_TILE,
-    BackwardSchedule,
-    ProgramSchedule,
-    fold_steps,
-    halo_is_better_last,
+from pallas_kernels._mosaic_gpu.backward.query_plans import (
     last_key_blocks,
     plan_in_order,
     plan_with_diagonal,
     plan_with_first_block,
+)
+from pallas_kernels._mosaic_gpu.backward.scheduler import (
+    ProgramSchedule,
+    fold_steps,
     slot_of,
 )
 from pallas_kernels._mosaic_gpu.backward.softmax import padded_lse_and_delta
 from pallas_kernels._mosaic_gpu.backward.task_splits import split_last_tasks
+from pallas_kernels._mosaic_gpu.backward.tasks import (
+    QUERY_TILE,
+    BackwardSchedule,
+    halo_is_better_last,
+)
 from pallas_kernels._mosaic_gpu.padding import FLAG_WIDTH, padding_flags, zero_padding
 from pallas_kernels._mosaic_gpu.primitives import (
     MATRIX,

@@ -1,7 +1,7 @@
 """Which tasks of a fused Mosaic GPU backward kernel are split into parts.
 
 At the end of a launch some multiprocessors are idle while the last tasks run. If these are split
-into programs of fewer heads or queries each (`scheduler`), the launch ends earlier, but each part
+into programs of fewer heads or queries each (`tasks`), the launch ends earlier, but each part
 has an overhead of its own.
 """
 
@@ -9,7 +9,9 @@ import dataclasses
 import functools
 import heapq
 
-from pallas_kernels._mosaic_gpu.backward.scheduler import BackwardSchedule
+from pallas_kernels._mosaic_gpu.backward.tasks import (
+    BackwardSchedule,
+)
 
 MAX_TASKS_PER_SM = 64
 """Above so many tasks for each multiprocessor none is split: the last ones take next to nothing of

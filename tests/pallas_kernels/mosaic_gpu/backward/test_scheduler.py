@@ -16,16 +16,20 @@ import numpy as np
 import pytest
 
 from pallas_kernels._mosaic_gpu.backward.fused import KEY_TILE
-from pallas_kernels._mosaic_gpu.backward.scheduler import (
-    QUERY_TILE,
-    BackwardSchedule,
-    ProgramSchedule,
+from pallas_kernels._mosaic_gpu.backward.query_plans import (
     last_key_blocks,
-    next_state_heads_first,
-    next_state_tiles_first,
     plan_in_order,
     plan_with_diagonal,
     plan_with_first_block,
+)
+from pallas_kernels._mosaic_gpu.backward.scheduler import (
+    ProgramSchedule,
+    next_state_heads_first,
+    next_state_tiles_first,
+)
+from pallas_kernels._mosaic_gpu.backward.tasks import (
+    QUERY_TILE,
+    BackwardSchedule,
     task_coordinates,
 )
 from pallas_kernels._tile_ranges import query_plan, seen_tiles

@@ -5,13 +5,15 @@ import heapq
 
 import pytest
 
-from pallas_kernels._mosaic_gpu.backward.scheduler import BackwardSchedule
 from pallas_kernels._mosaic_gpu.backward.task_splits import (
     HANDOFF_COST,
     MAX_PARTS,
     PROGRAM_OVERHEAD,
     choose_split,
     split_last_tasks,
+)
+from pallas_kernels._mosaic_gpu.backward.tasks import (
+    BackwardSchedule,
 )
 
 
