@@ -124,9 +124,9 @@ class BackwardPipeline:
             plan = plan_with_diagonal(plan, self.schedule)
             if end is not None:
                 plan = _masked_outside(plan, self.schedule, start, end)
+        self.seen = seen_tiles(plan, self.schedule.num_query_tiles) if sums is None else sums.seen
         if self.schedule.halo_last:
             plan = plan_with_first_block(plan)
-        self.seen = seen_tiles(plan, self.schedule.num_query_tiles) if sums is None else sums.seen
         self.operands = self._operands(queries, plan)
         if epilogue is not None:
             has_own_keys = run.offset + run.key.shape[1] > 0
@@ -135,7 +135,7 @@ class BackwardPipeline:
             assert not self.schedule.longest_first and not self.schedule.halo_last
         self.dquery_tile = (self.dim // columns, *register_tiles.tile_shape(columns))
 
-    def _operands(self, queries: Queries, plan: Int[Array, "#B tiles 4"]) -> dict[str, Any]:
+    def _operands(self, queries: Queries, plan: Int[Array, "#B tiles _"]) -> dict[str, Any]:
         """The arrays that the kernel reads, by name."""
         query, dout, lse, delta, start, end = queries
         length = self.schedule.num_query_tiles * QUERY_TILE
