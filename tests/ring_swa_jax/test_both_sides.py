@@ -37,7 +37,9 @@ def test_what_the_oracle_computes(name):
     check(case, per_shard(exchange) if whole else whole_arrays(exchange))
 
 
-@pytest.mark.parametrize("name", ["halo_documents", "one_device"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("halo_documents", marks=pytest.mark.slow), "one_device"]
+)
 def test_in_triton(name):
     exchange, case = CASES[name]
     check(case, whole_arrays(exchange), "triton")

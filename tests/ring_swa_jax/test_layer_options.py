@@ -155,7 +155,13 @@ def test_decoded_in_two_steps(option):
 @pytest.mark.usefixtures("one_program_for_all")
 @pytest.mark.parametrize(
     "option",
-    ["headwise_softplus_gate", "chunks", pytest.param("elementwise_gate", marks=pytest.mark.slow)],
+    [
+        "chunks",
+        *(
+            pytest.param(option, marks=pytest.mark.slow)
+            for option in ("headwise_softplus_gate", "elementwise_gate")
+        ),
+    ],
 )
 def test_prefill_goes_on_with_the_last_document(option):
     settings = BASE | OPTIONS[option]

@@ -58,7 +58,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "kind", "check_vma"),
     [
-        (outside, AxisType.Auto, True),
+        pytest.param(outside, AxisType.Auto, True, marks=SLOW),
         (inside, AxisType.Explicit, True),
         pytest.param(inside, AxisType.Auto, True, marks=SLOW),
         pytest.param(outside, AxisType.Explicit, True, marks=SLOW),

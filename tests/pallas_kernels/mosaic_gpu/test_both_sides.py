@@ -202,9 +202,12 @@ def test_keys_around_a_chunk(name, implementation):
     check(CHUNKS[name], implementation, "float32")
 
 
+CHUNKS_ON_A_HOPPER = ("first", "last", "middle", "wide_heads")
+
+
 @pytest.mark.parametrize(
     "name",
-    ["last", "first", *(pytest.param(x, marks=pytest.mark.slow) for x in ("middle", "wide_heads"))],
+    [pytest.param(x, marks=[] if x == "first" else pytest.mark.slow) for x in CHUNKS_ON_A_HOPPER],
 )
 def test_keys_around_a_chunk_on_a_hopper(name, on_hopper):
     with simulated():
@@ -212,7 +215,7 @@ def test_keys_around_a_chunk_on_a_hopper(name, on_hopper):
         assert {"ring_swa_forward", "ring_swa_backward_fused"} <= set(launches)
 
 
-QUICK = {"short_ring", "all_ragged"}
+QUICK = {"all_ragged"}
 
 
 @pytest.mark.parametrize(

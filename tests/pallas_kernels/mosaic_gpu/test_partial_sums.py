@@ -47,7 +47,8 @@ def gradients(implementation, dim):
     return [dquery, *dkeys]
 
 
-@pytest.mark.parametrize("dim", [64, pytest.param(192, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [64, 192])
 def test_the_last_launch_leaves_the_sum_of_all(dim):
     expected = gradients("xla", dim)
     with simulated():

@@ -77,7 +77,7 @@ CASES = {
 
 
 LONG = {"sinks_in_halo", "sinks_rows", "wide_sinks", "wide_halo", "wide_hops", "hops_rows"}
-LONG |= {"no_window_rows", "wide_values"}
+LONG |= {"no_window_rows", "wide_values", "short_rows"}
 """Cases of several seconds, whose kernels other cases launch too."""
 
 
