@@ -92,8 +92,10 @@ class Variant:
     def rounds_within(self):
         """Whether the fused kernel rounds the gradients of queries."""
         ordered = self.implementation != "mosaic_gpu_nondeterministic"
-        window = self.model.window is not None or self.segments
-        return ordered and window and max(self.model.dims) <= 128
+        if not ordered or self.model.window is None or max(self.model.dims) > 128:
+            return False
+        long_halo = self.devices > 1 and not self.after and 2 * self.model.window >= self.chunk
+        return not self.segments and not long_halo
 
     def arguments(self, mesh):
         """Shapes of the arguments of `program`, cut over the mesh."""
