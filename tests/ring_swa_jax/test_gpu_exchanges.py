@@ -17,13 +17,12 @@ from tests.helpers.routes import ROUTES, compare, documents_of
 pytestmark = pytest.mark.gpu
 
 HALF = dict(dtype="bfloat16")
+ROWS = ((300, 500, -24, 200), (1000, 24))
 CASES = {
     "plain": Case(512, 4, None, heads=(8, 4), dims=(128, 128), **HALF),
     "learned": Case(256, 4, None, batch=2, heads=(8, 2), dims=(64, 64), learned=True, **HALF),
     "wide": Case(256, 4, None, heads=(4, 2), dims=(256, 256), **HALF),
-    "documents": Case(
-        256, 4, None, documents=((300, 500, -24, 200), (1000, 24)), batch=2, dims=(128, 128), **HALF
-    ),
+    "documents": Case(256, 4, None, documents=ROWS, batch=2, heads=(4, 2), dims=(128, 128), **HALF),
     "packed": Case(
         256, 4, None, documents=((300, 500, 0, 200, -24),), packed=True, heads=(4, 1), **HALF
     ),
