@@ -58,9 +58,8 @@ def program(ids, implementation, devices, **settings):
     return run
 
 
-CASES = [("xla", 2, "sinks"), ("triton", 1, "causal")]
-CASES += [("xla", 2, "all_to_all"), ("xla", 2, "ring")]
-SLOW = [("xla", 1, "causal"), ("triton", 2, "sinks")]
+CASES = [("xla", 2, "sinks"), ("xla", 2, "all_to_all"), ("xla", 2, "ring")]
+SLOW = [("xla", 1, "causal"), ("triton", 1, "causal"), ("triton", 2, "sinks")]
 SLOW += [("xla", 2, "both_sides"), ("triton", 1, "both_sides"), ("xla", 2, "full_ring")]
 SLOW += [("xla", 1, "sinks"), ("xla", 2, "window"), ("triton", 1, "sinks"), ("triton", 2, "window")]
 
