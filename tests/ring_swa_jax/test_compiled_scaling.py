@@ -141,7 +141,7 @@ def test_a_device_has_the_same_share_of_any_number(layer):
             assert got.instructions == expected.instructions
             assert got.temporary == expected.temporary
             # The number of devices has one digit or two, and so have the names of instructions.
-            assert got.characters == pytest.approx(expected.characters, rel=2e-3)
+            assert got.characters == pytest.approx(expected.characters, rel=5e-3)
 
 
 def test_the_programs_grow_with_the_hops():
