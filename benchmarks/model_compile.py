@@ -132,7 +132,8 @@ def main() -> None:
     for devices in arguments.devices:
         rows.append(compiled(devices))
         print(line(rows[-1]), flush=True)
-        document = {"jax": jax.__version__, "tokens": TOKENS, "rows": rows}
+        machine = {"device": "H100, compiled for without one", "jax": jax.__version__}
+        document = {"machine": machine, "tokens": TOKENS, "rows": rows}
         arguments.output.write_text(json.dumps(document, indent=1) + "\n")
 
 

@@ -90,3 +90,10 @@ def test_scaling():
         one = alone[point["kind"], point["window"]]
         two = f"{point['ring']:.3f}; {100 * point['efficiency']:.1f}%"
         assert row == [point["window"], f"{one:.3f}", two]
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_results_say_their_machine(path):
+    """As notebooks/3_performance.ipynb reads them."""
+    machine = json.loads(path.read_text())["machine"]
+    assert machine["device"] and machine["jax"]
