@@ -102,11 +102,10 @@ class Launch:
         def of_kv_heads(x):
             return x.reshape(*x.shape[:2], key.shape[2], -1, x.shape[3]).sum(3)
 
-        return Gradients(
-            jnp.einsum("bnts,bsnh->btnh", dlogits, _per_query_head(key, query)),
-            of_kv_heads(jnp.einsum("bnts,btnh->bsnh", dlogits, query)),
-            of_kv_heads(jnp.einsum("bnts,btnh->bsnh", weights, dout)),
-        )
+        dquery = jnp.einsum("bnts,bsnh->btnh", dlogits, _per_query_head(key, query))
+        dkey = of_kv_heads(jnp.einsum("bnts,btnh->bsnh", dlogits, query))
+        dvalue = of_kv_heads(jnp.einsum("bnts,btnh->bsnh", weights, dout))
+        return Gradients(*(x.astype(query.dtype) for x in (dquery, dkey, dvalue)))
 
 
 def _per_query_head(x: Array, query: Array) -> Array:
