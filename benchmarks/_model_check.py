@@ -58,10 +58,10 @@ def check(job: Job, folder: Path, gpus: range, *, quick: bool) -> dict[str, Any]
 
 
 def _or_error(function: Any) -> Any:
-    """What it returns, or what it raises, printed; a contender may fail in any way."""
+    """What the function returns, or what it raises, printed."""
     try:
         return function()
-    except Exception as error:
+    except Exception as error:  # a contender may fail in any way; the check's table says how
         traceback.print_exc()
         return error
 

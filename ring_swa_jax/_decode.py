@@ -72,8 +72,9 @@ def decode_attention(
         rotate: ``rotate(x, positions)`` turns queries or keys [B, S, N or K, H] by int32 positions
             [B, S], such that products depend on the distance alone, as those of `apply_rope`. With
             T > 1 positions reach ``num_sink_tokens + window_size + T - 1``, at the same distances.
-        implementation: as in `ring_attention`, whose kernels compute 64 or more new tokens on one
-            device without ``rotate``. Fewer take two matrix products with all keys, as "xla" does.
+        implementation: as in `ring_attention`. On one device and without ``rotate`` kernels compute
+            one new token, in half precision, and 64 or more. All else takes two matrix products
+            with all keys, as "xla" does.
 
     Returns:
         The attended values, in the dtype of q, and the cache with the new tokens. Where the

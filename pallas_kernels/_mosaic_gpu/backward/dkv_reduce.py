@@ -17,12 +17,8 @@ from jax.experimental import pallas as pl
 from jaxtyping import Float32, Int
 
 from pallas_kernels._mosaic_gpu import register_tiles
-from pallas_kernels._mosaic_gpu.backward.scheduler import (
-    ProgramSchedule,
-)
-from pallas_kernels._mosaic_gpu.backward.tasks import (
-    BackwardSchedule,
-)
+from pallas_kernels._mosaic_gpu.backward.scheduler import ProgramSchedule
+from pallas_kernels._mosaic_gpu.backward.tasks import BackwardSchedule
 from pallas_kernels._mosaic_gpu.primitives import (
     ROWS,
     semaphore_signal_after_stores,

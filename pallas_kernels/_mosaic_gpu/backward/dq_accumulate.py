@@ -22,11 +22,7 @@ from jaxtyping import Bool, Int
 
 from pallas_kernels._mosaic_gpu.backward.dq_postprocess import DqEpilogue
 from pallas_kernels._mosaic_gpu.backward.pipeline import BackwardPipeline
-from pallas_kernels._mosaic_gpu.backward.scheduler import (
-    ProgramSchedule,
-    fold_steps,
-    slot_of,
-)
+from pallas_kernels._mosaic_gpu.backward.scheduler import ProgramSchedule, fold_steps, slot_of
 from pallas_kernels._mosaic_gpu.primitives import fori, semaphore_signal_and_wait
 
 SLOTS = 2

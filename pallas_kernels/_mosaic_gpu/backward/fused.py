@@ -23,19 +23,14 @@ from pallas_kernels._mosaic_gpu.backward.dkv_reduce import reduce_parts_in_order
 from pallas_kernels._mosaic_gpu.backward.dq_accumulate import SLOTS, accumulate_tiles
 from pallas_kernels._mosaic_gpu.backward.dq_postprocess import DqEpilogue, DqSums
 from pallas_kernels._mosaic_gpu.backward.pipeline import BackwardPipeline, StepCopies
-from pallas_kernels._mosaic_gpu.backward.scheduler import (
-    fold_steps,
-    slot_of,
-)
+from pallas_kernels._mosaic_gpu.backward.scheduler import fold_steps, slot_of
 from pallas_kernels._mosaic_gpu.backward.softmax import (
     initial_logits,
     softmax_backward,
     staging_columns,
     write_through_smem,
 )
-from pallas_kernels._mosaic_gpu.backward.tasks import (
-    QUERY_TILE,
-)
+from pallas_kernels._mosaic_gpu.backward.tasks import QUERY_TILE
 from pallas_kernels._mosaic_gpu.primitives import (
     ROW,
     ROWS,

@@ -21,18 +21,13 @@ from pallas_kernels._mosaic_gpu.backward.dkv_reduce import MAX_COLUMNS, reduce_p
 from pallas_kernels._mosaic_gpu.backward.dq_accumulate import accumulate_slices
 from pallas_kernels._mosaic_gpu.backward.dq_postprocess import DqSums
 from pallas_kernels._mosaic_gpu.backward.pipeline import BackwardPipeline, StepCopies
-from pallas_kernels._mosaic_gpu.backward.scheduler import (
-    fold_steps,
-    slot_of,
-)
+from pallas_kernels._mosaic_gpu.backward.scheduler import fold_steps, slot_of
 from pallas_kernels._mosaic_gpu.backward.softmax import (
     initial_logits,
     softmax_weights,
     write_through_smem,
 )
-from pallas_kernels._mosaic_gpu.backward.tasks import (
-    QUERY_TILE,
-)
+from pallas_kernels._mosaic_gpu.backward.tasks import QUERY_TILE
 from pallas_kernels._mosaic_gpu.primitives import (
     ROW,
     ROWS,

@@ -28,11 +28,7 @@ from pallas_kernels._mosaic_gpu.backward.query_plans import (
     plan_with_diagonal,
     plan_with_first_block,
 )
-from pallas_kernels._mosaic_gpu.backward.scheduler import (
-    ProgramSchedule,
-    fold_steps,
-    slot_of,
-)
+from pallas_kernels._mosaic_gpu.backward.scheduler import ProgramSchedule, fold_steps, slot_of
 from pallas_kernels._mosaic_gpu.backward.softmax import padded_lse_and_delta
 from pallas_kernels._mosaic_gpu.backward.task_splits import split_last_tasks
 from pallas_kernels._mosaic_gpu.backward.tasks import (

@@ -9,9 +9,7 @@ import dataclasses
 import functools
 import heapq
 
-from pallas_kernels._mosaic_gpu.backward.tasks import (
-    BackwardSchedule,
-)
+from pallas_kernels._mosaic_gpu.backward.tasks import BackwardSchedule
 
 MAX_TASKS_PER_SM = 64
 """Above so many tasks for each multiprocessor none is split: the last ones take next to nothing of

@@ -27,11 +27,7 @@ from pallas_kernels._mosaic_gpu.backward.scheduler import (
     next_state_heads_first,
     next_state_tiles_first,
 )
-from pallas_kernels._mosaic_gpu.backward.tasks import (
-    QUERY_TILE,
-    BackwardSchedule,
-    task_coordinates,
-)
+from pallas_kernels._mosaic_gpu.backward.tasks import QUERY_TILE, BackwardSchedule, task_coordinates
 from pallas_kernels._tile_ranges import query_plan, seen_tiles
 
 

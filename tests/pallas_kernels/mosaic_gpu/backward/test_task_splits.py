@@ -12,9 +12,7 @@ from pallas_kernels._mosaic_gpu.backward.task_splits import (
     choose_split,
     split_last_tasks,
 )
-from pallas_kernels._mosaic_gpu.backward.tasks import (
-    BackwardSchedule,
-)
+from pallas_kernels._mosaic_gpu.backward.tasks import BackwardSchedule
 
 
 def time_of(tiles, group_size, num_sms, split_tasks=0, parts=1):
