@@ -312,6 +312,25 @@ def test_programs_of_a_halo_that_comes_last_wait_for_earlier_ones_only(number, s
     check_order(LONG_WINDOWS[number], launch, split)
 
 
+def test_programs_of_a_halo_that_comes_last_hardly_wait_for_each_other():
+    """With a multiprocessor for each program none is late by more than a few steps."""
+    halo, length = 5 * KEY_TILE, 10 * QUERY_TILE
+    shard = jnp.int32(-halo), halo - 1, length, -halo, halo + length
+    launch = dataclasses.replace(schedule_of(shard, KEY_TILE), halo_last=True)
+    plan = query_plan(
+        shard[0], shard[1], 0, rows=length, query_tile=QUERY_TILE,
+        offset=-halo, length=halo + length, key_tile=KEY_TILE, min_distance=0,
+    )  # fmt: skip
+    plan = plan_with_first_block(plan_with_diagonal(plan[None], launch))
+    done: dict[int, int] = {}
+    for task in range(launch.tasks - launch.halo_tasks, launch.tasks):
+        program, now = ProgramSchedule(launch, jnp.int32(task), plan, None), 0
+        for n in range(int(program.steps)):
+            block = int(program.coordinates(jnp.int32(0), jnp.int32(n))[1])
+            now = done[block] = max(now, done.get(block, 0)) + 1
+        assert now <= int(program.steps) + 2
+
+
 @pytest.mark.parametrize("first_device", [False, True])
 @pytest.mark.parametrize("number", range(len(LONG_WINDOWS)))
 def test_tasks_of_a_halo_that_comes_last_take_as_many_steps_as_the_plan_says(number, first_device):
