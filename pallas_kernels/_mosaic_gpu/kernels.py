@@ -13,9 +13,9 @@ from pallas_kernels import _device, _support
 from pallas_kernels._kernels import BackwardInputs, ForwardInputs, Gradients, Kernels, PartialSums
 from pallas_kernels._mosaic_gpu.backward import choice
 from pallas_kernels._mosaic_gpu.forward.kernel import forward
-from pallas_kernels._mosaic_gpu.padding import is_padding
+from pallas_kernels._mosaic_gpu.padding import with_zero_padding
 from pallas_kernels._mosaic_gpu.tiles import MosaicTiles, mosaic_tiles
-from pallas_kernels._spec import KeyRun, Spec, Starts, State
+from pallas_kernels._spec import KeyRun, Spec, State
 from pallas_kernels._xla.kernels import XlaKernels
 
 
@@ -57,7 +57,10 @@ class MosaicKernels:
         out_dtype: jnp.dtype,
     ) -> State:
         """As `Kernels.forward`."""
-        query, runs = inputs.query, _with_zero_padding(spec, inputs.runs, inputs.start)
+        query, runs = inputs.query, inputs.runs
+        if inputs.start.ndim:
+            # Masks take care of keys and queries. A value of padding has weight 0, but may be NaN.
+            runs = with_zero_padding(spec, runs, inputs.start, ("value",))
         return forward(
             spec,
             inputs._replace(runs=runs),
@@ -125,21 +128,6 @@ def _kernels(name: str, *, deterministic: bool) -> MosaicKernels:
 
 KERNELS: Kernels = _kernels("mosaic_gpu", deterministic=True)
 KERNELS_NONDETERMINISTIC: Kernels = _kernels("mosaic_gpu_nondeterministic", deterministic=False)
-
-
-def _with_zero_padding(spec: Spec, runs: tuple[KeyRun, ...], start: Starts) -> tuple[KeyRun, ...]:
-    """The runs with zeros in the own values of padding, whose weights are zero.
-
-    Masks take care of keys and queries. Those of a halo have been zeros when it was sent.
-    """
-    if not start.ndim:
-        return runs
-
-    def with_zeros(run):
-        value = jnp.where(is_padding(start, spec.first_key)[..., None, None], 0, run.value)
-        return dataclasses.replace(run, value=value)
-
-    return tuple(with_zeros(run) if run.offset == spec.first_key else run for run in runs)
 
 
 def _programs(spec: Spec) -> int:

@@ -1,12 +1,13 @@
-"""Sets padding rows to zero in shared memory, whatever the arrays hold there.
+"""Sets padding rows to zero, in arrays or in shared memory, whatever they hold there.
 
 Row i is padding if its sequence starts behind its own key, ``start > i + first_key`` (`Spec`); the
-masks give padding no weight. But zero times NaN is NaN, so
-the queries, keys, values and output gradients of padding must be zero before a matrix product reads
-them. Few tiles have padding. Each warpgroup that reads such a tile zeroes the tile's padding
-itself: several warpgroups may write the same zeros.
+masks give padding no weight. But zero times NaN is NaN, so the queries, keys, values and output
+gradients of padding must be zero before a matrix product reads them. Few tiles have padding. Each
+warpgroup that reads such a tile zeroes the tile's padding itself: several warpgroups may write the
+same zeros.
 """
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from pallas_kernels._mosaic_gpu.primitives import (
     load_as,
     opaque_to_compiler,
 )
+from pallas_kernels._spec import KeyRun, Spec
 
 FLAG_WIDTH = 32
 """Copies of each tile's flag in int32, because TMA needs multiples of 128 bytes."""
@@ -36,6 +38,23 @@ def is_padding(start: Int[Array, "B T"], first_key: int = 0) -> Bool[Array, "B T
     """Whether a row is padding; the position of the shard's first key is ``first_key``."""
     own_keys = jnp.arange(start.shape[1], dtype=start.dtype)[None]
     return start > (own_keys + first_key if first_key else own_keys)
+
+
+def with_zero_padding(
+    spec: Spec, runs: tuple[KeyRun, ...], start: Int[Array, "B T"], names: tuple[str, ...]
+) -> tuple[KeyRun, ...]:
+    """The runs with zeros in the padding of the shard's own "key" or "value", or of both.
+
+    The padding of a halo has been zeros when it was sent.
+    """
+    padding = is_padding(start, spec.first_key)[..., None, None]
+
+    def with_zeros(run):
+        return dataclasses.replace(
+            run, **{n: jnp.where(padding, 0, getattr(run, n)) for n in names}
+        )
+
+    return tuple(with_zeros(run) if run.offset == spec.first_key else run for run in runs)
 
 
 def padding_flags(start: Int[Array, "B T"], first_key: int = 0) -> Int[Array, "B tiles 32"]:

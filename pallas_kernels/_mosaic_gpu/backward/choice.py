@@ -7,14 +7,13 @@ fastest kernels. Sinks that windows do not reach are left to `sinks`, which runs
 kernel and finishes the gradients of queries.
 """
 
-import dataclasses
 from functools import partial
 from types import ModuleType
 from typing import Protocol
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from pallas_kernels import _device
 from pallas_kernels._kernels import BackwardInputs, Gradients, Queries
@@ -29,7 +28,7 @@ from pallas_kernels._mosaic_gpu.backward.dq_postprocess import DqSums
 from pallas_kernels._mosaic_gpu.backward.pipeline import backward_schedule
 from pallas_kernels._mosaic_gpu.backward.short_windows_schedule import TILE, reaches
 from pallas_kernels._mosaic_gpu.backward.tasks import BackwardSchedule
-from pallas_kernels._mosaic_gpu.padding import is_padding, zero_delta
+from pallas_kernels._mosaic_gpu.padding import with_zero_padding, zero_delta
 from pallas_kernels._spec import KeyRun, SinkRun, Spec
 
 
@@ -124,7 +123,7 @@ def _by_short_windows(
         inputs = _with_bounds_by_row(inputs)
     runs, start = inputs.runs, inputs.start
     if spec.lookahead and start.ndim:
-        runs = _without_own_padding(runs, _own_run(spec, runs), start, spec.first_key)
+        runs = with_zero_padding(spec, runs, start, ("key", "value"))
     run = _joined(runs, TILE) if len(runs) > 1 else runs[0]
     dquery, *dkeys, delta = short_windows.backward(
         spec,
@@ -155,7 +154,7 @@ def _by_key_tiles(
     has_keys_beside_queries = runs[-1].offset + runs[-1].key.shape[1] > 0
     own = _own_run(spec, runs)
     if spec.lookahead and start.ndim:
-        runs = _without_own_padding(runs, own, start, spec.first_key)
+        runs = with_zero_padding(spec, runs, start, ("key", "value"))
     delta = inputs.delta_of(rows)
     if start.ndim:
         delta = zero_delta(start, delta, spec.first_key)
@@ -227,19 +226,6 @@ def _own_run(spec: Spec, runs: tuple[KeyRun, ...]) -> int | None:
     """Which run has the shard's own keys."""
     offsets = [run.offset for run in runs]
     return offsets.index(spec.first_key) if spec.first_key in offsets else None
-
-
-def _without_own_padding(
-    runs: tuple[KeyRun, ...], own: int | None, start: Int[Array, "B T"], first_key: int
-) -> tuple[KeyRun, ...]:
-    """The runs with zeros in the own keys and values of padding."""
-    padding = is_padding(start, first_key)[..., None, None]
-
-    def with_zeros(run):
-        key, value = (jnp.where(padding, 0, x) for x in (run.key, run.value))
-        return dataclasses.replace(run, key=key, value=value)
-
-    return tuple(with_zeros(run) if n == own else run for n, run in enumerate(runs))
 
 
 def _can_join(spec: Spec, runs: tuple[KeyRun, ...], key_tile: int) -> bool:
