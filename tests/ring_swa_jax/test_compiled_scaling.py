@@ -26,7 +26,9 @@ HEADS, KV_HEADS, DIM = 8, 2, 128
 FORWARD = ("ring_swa_forward",)
 BACKWARD = ("ring_swa_backward_query", "ring_swa_backward_keys")
 PAIRS = re.compile(r"source_target_pairs=\{.*?\}\}")
-INSTRUCTION = re.compile(r"^ +(?:ROOT )?%\S+ = ", re.MULTILINE)
+INSTRUCTION = re.compile(r"^ +(?:ROOT )?%\S+ = .*$", re.MULTILINE)
+# Python's call stack, which depends on what was traced before in the same process.
+METADATA = re.compile(r", metadata=\{.*?\}")
 # The number of devices has one digit or two, and so have the names of instructions.
 DIGITS = re.compile(r"[\d.]+")
 
@@ -49,7 +51,10 @@ ONE_HOP, THREE_HOPS = Layer(1000, 2048), Layer(3 * 512, 512)
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Of a compiled program: {distance: bytes}, and what it takes to hold and to run it."""
+    """Of a compiled program: {distance: bytes}, and what it takes to hold and to run it.
+
+    ``characters`` are those of the instructions around the kernels, without numbers.
+    """
 
     moved: dict[int, int]
     launches: collections.Counter
@@ -110,11 +115,14 @@ def read(compiled, devices):
         (distance,) = {target - source for source, target in one.pairs}
         assert len(one.pairs) == devices - abs(distance), "all of that distance, none wraps around"
         moved[distance] += one.bytes
+    instructions = INSTRUCTION.findall(text)
+    # The text of a kernel names source files, too.
+    own = [line for line in instructions if not compile_target.LAUNCH.search(line)]
     return Program(
         dict(moved),
         collections.Counter(compile_target.LAUNCH.findall(text)),
-        len(INSTRUCTION.findall(text)),
-        len(DIGITS.sub("", PAIRS.sub("", text))),
+        len(instructions),
+        sum(len(DIGITS.sub("", METADATA.sub("", PAIRS.sub("", line)))) for line in own),
         compiled.memory_analysis().temp_size_in_bytes,
     )
 
@@ -142,7 +150,7 @@ def test_a_device_has_the_same_share_of_any_number(layer):
         for got, expected in zip(found, few, strict=True):
             assert got.instructions == expected.instructions
             assert got.temporary == expected.temporary
-            assert got.characters == pytest.approx(expected.characters, rel=1e-4)
+            assert got.characters == pytest.approx(expected.characters, rel=1e-3)
 
 
 def test_the_programs_grow_with_the_hops():
