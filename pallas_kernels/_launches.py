@@ -10,13 +10,7 @@ from jaxtyping import Float
 
 from pallas_kernels import _implementations
 from pallas_kernels._derivatives import first_order
-from pallas_kernels._kernels import (
-    BackwardInputs,
-    ForwardInputs,
-    Gradients,
-    Kernels,
-    PartialSums,
-)
+from pallas_kernels._kernels import BackwardInputs, ForwardInputs, Gradients, Kernels, PartialSums
 from pallas_kernels._spec import Ends, KeyRun, Spec, Starts, State, accumulator_dtype
 
 _Results = TypeVar("_Results", State, Gradients)

@@ -17,12 +17,7 @@ from pallas_kernels._kernels import Queries
 from pallas_kernels._masks import sees_except_distant_sinks
 from pallas_kernels._spec import KeyRun, Spec
 from pallas_kernels._tile_ranges import query_plan, sink_chunk_plan, with_padding
-from pallas_kernels._triton.blocks import (
-    batch_block,
-    load_rows,
-    real_keys,
-    store_rows,
-)
+from pallas_kernels._triton.blocks import batch_block, load_rows, real_keys, store_rows
 from pallas_kernels._triton.query_tiles import (
     add_gradients,
     key_block,

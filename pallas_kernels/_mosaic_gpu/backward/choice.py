@@ -25,7 +25,7 @@ from pallas_kernels._mosaic_gpu.backward import (
 )
 from pallas_kernels._mosaic_gpu.backward import sinks as sinks_backward
 from pallas_kernels._mosaic_gpu.backward.dq_postprocess import DqSums
-from pallas_kernels._mosaic_gpu.backward.pipeline import backward_schedule
+from pallas_kernels._mosaic_gpu.backward.launch_schedule import backward_schedule
 from pallas_kernels._mosaic_gpu.backward.short_windows_schedule import TILE, reaches
 from pallas_kernels._mosaic_gpu.backward.tasks import BackwardSchedule
 from pallas_kernels._mosaic_gpu.padding import with_zero_padding, zero_delta

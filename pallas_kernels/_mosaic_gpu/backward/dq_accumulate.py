@@ -1,6 +1,6 @@
 """How the programs of the fused Mosaic GPU backward kernels add up the gradients of queries.
 
-The consumers of a program leave a tile's gradients in shared memory. A warpgroup of its own, the
+The consumers of a program store a tile's gradients in shared memory. A warpgroup of its own, the dq
 accumulator, adds them to the sums in global memory by TMA, in float32.
 
 Each tile of queries has a semaphore: how many programs have added to its sums. In the deterministic
@@ -36,14 +36,14 @@ def accumulate_slices(
     barriers: dict[str, Any],
     slices: list[tuple[int, Any]],
 ) -> None:
-    """The accumulator, where a step leaves its tile one slice of columns after the other.
+    """The dq accumulator, where a step leaves its tile one slice of columns after the other.
 
     Args:
         pipeline: the launch.
         refs: arrays in global memory.
         buffers: slots in shared memory, each for one slice.
         barriers: on "dquery" a consumer arrives when it has filled a slot, on "dquery_free" the
-            accumulator when that may be filled again.
+            dq accumulator when that may be filled again.
         slices: slot, and index of the slice in a tile of sums, in the order in which they come.
     """
     schedule = pipeline.program_schedule(refs)
@@ -89,9 +89,9 @@ def accumulate_tiles(
     results: Any,
     barriers: dict[str, Any],
 ) -> None:
-    """The accumulator, where a step leaves its whole tile in one of `SLOTS` slots.
+    """The dq accumulator, where a step leaves its whole tile in one of `SLOTS` slots.
 
-    With an epilogue, the accumulator copies the sums of the other programs to the slot before the
+    With an epilogue, the dq accumulator copies the sums of the other programs to the slot before the
     consumers of the program that adds last fill it. These leave the result in the same slot.
 
     Args:
@@ -100,7 +100,7 @@ def accumulate_tiles(
         buffers: slots in shared memory, each for a tile of sums.
         results: with an epilogue, the same memory, each slot for a tile of results.
         barriers: on "dquery" both consumers arrive when they have filled a slot; on "dquery_free"
-            the accumulator, or its copy of sums, when they may fill it.
+            the dq accumulator, or its copy of sums, when they may fill it.
     """
     _TileAccumulator(pipeline, refs, buffers, results, barriers).run()
 

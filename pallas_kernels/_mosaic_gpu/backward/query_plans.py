@@ -8,7 +8,35 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Int
 
+from pallas_kernels._kernels import Queries
 from pallas_kernels._mosaic_gpu.backward.tasks import QUERY_TILE, BackwardSchedule
+from pallas_kernels._spec import Spec
+from pallas_kernels._tile_ranges import query_plan
+
+
+def plan_of_launch(
+    spec: Spec, queries: Queries, schedule: BackwardSchedule, *, rows: int
+) -> Int[Array, "#B tiles 4"]:
+    """The tiles of the first ``rows`` queries that the program of each tile of keys visits."""
+    start, end = queries.start, queries.end
+    packed, has_ends_by_row = start.ndim > 0, end is not None and end.ndim > 0
+    plan = query_plan(
+        start,
+        spec.window,
+        0,
+        rows=rows,
+        query_tile=QUERY_TILE,
+        offset=schedule.offset,
+        length=schedule.num_keys,
+        key_tile=schedule.key_tile,
+        min_distance=0,
+        end=end if has_ends_by_row else None,
+    )
+    plan = plan if packed else plan[None]
+    if has_ends_by_row:
+        return plan_in_order(plan)
+    plan = plan_with_diagonal(plan, schedule)
+    return plan if end is None else plan_masked_outside(plan, schedule, start, end)
 
 
 def plan_with_diagonal(
@@ -47,3 +75,20 @@ def plan_with_first_block(plan: Int[Array, "B tiles 4"]) -> Int[Array, "B tiles 
     first = (plan[..., 3] <= plan[..., 0]).sum(1, dtype=jnp.int32)
     first = jnp.broadcast_to(first[:, None, None], (*plan.shape[:2], 1))
     return jnp.concatenate((plan, first), axis=-1)
+
+
+def plan_masked_outside(
+    plan: Int[Array, "B tiles 4"],
+    schedule: BackwardSchedule,
+    start: Int[Array, ""],
+    end: Int[Array, ""],
+) -> Int[Array, "B tiles 4"]:
+    """The plan with masks for all tiles that hold keys outside of the one sequence.
+
+    Which tiles a program visits stays as it is: the program that adds next waits for this one.
+    """
+    first = jnp.arange(schedule.num_key_tiles, dtype=jnp.int32) * schedule.key_tile
+    first += schedule.offset
+    masked = ((first < start) | (first + schedule.key_tile > end))[None]
+    unmasked_end = jnp.where(masked, plan[..., 1], plan[..., 2])
+    return plan.at[..., 2].set(unmasked_end)

@@ -194,52 +194,6 @@ class BackwardSchedule:
         is_halo = task >= own_tasks
         return jnp.where(is_halo, in_halo[0], in_own[0]), jnp.where(is_halo, in_halo[1], in_own[1])
 
-    def steps_per_head(self, *, halo_is_seen: bool = True) -> list[int]:
-        """How many tiles of queries see each task's keys if there are no documents.
-
-        Args:
-            halo_is_seen: False for a ring's first device, whose halo belongs to no sequence.
-
-        Returns:
-            A number for each task, in their order.
-        """
-        tiles, offset = range(self.num_key_tiles), self.offset
-        ends = [min((n + 1) * self.key_tile, self.num_keys) + offset for n in tiles]
-        begins = [max(n * self.key_tile + offset, 0) // QUERY_TILE for n in tiles]
-        steps = [
-            0
-            if end <= 0 and not halo_is_seen
-            else self.num_query_tiles - begin
-            if self.window is None
-            else max(
-                min((end - 1 + self.window) // QUERY_TILE + 1, self.num_query_tiles) - begin, 0
-            )
-            for begin, end in zip(begins, ends, strict=True)
-        ]
-        side = self.kv_heads_side_by_side
-        if self.halo_last:
-            halo, own = steps[: self.halo_key_tiles], steps[self.halo_key_tiles :]
-            return own[::-1] * self.batch_kv_heads + halo * self.batch_kv_heads
-        if side is None:
-            return steps[::-1] * self.batch_kv_heads
-        sides = [side] * (self.batch_kv_heads // side) + [self.batch_kv_heads % side]
-        steps = steps[::-1] if self.sees_documents else steps
-        return [n for side in sides for n in steps for _ in range(side)]
-
-
-def halo_is_better_last(schedule: BackwardSchedule, num_sms: int) -> bool:
-    """Whether a launch takes less time where the tasks of a halo's keys come last.
-
-    On an H100 80GB with 32/4 heads of 128, forward and backward: 9% less with 8192 tokens and a
-    window of 4000, 11% with a window of 8000, 13% with 12288 tokens and a window of 12000, 3% with
-    16384 and 8000; but 2% more with 8192 and 2000. More own tiles than multiprocessors occupy all
-    of these at first, so that the halo's programs start one by one anyway.
-    """
-    own, halo = schedule.own_key_tiles, schedule.halo_key_tiles
-    if schedule.packed or schedule.window is None or not halo:
-        return False
-    return 2 * halo >= own and own < num_sms
-
 
 def task_coordinates(
     index: Int[Array, "*n"], num_key_tiles: int, batch_kv_heads: int, side: int | None
