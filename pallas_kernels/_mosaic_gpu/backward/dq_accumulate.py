@@ -36,7 +36,7 @@ def accumulate_slices(
     barriers: dict[str, Any],
     slices: list[tuple[int, Any]],
 ) -> None:
-    """The dq accumulator, where a step leaves its tile one slice of columns after the other.
+    """The dq accumulator, where consumers store a tile one slice of columns after the other.
 
     Args:
         pipeline: the launch.
@@ -89,10 +89,10 @@ def accumulate_tiles(
     results: Any,
     barriers: dict[str, Any],
 ) -> None:
-    """The dq accumulator, where a step leaves its whole tile in one of `SLOTS` slots.
+    """The dq accumulator, where consumers store a whole tile in one of `SLOTS` slots.
 
-    With an epilogue, the dq accumulator copies the sums of the other programs to the slot before the
-    consumers of the program that adds last fill it. These leave the result in the same slot.
+    With an epilogue, in the program that adds last, the dq accumulator copies the sums of the other
+    programs to the slot before the consumers fill it. These store the result in the same slot.
 
     Args:
         pipeline: the launch.

@@ -138,7 +138,7 @@ class Consumer:
         if self.pipeline.packed:  # the flag of padding comes with the queries
             plgpu.barrier_wait(barriers["query"].at[slot])
         plgpu.barrier_wait(barriers["dout"].at[0])
-        slots = {"query": slot, "dout": 0}
+        slots: dict[str, Int[Array, ""] | int] = {"query": slot, "dout": 0}
         self.masks.zero_padding_of_queries(smem, slot, query_block, slots)
         minus_delta = broadcast_row(load_as(smem["delta"].at[0], ROW))
 

@@ -34,6 +34,12 @@ def takes(spec: Spec) -> bool:
     return has_chunks and spec.num_sinks <= MAX_SINKS
 
 
+def has_sinks_beyond_window(spec: Spec, runs: tuple[KeyRun, ...], sinks: SinkRun | None) -> bool:
+    """Whether queries may see sinks that their windows do not reach."""
+    own_sinks = any(spec.sinks_in(run.offset) > 0 for run in runs)
+    return spec.window is not None and (sinks is not None or own_sinks)
+
+
 def backward(
     spec: Spec,
     queries: Queries,
