@@ -29,6 +29,13 @@ from pallas_kernels._mosaic_gpu.primitives import MATRIX, fori, load_as
 from pallas_kernels._spec import Spec
 
 
+def step_arrays(schedule: ShortSchedule) -> tuple[str, ...]:
+    """The arrays that are copied at each step, all of which arrive on the barrier "query"."""
+    bounds = ("start", "padding") if schedule.packed else ()
+    ends = ("end",) if schedule.has_ends else ()
+    return ("query", "dout", "out", "shift", *bounds, *ends)
+
+
 class DqProducer:
     """The warpgroup that copies, and computes delta and dq.
 
@@ -134,19 +141,18 @@ class DqProducer:
         tile = self.schedule.copied_query_tile(query_block)
         arrived, rows = self.barriers["query"].at[slot], pl.ds(tile * TILE, TILE)
         row = self.chunk.row
-        for name in ("query", "dout", "out"):
-            src = self.refs[name].at[row, rows, head]
+        indices: dict[str, Any] = {
+            "query": (row, rows, head),
+            "dout": (row, rows, head),
+            "out": (row, rows, head),
+            "shift": (row, head, rows),
+            "start": (row, rows),
+            "padding": (row, tile),
+            "end": (row, rows),
+        }
+        for name in step_arrays(self.schedule):
+            src = self.refs[name].at[indices[name]]
             plgpu.copy_gmem_to_smem(src, self.smem[name].at[slot], arrived)
-        src = self.refs["shift"].at[row, head, rows]
-        plgpu.copy_gmem_to_smem(src, self.smem["shift"].at[slot], arrived)
-        if self.schedule.packed:
-            src = self.refs["start"].at[row, rows]
-            plgpu.copy_gmem_to_smem(src, self.smem["start"].at[slot], arrived)
-            src = self.refs["padding"].at[row, tile]
-            plgpu.copy_gmem_to_smem(src, self.smem["padding"].at[slot], arrived)
-        if self.schedule.has_ends:
-            src = self.refs["end"].at[row, rows]
-            plgpu.copy_gmem_to_smem(src, self.smem["end"].at[slot], arrived)
 
     def _copy_queries_ahead(self, number: Int[Array, ""]) -> None:
         """Copies the queries of a later step to the slot of the step before this one."""
