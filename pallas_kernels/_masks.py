@@ -37,6 +37,20 @@ def is_sink(i: Positions, j: Positions, start: Positions, num_sinks: int) -> Pai
     return (start <= j) & (j <= i) & (j - start < num_sinks)
 
 
+def sees_all_keys(
+    window: int | None, *, first_query: int, keys_end: int, one_sequence: bool
+) -> bool:
+    """Whether all queries see all keys of a run, so that no tile of a launch needs a mask.
+
+    Args:
+        window: keys before a query that it sees, or None.
+        first_query: position of the first query.
+        keys_end: position behind the last key.
+        one_sequence: whether all tokens are of one sequence, and no key is behind its end.
+    """
+    return window is None and one_sequence and keys_end <= first_query + 1
+
+
 def key_ranges(
     i: Positions,
     start: Positions,

@@ -92,6 +92,18 @@ def test_a_halo_and_fetched_sinks_share_the_pairs_out(window, sinks):
     assert_array_equal(beyond, x.attends & ~x.windowed)
 
 
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize(("first_query", "keys_end"), [(0, -3), (0, 1), (0, 2), (3, 4), (3, 5)])
+def test_no_tile_needs_a_mask_where_all_see_all(window, sinks, first_query, keys_end):
+    i = first_query + jnp.arange(LENGTH)[:, None]
+    j = jnp.arange(-CHUNK, keys_end)[None]
+    seen = _masks.sees(i, j, jnp.int32(-CHUNK), window, sinks, packed=False)
+    where = {"first_query": first_query, "keys_end": keys_end}
+    told = _masks.sees_all_keys(window, **where, one_sequence=True)
+    assert told == (window is None and bool(seen.all()))
+    assert not _masks.sees_all_keys(window, **where, one_sequence=False)
+
+
 @pytest.mark.parametrize("stop", [-CHUNK, 0, 1, 4, CHUNK])
 def test_sinks_before_a_key(sinks, stop):
     x = Shards(None, sinks)

@@ -37,6 +37,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Int
 
+from pallas_kernels._masks import sees_all_keys
 from pallas_kernels._mosaic_gpu.primitives import ROWS
 
 QUERY_TILE = ROWS
@@ -111,9 +112,12 @@ class BackwardSchedule:
     @property
     def sees_all(self) -> bool:
         """Whether every query sees every key, and tiles of keys hold nothing else."""
-        whole_tiles = self.num_keys % self.key_tile == 0
-        only_before = self.window is None and self.offset + self.num_keys <= 1
-        return only_before and whole_tiles and not self.packed and not self.has_ends
+        return self.num_keys % self.key_tile == 0 and sees_all_keys(
+            self.window,
+            first_query=0,
+            keys_end=self.offset + self.num_keys,
+            one_sequence=not self.packed and not self.has_ends,
+        )
 
     @property
     def longest_first(self) -> bool:

@@ -14,8 +14,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels._logits import LOWEST
 from pallas_kernels._mosaic_gpu.forward.config import ForwardConfig
 from pallas_kernels._mosaic_gpu.forward.epilogue import Epilogue
-from pallas_kernels._mosaic_gpu.forward.scheduler import WorkTile
 from pallas_kernels._mosaic_gpu.forward.softmax import OnlineSoftmax, TileMask
+from pallas_kernels._mosaic_gpu.forward.work_tile import WorkTile
 from pallas_kernels._mosaic_gpu.primitives import (
     COLUMN,
     MATRIX,
@@ -52,7 +52,7 @@ class Consumer:
         scheduler = self.config.scheduler
 
         def step(number, used):
-            tile = scheduler.work_tile(self.refs, number)
+            tile = WorkTile.of_program(scheduler, self.refs, number)
             self._tile(tile, number, used)
             return used + tile.num_key_tiles
 

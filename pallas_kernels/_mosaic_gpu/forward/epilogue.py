@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._logits import LOG2_E, LOWEST
 from pallas_kernels._mosaic_gpu.forward.config import ForwardConfig
-from pallas_kernels._mosaic_gpu.forward.scheduler import WorkTile
+from pallas_kernels._mosaic_gpu.forward.work_tile import WorkTile
 from pallas_kernels._mosaic_gpu.primitives import COLUMN, MATRIX, broadcast_column, load_as
 
 

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._mosaic_gpu.forward.config import ForwardConfig
-from pallas_kernels._mosaic_gpu.forward.scheduler import WorkTile
+from pallas_kernels._mosaic_gpu.forward.work_tile import WorkTile
 from pallas_kernels._mosaic_gpu.primitives import fori
 
 
@@ -29,7 +29,7 @@ class Producer:
         scheduler = self.config.scheduler
 
         def step(number, fetched):
-            tile = scheduler.work_tile(self.refs, number)
+            tile = WorkTile.of_program(scheduler, self.refs, number)
             self._queries(tile, number)
             keys, sinks = fetched
             if scheduler.sink_tile:

@@ -26,7 +26,7 @@ from pallas_kernels._masks import (
     sees_sink_before,
 )
 from pallas_kernels._mosaic_gpu.forward.config import ForwardConfig
-from pallas_kernels._mosaic_gpu.forward.scheduler import WorkTile
+from pallas_kernels._mosaic_gpu.forward.work_tile import WorkTile
 from pallas_kernels._mosaic_gpu.primitives import (
     COLUMN,
     MATRIX,
