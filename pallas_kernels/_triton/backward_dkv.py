@@ -15,8 +15,9 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels._kernels import Queries
 from pallas_kernels._masks import sees_except_distant_sinks
+from pallas_kernels._sink_ranges import sink_chunk_plan
 from pallas_kernels._spec import KeyRun, Spec
-from pallas_kernels._tile_ranges import query_plan, sink_chunk_plan, with_padding
+from pallas_kernels._tile_ranges import QueryColumns, query_plan, with_padding
 from pallas_kernels._triton.blocks import batch_block, load_rows, real_keys, store_rows
 from pallas_kernels._triton.query_tiles import (
     add_gradients,
@@ -182,7 +183,8 @@ class _Launch(NamedTuple):
         )
         if not start.ndim:
             return plan
-        return with_padding(plan, start, plan[..., 0], plan[..., 3], self.tiles.query, end)
+        begin, stop = plan[..., QueryColumns.BEGIN], plan[..., QueryColumns.END]
+        return with_padding(plan, start, begin, stop, self.tiles.query, end)
 
     def kernel(self, refs, *out_refs) -> None:
         """Computes the gradients of a tile of keys."""
@@ -224,10 +226,12 @@ class _Launch(NamedTuple):
             return _over_query_tiles(begin, end, tiles.query, head_blocks, body, acc)
 
         acc = zero_gradients(tiles.key, self.dims, self.wanted)
-        begin, unmasked_begin, unmasked_end, end = (refs["plan"][index, n] for n in range(4))
+        begin, unmasked_begin, unmasked_end, end = (
+            refs["plan"][index, n] for n in QueryColumns.ALL
+        )
         if self.packed:
             # Queries whose loads wait for their starts arrive late: only where there is padding.
-            stop = jnp.where(refs["plan"][index, 4] > 0, end, begin)
+            stop = jnp.where(refs["plan"][index, QueryColumns.HAS_PADDING] > 0, end, begin)
             acc = over(begin, stop, acc, True, padded=True)
             begin, unmasked_begin, unmasked_end = (
                 jnp.maximum(x, stop) for x in (begin, unmasked_begin, unmasked_end)

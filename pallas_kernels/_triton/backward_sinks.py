@@ -14,8 +14,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels._kernels import Queries
 from pallas_kernels._masks import min_sink_distance, sees_distant_sink, sees_fetched_sink
+from pallas_kernels._sink_ranges import sink_query_plan
 from pallas_kernels._spec import KeyRun, Spec
-from pallas_kernels._tile_ranges import sink_query_plan
 from pallas_kernels._triton.backward_dkv import DistantSinks
 from pallas_kernels._triton.blocks import batch_block, div, load_rows, rem, store_rows
 from pallas_kernels._triton.query_tiles import (

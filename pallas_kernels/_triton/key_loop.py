@@ -10,8 +10,9 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels._kernels import BackwardInputs, ForwardInputs
 from pallas_kernels._masks import sees, sees_fetched_sink, sees_sink_before
+from pallas_kernels._sink_ranges import fetched_sink_key_plan
 from pallas_kernels._spec import Ends, KeyRun, Spec
-from pallas_kernels._tile_ranges import fetched_sink_key_plan, key_plan, with_padding
+from pallas_kernels._tile_ranges import KeyColumns, key_plan, with_padding
 from pallas_kernels._triton.blocks import (
     Rows,
     batch_block,
@@ -111,7 +112,8 @@ class KeyLoop:
         )
         if not self.packed or run.offset != self.spec.first_key:
             return plan
-        return with_padding(plan, start, plan[..., 2], plan[..., 5], self.tiles.key, end)
+        begin, stop = plan[..., KeyColumns.BEGIN], plan[..., KeyColumns.END]
+        return with_padding(plan, start, begin, stop, self.tiles.key, end)
 
     def head_block(self, x: Any) -> pl.BlockSpec:
         """All rows of the heads of a tile, of [B, rows, N, dim]."""
@@ -192,12 +194,14 @@ class KeyLoop:
             seen = sees(i, j, start, self.spec.window, num_sinks, packed=self.packed, end=end)
             return body(carry, keys, values, seen if exists is None else seen & exists[None, :])
 
-        begin, unmasked_begin, unmasked_end, end = (plan_ref[tile.number, n] for n in range(2, 6))
+        begin, unmasked_begin, unmasked_end, end = (
+            plan_ref[tile.number, n] for n in KeyColumns.WINDOW
+        )
         if num_sinks:
             carry = self._run_own_sinks(refs, begin * size, key_value, tile, body, carry)
         if self.packed and is_own:
             # Keys whose loads wait for their starts arrive late: only where there is padding.
-            stop = jnp.where(plan_ref[tile.number, 6] > 0, end, begin)
+            stop = jnp.where(plan_ref[tile.number, KeyColumns.HAS_PADDING] > 0, end, begin)
             carry = lax.fori_loop(begin, stop, lambda t, c: step(t, c, padded=True), carry)
             begin, unmasked_begin, unmasked_end = (
                 jnp.maximum(x, stop) for x in (begin, unmasked_begin, unmasked_end)

@@ -11,7 +11,10 @@ from jaxtyping import Int
 from pallas_kernels._kernels import Queries
 from pallas_kernels._mosaic_gpu.backward.tasks import QUERY_TILE, BackwardSchedule
 from pallas_kernels._spec import Spec
-from pallas_kernels._tile_ranges import query_plan
+from pallas_kernels._tile_ranges import QueryColumns, query_plan
+
+FIRST_BLOCK = 4
+"""The column that `plan_with_first_block` adds to those of `QueryColumns.ALL`."""
 
 
 def plan_of_launch(
@@ -48,7 +51,7 @@ def plan_with_diagonal(
     """
     number = jnp.arange(1, schedule.num_key_tiles + 1, dtype=jnp.int32)
     diagonal_end = (number * schedule.key_tile + schedule.offset) // QUERY_TILE
-    return plan.at[..., 3].max(jnp.minimum(diagonal_end, schedule.num_query_tiles))
+    return plan.at[..., QueryColumns.END].max(jnp.minimum(diagonal_end, schedule.num_query_tiles))
 
 
 def plan_in_order(plan: Int[Array, "B tiles 4"]) -> Int[Array, "B tiles 4"]:
@@ -56,7 +59,8 @@ def plan_in_order(plan: Int[Array, "B tiles 4"]) -> Int[Array, "B tiles 4"]:
 
     They begin in their order anyway. So the programs that add to a tile of queries are consecutive.
     """
-    return plan.at[..., 3].set(lax.cummax(plan[..., 3], axis=plan.ndim - 2))
+    end = QueryColumns.END
+    return plan.at[..., end].set(lax.cummax(plan[..., end], axis=plan.ndim - 2))
 
 
 def last_key_blocks(
@@ -64,7 +68,7 @@ def last_key_blocks(
 ) -> Int[Array, "B query_tiles"]:
     """The last tile of keys whose program adds to each tile of queries: it adds first."""
     block = jnp.arange(schedule.num_query_tiles, dtype=jnp.int32)[:, None]
-    return (plan[:, None, :, 0] <= block).sum(-1, dtype=jnp.int32) - 1
+    return (plan[:, None, :, QueryColumns.BEGIN] <= block).sum(-1, dtype=jnp.int32) - 1
 
 
 def plan_with_first_block(plan: Int[Array, "B tiles 4"]) -> Int[Array, "B tiles 5"]:
@@ -72,7 +76,8 @@ def plan_with_first_block(plan: Int[Array, "B tiles 4"]) -> Int[Array, "B tiles 
 
     All tiles behind that one are seen too.
     """
-    first = (plan[..., 3] <= plan[..., 0]).sum(1, dtype=jnp.int32)
+    is_seen_by_none = plan[..., QueryColumns.END] <= plan[..., QueryColumns.BEGIN]
+    first = is_seen_by_none.sum(1, dtype=jnp.int32)
     first = jnp.broadcast_to(first[:, None, None], (*plan.shape[:2], 1))
     return jnp.concatenate((plan, first), axis=-1)
 
@@ -90,5 +95,6 @@ def plan_masked_outside(
     first = jnp.arange(schedule.num_key_tiles, dtype=jnp.int32) * schedule.key_tile
     first += schedule.offset
     masked = ((first < start) | (first + schedule.key_tile > end))[None]
-    unmasked_end = jnp.where(masked, plan[..., 1], plan[..., 2])
-    return plan.at[..., 2].set(unmasked_end)
+    unmasked_begin, unmasked_end = QueryColumns.UNMASKED_BEGIN, QueryColumns.UNMASKED_END
+    new_end = jnp.where(masked, plan[..., unmasked_begin], plan[..., unmasked_end])
+    return plan.at[..., unmasked_end].set(new_end)

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Int
 
+from pallas_kernels._mosaic_gpu.backward.query_plans import FIRST_BLOCK
 from pallas_kernels._mosaic_gpu.backward.tasks import QUERY_TILE, BackwardSchedule
 from pallas_kernels._mosaic_gpu.primitives import fori
+from pallas_kernels._tile_ranges import QueryColumns
 
 
 class ProgramSchedule:
@@ -46,11 +48,11 @@ class ProgramSchedule:
         self.row, self.kv_head = (f(batch_kv_head, num_kv_heads) for f in (lax.div, lax.rem))
         row = self.row if launch.packed else 0
         self.begin, self.unmasked_begin, self.unmasked_end, self.end = (
-            plan[row, self.key_block, n] for n in range(4)
+            plan[row, self.key_block, n] for n in QueryColumns.ALL
         )
         # The query tiles of consecutive tiles of keys begin and end in the same order. So this
         # program adds last to those that the tile of keys before it does not add to.
-        end_before = plan[row, jnp.maximum(self.key_block - 1, 0), 3]
+        end_before = plan[row, jnp.maximum(self.key_block - 1, 0), QueryColumns.END]
         self.adds_last_from = jnp.where(self.key_block > 0, end_before, 0)
         if self.part.parts is not None:
             first, tiles, part = self.begin, self.end - self.begin, self.part.part
@@ -61,7 +63,7 @@ class ProgramSchedule:
         # Whether the keys are a halo's that comes last, and the first tile of keys that any query
         # sees.
         self.in_last_halo = self.key_block < launch.halo_key_tiles if launch.halo_last else None
-        self.first_block = plan[row, self.key_block, 4] if launch.halo_last else None
+        self.first_block = plan[row, self.key_block, FIRST_BLOCK] if launch.halo_last else None
         self.diagonal_tiles = None
         if launch.packed and not launch.has_ends and launch.halo_key_tiles < launch.num_key_tiles:
             self.diagonal_tiles = self._diagonal_tiles(start, row)

@@ -10,7 +10,8 @@ from jax import Array, lax
 
 from pallas_kernels._mosaic_gpu.forward.scheduler import TileScheduler
 from pallas_kernels._mosaic_gpu.primitives import ROWS
-from pallas_kernels._tile_ranges import fetched_sink_count, key_span
+from pallas_kernels._sink_ranges import fetched_sink_count
+from pallas_kernels._tile_ranges import key_span
 
 
 class WorkTile:
@@ -188,8 +189,8 @@ class WorkTile:
         causal = first_query + 1
         if first_end is not None:
             causal = jnp.minimum(causal, first_end)
-        stop = jnp.minimum(stop, causal) if self.scheduler.has_halo else causal
-        unmasked = first + self.scheduler.tiles.key <= stop
+        end = jnp.minimum(stop, causal) if self.scheduler.has_halo else causal
+        unmasked = first + self.scheduler.tiles.key <= end
         return unmasked if low is None else unmasked & (first >= low)
 
     def sink_range(self, n: int | Array) -> tuple[Array, Array, Array]:
