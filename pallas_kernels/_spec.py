@@ -52,6 +52,16 @@ Starts = Int[Array, ""] | Int[Array, "B T"]
 Ends = Int[Array, ""] | Int[Array, "B T"] | None
 """Position behind the last key of each query's sequence; None: no key is behind that."""
 
+Slots = tuple[Float[Array, "B K _ H"], Float[Array, "B K _ Hv"]]
+"""Keys and values with heads first, as a cache has them: the rolling buffer's, or the sinks'."""
+
+SlotBounds = Int[Array, "B 4"]
+"""Which slots the one query of each row sees.
+
+The slot of the last key in the rolling buffer; how far before that slot, going round the buffer,
+the first key in the window is, negative for none; how many of the sinks; 0.
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Spec:

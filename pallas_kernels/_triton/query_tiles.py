@@ -61,8 +61,16 @@ def key_block(x: Any) -> pl.BlockSpec:
     return pl.BlockSpec((None, x.shape[1], None, x.shape[3]), lambda t, n, b: (b, 0, n, 0))
 
 
-class QueryTile(NamedTuple):
-    """A tile of queries of one head, and which keys they see ([S, Q]; None: all)."""
+class LoadedQueries(NamedTuple):
+    """A tile of queries of a block of heads, loaded.
+
+    Attributes:
+        queries: in head parts.
+        douts: the output's cotangents, in head parts.
+        lse_log2: log-sum-exp in base 2, 0 for a query without keys.
+        delta: ``rowsum(out * dout)``.
+        seen: [S, Q], which keys the queries see; None: all.
+    """
 
     queries: list[Array]
     douts: list[Array]
@@ -73,7 +81,7 @@ class QueryTile(NamedTuple):
 
 def load_queries(
     refs, tiles: TritonTiles, begin, end, block, seen, *, packed: bool, padded: bool = False
-) -> QueryTile:
+) -> LoadedQueries:
     """Loads the queries at ``begin`` of a block of heads, none at or behind ``end``.
 
     ``seen(i, start, end)`` is the mask, None where all is seen. Padding counts as zeros if
@@ -97,7 +105,7 @@ def load_queries(
         if padded:
             real = is_real(positions, start, end)
             valid = real if valid is None else real & valid
-    return QueryTile(
+    return LoadedQueries(
         load_rows(refs["query"], rows, valid),
         load_rows(refs["dout"], rows, valid),
         log2_sums(load_vector(refs["lse"], flat, valid)),
@@ -117,7 +125,7 @@ def zero_gradients(size: int, dims: tuple[int, int], wanted: tuple[bool, bool]):
 def add_gradients(
     spec: Spec,
     key_value: list[list[Array]],
-    tile: QueryTile,
+    tile: LoadedQueries,
     acc,
     wanted: tuple[bool, bool],
     interpret,
