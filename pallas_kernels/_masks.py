@@ -1,11 +1,22 @@
 """Which keys a query sees: the one place that says it, for all kernels.
 
 Positions count from the first query of the shard, so keys before the shard have negative
-positions. Keys may be moved to the front, see `Spec`: then a window ends with the query whether or
-not the query sees keys after itself. ``start`` is the position of the first key of a query's own
-sequence, ``end`` that behind its last key. ``end`` is None if no key up to a query's own position
-lies behind its sequence, as is always so where keys are not moved. A padding query sees nothing: it
-has ``start > i``, or with ends ``start == end``.
+positions. Where queries see keys after themselves, all keys are moved to smaller positions, so that
+every window ends at the query's own position (`Spec`). ``start`` is the position of the first key
+of a query's own sequence, ``end`` that behind its last key. ``end`` is None if no key up to a
+query's own position lies behind its sequence, as is always so where keys are not moved. A padding
+query sees nothing: it has ``start > i``, or with ends ``start == end``.
+
+`sees` is the whole rule: a key in the window (`in_window`) or a sink (`is_sink`). Where a kernel
+takes some sinks apart from the other keys, two rules share the pairs out, so that none counts
+twice:
+
+- `sees_without_fetched_sinks` and `sees_fetched_sink`: in launches with a halo, sinks before the
+  shard come by themselves.
+- `sees`, of keys from ``stop`` on, and `sees_sink_before`: in forward kernels of GPUs, whose tiles
+  of windows begin at ``stop``.
+- `in_window` and `sees_beyond_window`: in backward kernels of Mosaic GPU.
+- `sees_except_distant_sinks` and `sees_distant_sink`: in backward kernels of Triton.
 """
 
 import jax.numpy as jnp
@@ -63,7 +74,7 @@ def key_ranges(
     """The keys that packed query i attends by `sees`, as ranges: (first, behind the last).
 
     One range for the window, and one for the sinks if there are any. With ``first_key``, which is
-    the position of the shard's first key, by `sees_behind_halo`. Such a range may be empty.
+    the position of the shard's first key, by `sees_without_fetched_sinks`. Ranges may be empty.
     """
     stop = i + 1 if end is None else jnp.minimum(i + 1, end)
     ranges = [(start if window is None else jnp.maximum(start, i - window), stop)]
@@ -115,7 +126,7 @@ def sees(
     return up_to_end(seen, j, end)
 
 
-def sees_behind_halo(
+def sees_without_fetched_sinks(
     i: Positions,
     j: Positions,
     start: Positions,

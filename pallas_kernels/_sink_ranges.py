@@ -18,6 +18,14 @@ from pallas_kernels._tile_positions import (
 )
 
 
+def keys_before_shard(start: Int[Array, "..."], first_key: int) -> Int[Array, "..."]:
+    """How many keys before the shard a sequence has that starts at ``start``; negative: none.
+
+    ``first_key`` is the position of the shard's first key.
+    """
+    return first_key - start if first_key else -start
+
+
 def fetched_sink_count(
     last: Int[Array, "..."],
     first_start: Int[Array, "..."],
@@ -32,7 +40,7 @@ def fetched_sink_count(
     ``first_start`` is the start of its first query, ``crossing`` that of the shard's first.
     ``first_key`` is the position of the shard's first key.
     """
-    before_shard = first_key - crossing if first_key else -crossing
+    before_shard = keys_before_shard(crossing, first_key)
     before_window = jnp.minimum(last - window - crossing, before_shard)
     slots = jnp.clip(before_window, 0, length)
     return jnp.where(first_start == crossing, slots, 0)

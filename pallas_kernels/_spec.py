@@ -117,6 +117,16 @@ class Spec:
         return start - self.lookahead, None if end is None else end - self.lookahead
 
 
+def plus(x: Int[Array, "..."], distance: int) -> Int[Array, "..."]:
+    """``x + distance``; where that is 0, as under causal windows, no instruction."""
+    return x + distance if distance else x
+
+
+def minus(x: Int[Array, "..."], distance: int) -> Int[Array, "..."]:
+    """``x - distance``, as `plus`."""
+    return x - distance if distance else x
+
+
 def accumulator_dtype(dtype) -> jnp.dtype:
     """float32 for half precision and float32, float64 for float64."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)

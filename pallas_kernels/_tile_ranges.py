@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Bool, Int
 
 from pallas_kernels._masks import is_real
-from pallas_kernels._spec import Ends
+from pallas_kernels._spec import Ends, minus
 from pallas_kernels._tile_positions import (
     at_queries,
     count_up_to,
@@ -135,7 +135,7 @@ def query_plan(
         last_seeing = last + window
         if num_sinks:
             # The last key's sequence is the last to have a sink in the tile, if there is one.
-            last_start = at_queries(start, jnp.clip(last - offset if offset else last, 0, rows - 1))
+            last_start = at_queries(start, jnp.clip(minus(last, offset), 0, rows - 1))
             holds_sink = last_start + num_sinks - 1 >= first
             last_not_distant = last_start + min_distance - 1
             last_seeing_sink = jnp.where(holds_sink, last_not_distant, last_seeing)

@@ -24,7 +24,7 @@ from pallas_kernels._mosaic_gpu.primitives import (
     load_as,
     opaque_to_compiler,
 )
-from pallas_kernels._spec import KeyRun, Spec
+from pallas_kernels._spec import KeyRun, Spec, plus
 
 FLAG_WIDTH = 32
 """Copies of each tile's flag in int32, because TMA needs multiples of 128 bytes."""
@@ -37,7 +37,7 @@ SLICE_COLUMNS = 64
 def is_padding(start: Int[Array, "B T"], first_key: int = 0) -> Bool[Array, "B T"]:
     """Whether a row is padding; the position of the shard's first key is ``first_key``."""
     own_keys = jnp.arange(start.shape[1], dtype=start.dtype)[None]
-    return start > (own_keys + first_key if first_key else own_keys)
+    return start > plus(own_keys, first_key)
 
 
 def with_zero_padding(

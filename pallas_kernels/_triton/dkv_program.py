@@ -8,7 +8,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels._masks import sees_except_distant_sinks
-from pallas_kernels._spec import Spec
+from pallas_kernels._spec import Spec, minus
 from pallas_kernels._tile_ranges import QueryColumns
 from pallas_kernels._triton.blocks import load_rows, real_keys, store_rows
 from pallas_kernels._triton.query_tiles import (
@@ -119,7 +119,7 @@ class DkvProgram(NamedTuple):
 
         def add_chunk(c, results):
             chunk_start = refs["start"][c * self.distant_chunk if self.packed else 0]
-            first_sink = chunk_start - self.offset if self.offset else chunk_start
+            first_sink = minus(chunk_start, self.offset)
             row = local - jnp.maximum(first_sink, 0)
             own = (row >= 0) & (row < num_sinks)
             parts = (

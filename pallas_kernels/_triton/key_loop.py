@@ -9,7 +9,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels._masks import sees, sees_fetched_sink, sees_sink_before
-from pallas_kernels._spec import Spec
+from pallas_kernels._spec import Spec, plus
 from pallas_kernels._tile_ranges import KeyColumns
 from pallas_kernels._triton.blocks import column, div, load_rows, real_keys
 from pallas_kernels._triton.query_launch import QueryLaunch, QueryRows
@@ -101,7 +101,7 @@ class _KeyLoop(NamedTuple):
         launch, tile, body = self.launch, self.tile, self.body
         size, first_key = launch.sink_tile, self.spec.first_key
         row = launch.rows[0] + tile.number * launch.tiles.query if launch.packed else 0
-        first_start = self._own_key(self.refs["start"][row])
+        first_start = plus(self.refs["start"][row], self.spec.lookahead)
         first = jnp.maximum(first_start, 0)
         stop = jnp.minimum(first_start + self.spec.num_sinks, end)
         stop = jnp.minimum(stop, key_value[0].shape[0])
@@ -112,16 +112,12 @@ class _KeyLoop(NamedTuple):
                 load_rows(ref, (pl.ds(first + t * size, size),), local < stop) for ref in key_value
             )
             i, start = column(tile.positions), column(tile.start)
-            j, stop_position = (x + first_key if first_key else x for x in (local, stop))
+            j, stop_position = (plus(x, first_key) for x in (local, stop))
             seen = sees_sink_before(i, j[None, :], start, self.spec.num_sinks, stop_position)
             return body(carry, keys, values, seen)
 
         count = div(jnp.maximum(stop - first, 0) + size - 1, size)
         return lax.fori_loop(0, count, step, carry)
-
-    def _own_key(self, position: Array) -> Array:
-        """The index of the shard's own key at a position."""
-        return position + self.spec.lookahead if self.spec.lookahead else position
 
     def _run_fetched_sinks(self, carry: Any) -> Any:
         """The sinks that other shards hold, of the sequence that crosses into this one."""

@@ -39,7 +39,7 @@ from pallas_kernels._mosaic_gpu.primitives import (
     opaque_to_compiler,
     zeros,
 )
-from pallas_kernels._spec import Spec
+from pallas_kernels._spec import Spec, plus
 
 SUBTILE = 32
 """Queries of a tile whose logits a consumer has in registers at a time."""
@@ -193,7 +193,7 @@ class Consumer:
         i = i * opaque_to_compiler(1) + (query_tile * TILE + part * SUBTILE)
         key = j + key_block * TILE
         offset, num_keys = self.schedule.offset, self.schedule.num_keys
-        j = key + offset if offset else key
+        j = plus(key, offset)
 
         def bounds(name):
             rows = pl.ds(part * SUBTILE, SUBTILE)

@@ -26,7 +26,7 @@ from pallas_kernels._mosaic_gpu.backward.short_windows_schedule import (
 )
 from pallas_kernels._mosaic_gpu.padding import zero_padding
 from pallas_kernels._mosaic_gpu.primitives import MATRIX, fori, load_as
-from pallas_kernels._spec import Spec
+from pallas_kernels._spec import Spec, plus
 
 
 def step_arrays(schedule: ShortSchedule) -> tuple[str, ...]:
@@ -194,7 +194,7 @@ class DqProducer:
         def write():
             tiles = [self.smem[name].at[slot] for name in ("query", "dout")]
             first = self.schedule.copied_query_tile(query_block) * TILE
-            first = first + self.spec.first_key if self.spec.lookahead else first
+            first = plus(first, self.spec.first_key)
             zero_padding(tiles, self.smem["start"].at[slot], first)
 
     def _multiply_dlogits(

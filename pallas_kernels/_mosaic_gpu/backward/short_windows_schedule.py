@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Bool, Int
 
 from pallas_kernels._mosaic_gpu.primitives import ROWS
+from pallas_kernels._spec import minus, plus
 
 TILE = ROWS
 """Queries of a tile, and keys."""
@@ -97,8 +98,7 @@ class ShortSchedule:
 
     def query_tile(self, query_block: Int[Array, ""]) -> Int[Array, ""]:
         """The tile of queries of this number, counted from the first query's; negative: none."""
-        before = self.tiles_before_queries
-        return query_block - before if before else query_block
+        return minus(query_block, self.tiles_before_queries)
 
     def copied_query_tile(self, query_block: Int[Array, ""]) -> Int[Array, ""]:
         """As `query_tile`, but the first query's tile stands for one that does not exist."""
@@ -112,7 +112,7 @@ class ShortSchedule:
 
     def first_key(self, key_block: Int[Array, ""]) -> Int[Array, ""]:
         """Position of the first key of a tile."""
-        return key_block * TILE + self.offset if self.offset else key_block * TILE
+        return plus(key_block * TILE, self.offset)
 
     @property
     def programs(self) -> int:

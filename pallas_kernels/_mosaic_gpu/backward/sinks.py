@@ -17,7 +17,7 @@ from pallas_kernels._kernels import Queries
 from pallas_kernels._mosaic_gpu.backward.dq_postprocess import DqSums
 from pallas_kernels._mosaic_gpu.backward.sinks_kernel import backward_by_chunks, chunk_length
 from pallas_kernels._mosaic_gpu.primitives import ROWS
-from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts
+from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, plus
 
 MAX_SINKS = ROWS
 """Sinks of a sequence at most: a tile."""
@@ -76,7 +76,7 @@ def backward(
     Returns:
         dquery, dkey, dvalue, and the gradients of the fetched sinks.
     """
-    start = queries.start + spec.lookahead if spec.lookahead else queries.start
+    start = plus(queries.start, spec.lookahead)
     queries = queries._replace(start=start, end=None)
     spec = dataclasses.replace(spec, window=spec.keys_before, lookahead=0)
     assert spec.window is not None

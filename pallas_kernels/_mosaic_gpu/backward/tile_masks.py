@@ -24,7 +24,7 @@ from pallas_kernels._mosaic_gpu.primitives import (
     load_as,
     opaque_to_compiler,
 )
-from pallas_kernels._spec import Spec
+from pallas_kernels._spec import Spec, plus
 
 
 class KeyBounds(NamedTuple):
@@ -115,7 +115,7 @@ class TileMasks(NamedTuple):
         def write():
             tiles = [smem[name].at[opaque_to_compiler(n)] for name, n in slots.items()]
             first = query_block * QUERY_TILE
-            first = first + self.spec.first_key if self.spec.lookahead else first
+            first = plus(first, self.spec.first_key)
             zero_padding(tiles, smem["start"].at[slot], first)
 
     def zero_padding_of_keys(

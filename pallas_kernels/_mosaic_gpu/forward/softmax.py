@@ -21,9 +21,9 @@ from pallas_kernels._masks import (
     key_ranges,
     range_length,
     sees,
-    sees_behind_halo,
     sees_fetched_sink,
     sees_sink_before,
+    sees_without_fetched_sinks,
 )
 from pallas_kernels._mosaic_gpu.forward.config import ForwardConfig
 from pallas_kernels._mosaic_gpu.forward.work_tile import WorkTile
@@ -102,7 +102,7 @@ class TileMask:
         i, j, start = self._positions(self.config.tiles.key, first_key)
         spec, rule = self.config.spec, sees
         if scheduler.has_halo:
-            rule = partial(sees_behind_halo, first_key=spec.first_key)
+            rule = partial(sees_without_fetched_sinks, first_key=spec.first_key)
         seen = rule(i, j, start, spec.window, scheduler.num_sinks, packed=False)
         if scheduler.has_halo:
             seen &= j < stop

@@ -11,6 +11,7 @@ from jax import Array, lax
 from pallas_kernels._mosaic_gpu.forward.scheduler import TileScheduler
 from pallas_kernels._mosaic_gpu.primitives import ROWS
 from pallas_kernels._sink_ranges import fetched_sink_count
+from pallas_kernels._spec import minus, plus
 from pallas_kernels._tile_ranges import key_span
 
 
@@ -104,7 +105,7 @@ class WorkTile:
         scheduler, spec, own = self.scheduler, self.scheduler.spec, self.scheduler.own
         self.num_own_sink_tiles = jnp.int32(0)
         if scheduler.num_sinks:
-            start = self.start - spec.first_key if spec.lookahead else self.start
+            start = minus(self.start, spec.first_key)
             begin, length = jnp.maximum(start, 0), scheduler.runs[own][1]
             stop = jnp.minimum(start + spec.num_sinks, self.begins_in_eights[own] * 8)
             self.own_sinks_end = jnp.minimum(stop, length)
@@ -200,8 +201,7 @@ class WorkTile:
         begin = stop = jnp.int32(0)
         if self.scheduler.num_sinks:
             begin, stop = self.own_sinks_begin_in_eights * 8 + n * size, self.own_sinks_end
-            if first_key := self.scheduler.spec.first_key:
-                begin, stop = begin + first_key, stop + first_key
+            begin, stop = (plus(x, self.scheduler.spec.first_key) for x in (begin, stop))
         if self.scheduler.num_fetched_sinks:
             fetched_begin = self.crossing + (n - self.num_own_sink_tiles) * size
             begin = jnp.where(fetched, fetched_begin, begin)
