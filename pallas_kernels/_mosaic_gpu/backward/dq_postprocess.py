@@ -216,5 +216,4 @@ def postprocess(
         grid_names=("program",),
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )(*work.operands.values())
-    # Kernels of Mosaic GPU drop manual mesh axes.
     return vary_as(sums.slices, out)
