@@ -20,6 +20,7 @@ from pallas_kernels._mosaic_gpu.primitives import (
     COLUMN,
     MATRIX,
     ROWS,
+    Index,
     broadcast_column,
     load_as,
     opaque_to_compiler,
@@ -73,7 +74,7 @@ def zero_delta(
     return jnp.where(padding[:, None], 0, delta)
 
 
-def zero_padding(tiles: list[Any], starts: Any, first: Int[Array, ""]) -> None:
+def zero_padding(tiles: list[Any], starts: Any, first: Index) -> None:
     """Overwrites the padding of tiles in shared memory with zeros.
 
     Args:

@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jaxtyping import Float32, Int
+from jaxtyping import Float32
 
 from pallas_kernels._mosaic_gpu import register_tiles
 from pallas_kernels._mosaic_gpu.backward.scheduler import ProgramSchedule
 from pallas_kernels._mosaic_gpu.backward.tasks import BackwardSchedule
 from pallas_kernels._mosaic_gpu.primitives import (
     ROWS,
+    Index,
     semaphore_signal_after_stores,
     semaphore_signal_and_wait,
 )
@@ -58,8 +59,8 @@ def semaphore_shapes(schedule: BackwardSchedule) -> dict[str, tuple[int, ...]]:
 def reduce_parts_in_order(
     schedule: ProgramSchedule,
     refs: dict[str, Any],
-    warpgroup: int | Int[Array, ""],
-    row_tile: int | Int[Array, ""],
+    warpgroup: int | Index,
+    row_tile: int | Index,
     results: Mapping[str, tuple[Float32[Array, "64 _"], ...]],
     write: Callable[[Mapping[str, tuple[Array, ...]]], None],
 ) -> None:

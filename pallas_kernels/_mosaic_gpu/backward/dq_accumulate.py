@@ -11,6 +11,7 @@ In a fixed order a program knows whether it adds last. It can then make the resu
 itself (`DqEpilogue`), so that no other kernel has to read them again.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,15 +19,19 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 
 from pallas_kernels._mosaic_gpu.backward.dq_postprocess import DqEpilogue
 from pallas_kernels._mosaic_gpu.backward.pipeline import BackwardPipeline
 from pallas_kernels._mosaic_gpu.backward.scheduler import ProgramSchedule, fold_steps, slot_of
-from pallas_kernels._mosaic_gpu.primitives import fori, semaphore_signal_and_wait
+from pallas_kernels._mosaic_gpu.primitives import Index, fori, semaphore_signal_and_wait
 
 SLOTS = 2
 """Tiles of gradients in shared memory, for `accumulate_tiles`."""
+
+
+_State = tuple[Index, Index]
+"""Where a program's schedule is: `ProgramSchedule`."""
 
 
 def accumulate_slices(
@@ -108,7 +113,14 @@ def accumulate_tiles(
 class _TileAccumulator:
     """What `accumulate_tiles` runs; arguments as there."""
 
-    def __init__(self, pipeline, refs, buffers, results, barriers):
+    def __init__(
+        self,
+        pipeline: BackwardPipeline,
+        refs: dict[str, Any],
+        buffers: Any,
+        results: Any,
+        barriers: dict[str, Any],
+    ):
         self.pipeline, self.refs, self.barriers = pipeline, refs, barriers
         self.buffers, self.results = buffers, results
         self.epilogue: DqEpilogue | None = pipeline.epilogue
@@ -129,7 +141,7 @@ class _TileAccumulator:
         )
         signal_last_step(self.adders.at[head, query_block], signals)
 
-    def _step(self, number, state):
+    def _step(self, number: Index, state: tuple[Index, ...]) -> tuple[Index, ...]:
         """Adds a tile; then prepares the next two steps.
 
         The state: that of the schedule, then head, tile of queries and `signals_others` of the
@@ -156,18 +168,30 @@ class _TileAccumulator:
         self._release_with_sums(number + 1, following)
         return *following, head, query_block, signals_others(self.pipeline, before)
 
-    def _add(self, slot, head, query_block, before) -> None:
+    def _add(
+        self,
+        slot: Index,
+        head: Index,
+        query_block: Index,
+        before: Index,
+    ) -> None:
         """Adds a tile to the sums."""
         dst = self.refs["dquery_sums"].at[self.schedule.row, head, query_block]
         store_or_add(self.pipeline, self.buffers.at[slot], dst, before)
 
-    def _write(self, epilogue: DqEpilogue, slot, head, query_block) -> None:
+    def _write(
+        self,
+        epilogue: DqEpilogue,
+        slot: Index,
+        head: Index,
+        query_block: Index,
+    ) -> None:
         """Writes a tile of results."""
         for n in range(epilogue.num_slices):
             dst = epilogue.dst(self.refs, self.schedule.row, query_block, head, n)
             plgpu.copy_smem_to_gmem(self.results.at[slot, n, 0], dst, commit_group=False)
 
-    def _needs_sums(self, number, query_block) -> Bool[Array, ""]:
+    def _needs_sums(self, number: Index, query_block: Index) -> Bool[Array, ""]:
         """Whether a step makes the result from the sums of other programs."""
         schedule = self.schedule
         return (
@@ -176,7 +200,7 @@ class _TileAccumulator:
             & (schedule.adders_before(query_block) > 0)
         )
 
-    def _release(self, number, state) -> None:
+    def _release(self, number: Index, state: _State) -> None:
         """Releases the slot of a step, unless that needs sums."""
         _, query_block = self.schedule.coordinates(*state)
         free = self.barriers["dquery_free"].at[slot_of(number, SLOTS)]
@@ -186,7 +210,7 @@ class _TileAccumulator:
             needs_sums = self._needs_sums(number, query_block)
             pl.when(~needs_sums)(lambda: plgpu.barrier_arrive(free))
 
-    def _release_with_sums(self, number, state) -> None:
+    def _release_with_sums(self, number: Index, state: _State) -> None:
         """Copies sums to the slot of a step that needs them, whose arrival releases it."""
         head, query_block = self.schedule.coordinates(*state)
         if self.epilogue is None:
@@ -199,7 +223,13 @@ class _TileAccumulator:
             free = self.barriers["dquery_free"].at[slot]
             plgpu.copy_gmem_to_smem(src, self.buffers.at[slot], free)
 
-    def _wait_turn(self, number, state, signal_tile, signals) -> None:
+    def _wait_turn(
+        self,
+        number: Index,
+        state: _State,
+        signal_tile: Sequence[Index],
+        signals: Index,
+    ) -> None:
         """Waits until a step, if it exists, may add; signals the step two before it.
 
         A step's semaphore is incremented one step later, when its copy has usually finished.
@@ -219,19 +249,19 @@ class _TileAccumulator:
 
 
 def adders_to_wait_for(
-    pipeline: BackwardPipeline, schedule: ProgramSchedule, query_block: Int[Array, ""]
-) -> Int[Array, ""]:
+    pipeline: BackwardPipeline, schedule: ProgramSchedule, query_block: Index
+) -> Index:
     """How many programs must have added to a tile of queries before this one does."""
     number = schedule.adders_before(query_block)
     return number if pipeline.deterministic else jnp.minimum(number, 1)
 
 
-def signals_others(pipeline: BackwardPipeline, before: Int[Array, ""]) -> Int[Array, ""]:
+def signals_others(pipeline: BackwardPipeline, before: Index) -> Index:
     """Whether programs wait for what this one adds, as the first one or after ``before``."""
     return jnp.int32(1 if pipeline.deterministic else before == 0)
 
 
-def store_or_add(pipeline: BackwardPipeline, src: Any, dst: Any, before: Int[Array, ""]) -> None:
+def store_or_add(pipeline: BackwardPipeline, src: Any, dst: Any, before: Index) -> None:
     """Copies to global memory if no program or launch has added before, else adds."""
 
     def copy(reduction):
@@ -244,7 +274,7 @@ def store_or_add(pipeline: BackwardPipeline, src: Any, dst: Any, before: Int[Arr
     pl.when(before > 0)(partial(copy, "add"))
 
 
-def signal_last_step(semaphore: Any, signals: Int[Array, ""]) -> None:
+def signal_last_step(semaphore: Any, signals: Index) -> None:
     """Signals the last step, and waits until all copies have been written."""
     semaphore_signal_and_wait(semaphore, signals, semaphore, jnp.int32(0))
     plgpu.wait_smem_to_gmem(0)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Float32
 
 from pallas_kernels._mosaic_gpu import register_tiles
 from pallas_kernels._mosaic_gpu.backward.dkv_reduce import reduce_parts_in_order
@@ -31,6 +31,7 @@ from pallas_kernels._mosaic_gpu.backward.tasks import QUERY_TILE
 from pallas_kernels._mosaic_gpu.primitives import (
     ROW,
     ROWS,
+    Index,
     broadcast_row,
     fence_async_smem,
     load_as,
@@ -40,6 +41,10 @@ from pallas_kernels._mosaic_gpu.primitives import (
 
 KEY_TILE = CONSUMERS * ROWS
 """Keys of a tile: each consumer has the rows of one matrix."""
+
+
+_Sums = tuple[Float32[Array, "64 H"], Float32[Array, "64 Hv"]]
+"""dkey, before the scale, and dvalue of a consumer's keys."""
 
 
 def dquery_buffers(pipeline: BackwardPipeline, smem: dict[str, Any]) -> Sequence[Any]:
@@ -67,7 +72,7 @@ class Consumer:
         refs: dict[str, Any],
         smem: dict[str, Any],
         barriers: dict[str, Any],
-        warpgroup: Int[Array, ""],
+        warpgroup: Index,
     ):
         self.pipeline, self.spec, self.masks = pipeline, pipeline.spec, pipeline.masks
         self.refs, self.smem, self.barriers, self.warpgroup = refs, smem, barriers, warpgroup
@@ -97,7 +102,13 @@ class Consumer:
             self.schedule, self.refs, warpgroup, warpgroup, results, self._write_dkey_and_dvalue
         )
 
-    def _step(self, head, query_block, number, carry):
+    def _step(
+        self,
+        head: Index,
+        query_block: Index,
+        number: Index,
+        carry: _Sums,
+    ) -> _Sums:
         """Adds what flows through one tile of queries to dkey and dvalue, the carry."""
         del head
         spec, smem, barriers = self.spec, self.smem, self.barriers
@@ -141,7 +152,14 @@ class Consumer:
         plgpu.barrier_arrive(self.barriers["dlogits"])
         plgpu.barrier_wait(self.barriers["dlogits"])
 
-    def _multiply_dlogits(self, slot, query_block, dlogits, dkey, dquery) -> None:
+    def _multiply_dlogits(
+        self,
+        slot: Index,
+        query_block: Index,
+        dlogits: Float[Array, "64 64"],
+        dkey: Any,
+        dquery: Any,
+    ) -> None:
         """Adds to the accumulator of dkey; computes this warpgroup's half of dquery's columns.
 
         Stores the half in shared memory, for the dq accumulator.
@@ -158,7 +176,9 @@ class Consumer:
         self._store_dquery(slot, query_block, result)
         plgpu.barrier_arrive(barriers["dquery"].at[slot])
 
-    def _store_dquery(self, slot, query_block, sums: Float32[Array, "64 columns"]) -> None:
+    def _store_dquery(
+        self, slot: Index, query_block: Index, sums: Float32[Array, "64 columns"]
+    ) -> None:
         """Stores sums for queries in shared memory; results, if this program adds last."""
         epilogue = self.pipeline.epilogue
         store = partial(register_tiles.store, self.sums_smem.at[slot, self.warpgroup], sums)
@@ -170,7 +190,13 @@ class Consumer:
             pl.when(~self.schedule.adds_last(query_block))(store)
         fence_async_smem()
 
-    def _store_results(self, epilogue: DqEpilogue, slot, query_block, sums) -> None:
+    def _store_results(
+        self,
+        epilogue: DqEpilogue,
+        slot: Index,
+        query_block: Index,
+        sums: Float32[Array, "64 columns"],
+    ) -> None:
         """Adds the sums of other programs, which the dq accumulator has copied; scales, rounds."""
         others = self.sums_smem.at[slot, self.warpgroup]
         total = lax.cond(

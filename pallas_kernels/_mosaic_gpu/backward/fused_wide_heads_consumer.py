@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Float32
 
 from pallas_kernels._mosaic_gpu import register_tiles
 from pallas_kernels._mosaic_gpu.backward.dkv_reduce import MAX_COLUMNS, reduce_parts_in_order
@@ -28,6 +28,7 @@ from pallas_kernels._mosaic_gpu.backward.tasks import QUERY_TILE
 from pallas_kernels._mosaic_gpu.primitives import (
     ROW,
     ROWS,
+    Index,
     broadcast_row,
     fence_async_smem,
     load_as,
@@ -49,6 +50,9 @@ ACCUMULATOR_COLUMNS = MAX_COLUMNS
 SLOTS = 2
 """Tiles of queries in shared memory. There is one of the gradients of outputs."""
 
+_Sums = tuple[Float32[Array, "64 _"], ...]
+"""dkey, before the scale, or dvalue, in parts of `ACCUMULATOR_COLUMNS` side by side."""
+
 
 class Consumer:
     """A warpgroup that computes: `run_values` is what the first one runs, `run_keys` the second.
@@ -67,7 +71,7 @@ class Consumer:
         refs: dict[str, Any],
         smem: dict[str, Any],
         barriers: dict[str, Any],
-        warpgroup: Int[Array, ""],
+        warpgroup: Index,
     ):
         self.pipeline, self.spec, self.dtype = pipeline, pipeline.spec, pipeline.query.dtype
         self.masks, self.warpgroup = pipeline.masks, warpgroup
@@ -97,7 +101,14 @@ class Consumer:
         dkeys = fold_steps(self.schedule, self._keys_step, _zeros(self.pipeline.dim))
         self._write("dkey", dkeys, self.spec.scale)
 
-    def _values_step(self, first_key, head, query_block, number, dvalues):
+    def _values_step(
+        self,
+        first_key: Index,
+        head: Index,
+        query_block: Index,
+        number: Index,
+        dvalues: _Sums,
+    ) -> _Sums:
         """Adds what flows through one tile of queries to dvalue, the carry."""
         del head
         spec, smem, barriers = self.spec, self.smem, self.barriers
@@ -125,12 +136,18 @@ class Consumer:
             plgpu.barrier_arrive(barriers["dout_free"].at[0])
 
         initial = *dvalues, initial_logits(spec, shift)
-        *dvalues, _ = pl.run_state(multiply)(tuple(map(plgpu.ACC.init, initial)))
+        found = pl.run_state(multiply)(tuple(map(plgpu.ACC.init, initial)))
         plgpu.barrier_wait(barriers["dlogits"])
         self._store_dquery(0)
-        return tuple(dvalues)
+        return found[:-1]
 
-    def _keys_step(self, head, query_block, number, dkeys):
+    def _keys_step(
+        self,
+        head: Index,
+        query_block: Index,
+        number: Index,
+        dkeys: _Sums,
+    ) -> _Sums:
         """Adds what flows through one tile of queries to dkey, the carry."""
         del head
         smem, barriers = self.smem, self.barriers
@@ -138,7 +155,7 @@ class Consumer:
         if self.pipeline.packed:  # the flag of padding comes with the queries
             plgpu.barrier_wait(barriers["query"].at[slot])
         plgpu.barrier_wait(barriers["dout"].at[0])
-        slots: dict[str, Int[Array, ""] | int] = {"query": slot, "dout": 0}
+        slots: dict[str, Index | int] = {"query": slot, "dout": 0}
         self.masks.zero_padding_of_queries(smem, slot, query_block, slots)
         minus_delta = broadcast_row(load_as(smem["delta"].at[0], ROW))
 
@@ -162,9 +179,9 @@ class Consumer:
             plgpu.barrier_arrive(barriers["query_free"].at[slot])
 
         initial = *dkeys, minus_delta
-        *dkeys, _ = pl.run_state(multiply)(tuple(map(plgpu.ACC.init, initial)))
+        found = pl.run_state(multiply)(tuple(map(plgpu.ACC.init, initial)))
         self._store_dquery(1)
-        return tuple(dkeys)
+        return found[:-1]
 
     def _store_dquery(self, first: int) -> None:
         """Computes every other slice of dquery, from ``first`` on; stores it in shared memory."""
@@ -186,7 +203,7 @@ class Consumer:
             accumulator = plgpu.ACC((QUERY_TILE, DQUERY_COLUMNS), jnp.float32)
             pl.run_scoped(partial(multiply, n), accumulator)
 
-    def _write(self, name: str, results: tuple[Float32[Array, "64 _"], ...], scale: float) -> None:
+    def _write(self, name: str, results: _Sums, scale: float) -> None:
         """Writes dkey or dvalue, which is ``scale`` times the results side by side."""
         schedule = self.schedule
 
@@ -204,7 +221,7 @@ class Consumer:
         reduce_parts_in_order(schedule, self.refs, self.warpgroup, 0, {name: results}, write)
 
 
-def _zeros(dim: int) -> tuple[Float32[Array, "64 _"], ...]:
+def _zeros(dim: int) -> _Sums:
     """Accumulators for so many columns."""
     return tuple(
         zeros(min(ACCUMULATOR_COLUMNS, dim - first)) for first in range(0, dim, ACCUMULATOR_COLUMNS)

@@ -10,6 +10,7 @@ from jaxtyping import Int
 
 from pallas_kernels._kernels import Queries
 from pallas_kernels._mosaic_gpu.backward.tasks import QUERY_TILE, BackwardSchedule
+from pallas_kernels._mosaic_gpu.primitives import Index
 from pallas_kernels._spec import Spec
 from pallas_kernels._tile_ranges import QueryColumns, query_plan
 
@@ -85,8 +86,8 @@ def plan_with_first_block(plan: Int[Array, "B tiles 4"]) -> Int[Array, "B tiles 
 def plan_masked_outside(
     plan: Int[Array, "B tiles 4"],
     schedule: BackwardSchedule,
-    start: Int[Array, ""],
-    end: Int[Array, ""],
+    start: Index,
+    end: Index,
 ) -> Int[Array, "B tiles 4"]:
     """The plan with masks for all tiles that hold keys outside of the one sequence.
 

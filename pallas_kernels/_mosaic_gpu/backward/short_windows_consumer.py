@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float32
 
 from pallas_kernels._masks import sees
 from pallas_kernels._mosaic_gpu.backward.short_windows_schedule import (
@@ -32,6 +32,7 @@ from pallas_kernels._mosaic_gpu.padding import zero_padding
 from pallas_kernels._mosaic_gpu.primitives import (
     MATRIX,
     ROW,
+    Index,
     broadcast_row,
     fence_async_smem,
     fori,
@@ -43,6 +44,10 @@ from pallas_kernels._spec import Spec, plus
 
 SUBTILE = 32
 """Queries of a tile whose logits a consumer has in registers at a time."""
+
+
+_Sums = tuple[Float32[Array, "64 H"], Float32[Array, "64 Hv"]]
+"""dkey, before the scale, and dvalue of a consumer's tile of keys."""
 
 
 class Consumer:
@@ -64,7 +69,7 @@ class Consumer:
         refs: dict[str, Any],
         smem: dict[str, Any],
         barriers: dict[str, Any],
-        warpgroup: Int[Array, ""],
+        warpgroup: Index,
     ):
         self.spec, self.schedule, self.warpgroup = spec, schedule, warpgroup
         self.refs, self.smem, self.barriers = refs, smem, barriers
@@ -77,7 +82,7 @@ class Consumer:
         fori(0, lax.div(last, jnp.int32(CONSUMERS)) + 1, self._key_tile, None)
         plgpu.wait_smem_to_gmem(0)
 
-    def _key_tile(self, number: Int[Array, ""], _) -> None:
+    def _key_tile(self, number: Index, _) -> None:
         """Computes the gradients of a tile of keys and values, and writes them."""
         chunk = self.chunk
         key_block = key_block_of(chunk.first, self.warpgroup) + number * CONSUMERS
@@ -102,7 +107,7 @@ class Consumer:
 
                 write_through_smem(result, self.smem["dkeys"].at[self.warpgroup], dst)
 
-    def _zero_padding_of_keys(self, key_block: Int[Array, ""]) -> None:
+    def _zero_padding_of_keys(self, key_block: Index) -> None:
         """Zeros in the padding of a tile of keys and values.
 
         The producer reads these keys only after this consumer has arrived on "dlogits".
@@ -118,7 +123,14 @@ class Consumer:
             starts = self.refs["start"].at[row, pl.ds(tile * TILE, TILE)]
             zero_padding(tiles, starts, tile * TILE)
 
-    def _step(self, key_block, first_query_block, steps_before, n, carry):
+    def _step(
+        self,
+        key_block: Index,
+        first_query_block: Index,
+        steps_before: Index,
+        n: Index,
+        carry: _Sums,
+    ) -> _Sums:
         """Adds what flows through a head of a tile of queries to dk and dv, the carry."""
         barriers = self.barriers
         number = steps_before + n
@@ -130,13 +142,11 @@ class Consumer:
         plgpu.barrier_wait(barriers["delta"].at[slot])
         unmasked = self._is_unmasked(slot, query_block, key_block)
         for part in range(TILE // SUBTILE):
-            carry = self._subtile(
-                part, slot, buffer, keys, query_block, key_block, unmasked, *carry
-            )
+            carry = self._subtile(part, slot, buffer, query_block, key_block, keys, unmasked, carry)
         plgpu.barrier_arrive(barriers["query_free"].at[slot])
         return carry
 
-    def _is_unmasked(self, slot, query_block, key_block) -> Bool[Array, ""]:
+    def _is_unmasked(self, slot: Index, query_block: Index, key_block: Index) -> Bool[Array, ""]:
         """Whether all queries of a tile see all keys of another."""
         schedule, smem, window = self.schedule, self.smem, self.spec.window
         assert window is not None
@@ -155,7 +165,17 @@ class Consumer:
                 unmasked &= schedule.first_key(key_block) + TILE <= smem["end"][slot, 0]
         return unmasked
 
-    def _subtile(self, part, slot, buffer, keys, query_block, key_block, unmasked, dkey, dvalue):
+    def _subtile(
+        self,
+        part: int,
+        slot: Index,
+        buffer: Index,
+        query_block: Index,
+        key_block: Index,
+        keys: Index,
+        unmasked: Bool[Array, ""],
+        sums: _Sums,
+    ) -> _Sums:
         """Adds what flows through `SUBTILE` queries to dk and dv."""
         spec, smem, barriers = self.spec, self.smem, self.barriers
         rows = pl.ds(part * SUBTILE, SUBTILE)
@@ -181,10 +201,17 @@ class Consumer:
                 plgpu.barrier_arrive(barriers["dlogits"].at[buffer])
             plgpu.wgmma_wait(0)
 
-        initial = dkey, dvalue, initial_logits(spec, shift), minus_delta
+        initial = *sums, initial_logits(spec, shift), minus_delta
         return pl.run_state(multiply)(tuple(map(plgpu.ACC.init, initial)))[:2]
 
-    def _mask(self, part, slot, query_block, key_block, weights):
+    def _mask(
+        self,
+        part: int,
+        slot: Index,
+        query_block: Index,
+        key_block: Index,
+        weights: Float32[Array, "64 queries"],
+    ) -> Float32[Array, "64 queries"]:
         """Weights, zero where queries do not see keys."""
         packed = self.schedule.packed
         j = plgpu.broadcasted_iota(jnp.int32, (TILE, SUBTILE), 0, layout=MATRIX)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Float32, Int
+from jaxtyping import Float32
 
 from pallas_kernels._mosaic_gpu.backward.short_windows_schedule import (
     CONSUMERS,
@@ -25,7 +25,7 @@ from pallas_kernels._mosaic_gpu.backward.short_windows_schedule import (
     key_slot,
 )
 from pallas_kernels._mosaic_gpu.padding import zero_padding
-from pallas_kernels._mosaic_gpu.primitives import MATRIX, fori, load_as
+from pallas_kernels._mosaic_gpu.primitives import MATRIX, Index, fori, load_as
 from pallas_kernels._spec import Spec, plus
 
 
@@ -84,7 +84,7 @@ class DqProducer:
         fori(0, self.steps, self._step, None)
         plgpu.wait_smem_to_gmem(0)
 
-    def _step(self, number: Int[Array, ""], _) -> None:
+    def _step(self, number: Index, _) -> None:
         """Computes dq of a step and delta of the next one; copies what later steps need."""
         barriers, chunk = self.barriers, self.chunk
         _, query_block, head = self._coordinates(number)
@@ -117,16 +117,14 @@ class DqProducer:
         def write():
             self._write(dquery, self.schedule.query_tile(query_block), head)
 
-    def _coordinates(
-        self, number: Int[Array, ""]
-    ) -> tuple[Int[Array, ""], Int[Array, ""], Int[Array, ""]]:
+    def _coordinates(self, number: Index) -> tuple[Index, Index, Index]:
         """(slot, tile of queries, query head) of a step."""
         group_size = jnp.int32(self.schedule.group_size)
         query_block = self.chunk.first + lax.div(number, group_size)
         head = self.chunk.kv_head * self.schedule.group_size + lax.rem(number, group_size)
         return lax.rem(number, jnp.int32(SLOTS)), query_block, head
 
-    def _copy_keys(self, key_block: Int[Array, ""]) -> None:
+    def _copy_keys(self, key_block: Index) -> None:
         """Copies a tile of keys and values; one before the sequence stands for the first one."""
         consumer = lax.rem(key_block + CONSUMERS, jnp.int32(CONSUMERS))
         arrived = self.barriers["key"].at[consumer]
@@ -135,7 +133,7 @@ class DqProducer:
             src = self.refs[name].at[self.chunk.row, rows, self.chunk.kv_head]
             plgpu.copy_gmem_to_smem(src, self.smem[name].at[key_slot(key_block)], arrived)
 
-    def _copy_queries(self, number: Int[Array, ""]) -> None:
+    def _copy_queries(self, number: Index) -> None:
         """Copies what a step needs of its queries."""
         slot, query_block, head = self._coordinates(number)
         tile = self.schedule.copied_query_tile(query_block)
@@ -154,7 +152,7 @@ class DqProducer:
             src = self.refs[name].at[indices[name]]
             plgpu.copy_gmem_to_smem(src, self.smem[name].at[slot], arrived)
 
-    def _copy_queries_ahead(self, number: Int[Array, ""]) -> None:
+    def _copy_queries_ahead(self, number: Index) -> None:
         """Copies the queries of a later step to the slot of the step before this one."""
         ahead = number + SLOTS - 1
 
@@ -167,7 +165,7 @@ class DqProducer:
 
             self._copy_queries(ahead)
 
-    def _compute_delta(self, number: Int[Array, ""]) -> None:
+    def _compute_delta(self, number: Index) -> None:
         """Computes ``-delta`` of a step's queries, for the consumers and for the caller."""
         slot, query_block, head = self._coordinates(number)
         plgpu.barrier_wait(self.barriers["query"].at[slot])
@@ -185,7 +183,7 @@ class DqProducer:
             dst = self.refs["minus_delta"].at[self.chunk.row, head, rows]
             plgpu.copy_smem_to_gmem(minus_delta, dst)
 
-    def _zero_padding(self, slot: Int[Array, ""], query_block: Int[Array, ""]) -> None:
+    def _zero_padding(self, slot: Index, query_block: Index) -> None:
         """Zeros in the padding of a tile of queries; the consumers wait for delta, so for this."""
         if not self.schedule.packed:
             return
@@ -198,7 +196,7 @@ class DqProducer:
             zero_padding(tiles, self.smem["start"].at[slot], first)
 
     def _multiply_dlogits(
-        self, query_block: Int[Array, ""], buffer: Int[Array, ""], dquery: Any
+        self, query_block: Index, buffer: Index, dquery: Any
     ) -> Float32[Array, "64 H"]:
         """Products of the gradients of logits and the keys, summed over all consumers."""
         for consumer in range(CONSUMERS):
@@ -206,9 +204,7 @@ class DqProducer:
             plgpu.wgmma(dquery, self.smem["dlogits"].at[buffer, consumer].T, keys)
         return dquery[...]
 
-    def _write(
-        self, dquery: Float32[Array, "64 H"], query_block: Int[Array, ""], head: Int[Array, ""]
-    ) -> None:
+    def _write(self, dquery: Float32[Array, "64 H"], query_block: Index, head: Index) -> None:
         """Scales the gradients of a tile of queries, adds those of other launches, and writes."""
         row, result = self.chunk.row, dquery * self.spec.scale
         dst = (row, pl.ds(query_block * TILE, TILE), head)

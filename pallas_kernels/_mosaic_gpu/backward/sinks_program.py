@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Float32, Int
+from jaxtyping import Float32
 
 from pallas_kernels._masks import sees_beyond_window
 from pallas_kernels._mosaic_gpu.backward.sinks_config import SinkConfig
@@ -26,6 +26,7 @@ from pallas_kernels._mosaic_gpu.primitives import (
     MATRIX,
     ROW,
     ROWS,
+    Index,
     broadcast_row,
     fori,
     load_as,
@@ -90,7 +91,7 @@ class SinkProgram:
             self._pass_over_queries(("dvalue",), first_tile)
         plgpu.wait_smem_to_gmem(0)
 
-    def _pass_over_queries(self, names: tuple[str, ...], first_tile: Int[Array, ""]) -> None:
+    def _pass_over_queries(self, names: tuple[str, ...], first_tile: Index) -> None:
         """Computes "dkey", "dvalue" or both. The pass with "dkey" finishes dquery.
 
         ``first_tile`` is the first one that may see sinks beyond windows.
@@ -124,7 +125,7 @@ class SinkProgram:
         for name, result in zip(names, sums, strict=True):
             self._write(name, result)
 
-    def _copy(self, tile: Int[Array, ""]) -> None:
+    def _copy(self, tile: Index) -> None:
         """Copies a tile of queries to shared memory."""
         rows, arrived = pl.ds(tile * ROWS, ROWS), self.barriers["query"]
         indices: dict[str, Any] = {
@@ -141,7 +142,7 @@ class SinkProgram:
     def _add_tile(
         self,
         names: tuple[str, ...],
-        tile: Int[Array, ""],
+        tile: Index,
         sums: tuple[Float32[Array, "64 _"], ...],
     ) -> tuple[Float32[Array, "64 _"], ...]:
         """Adds what flows through a tile of queries; leaves dlogits in shared memory."""
@@ -175,7 +176,7 @@ class SinkProgram:
         initial = *sums, initial_logits(spec, shift), minus_delta
         return pl.run_state(multiply)(tuple(map(plgpu.ACC.init, initial)))[:-2]
 
-    def _zero_padding(self, tile: Int[Array, ""]) -> None:
+    def _zero_padding(self, tile: Index) -> None:
         """Zeros in the padding of a tile of queries."""
         if not self.config.packed:
             return
@@ -185,9 +186,7 @@ class SinkProgram:
         def write():
             zero_padding([smem["query"], smem["dout"]], smem["start"], tile * ROWS)
 
-    def _mask(
-        self, tile: Int[Array, ""], weights: Float32[Array, "64 64"]
-    ) -> Float32[Array, "64 64"]:
+    def _mask(self, tile: Index, weights: Float32[Array, "64 64"]) -> Float32[Array, "64 64"]:
         """Weights, zero where a query does not see a key as a sink beyond its window."""
         j = plgpu.broadcasted_iota(jnp.int32, (ROWS, ROWS), 0, layout=MATRIX)
         i = plgpu.broadcasted_iota(jnp.int32, (ROWS, ROWS), 1, layout=MATRIX)
@@ -201,7 +200,7 @@ class SinkProgram:
             seen &= j >= 0
         return jnp.where(seen, weights, 0.0)
 
-    def _finish_dquery(self, tile: Int[Array, ""], *, through_sinks: bool) -> None:
+    def _finish_dquery(self, tile: Index, *, through_sinks: bool) -> None:
         """Finishes the gradients of a tile of queries, with what flows through sinks if asked."""
         work = self.work
         plgpu.commit_smem()  # makes dlogits visible to WGMMA

@@ -38,7 +38,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Int
 
 from pallas_kernels._masks import sees_all_keys
-from pallas_kernels._mosaic_gpu.primitives import ROWS
+from pallas_kernels._mosaic_gpu.primitives import ROWS, Index
 
 QUERY_TILE = ROWS
 """Queries of a tile."""
@@ -62,13 +62,13 @@ class TaskPart(NamedTuple):
         parts: how many parts of the queries the task has; None: each part has all queries.
     """
 
-    task: Int[Array, ""]
-    first_head: Int[Array, ""]
-    heads: Int[Array, ""] | int
-    part: Int[Array, ""]
+    task: Index
+    first_head: Index
+    heads: Index | int
+    part: Index
     is_last: Bool[Array, ""]
-    number: Int[Array, ""]
-    parts: Int[Array, ""] | None = None
+    number: Index
+    parts: Index | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +160,7 @@ class BackwardSchedule:
         """How many there are: whole tasks, the first parts of all split tasks, the second ..."""
         return self.tasks + self.split_tasks * (self.parts - 1)
 
-    def task_part(self, index: Int[Array, ""]) -> TaskPart:
+    def task_part(self, index: Index) -> TaskPart:
         """What program ``index`` computes."""
         if not self.split_tasks:
             zero = jnp.int32(0)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Float32, Int
+from jaxtyping import Float32
 
 from pallas_kernels._masks import sees
 from pallas_kernels._mosaic_gpu.backward.scheduler import ProgramSchedule
@@ -20,6 +20,7 @@ from pallas_kernels._mosaic_gpu.primitives import (
     MATRIX,
     ROW,
     ROWS,
+    Index,
     broadcast_row,
     load_as,
     opaque_to_compiler,
@@ -30,8 +31,8 @@ from pallas_kernels._spec import Spec, plus
 class KeyBounds(NamedTuple):
     """Positions of the first key that any query sees, and behind the last; None: no mask for it."""
 
-    first: Int[Array, ""] | None
-    stop: Int[Array, ""] | int | None
+    first: Index | None
+    stop: Index | int | None
 
 
 class TileMasks(NamedTuple):
@@ -59,7 +60,7 @@ class TileMasks(NamedTuple):
         first, end = refs["bounds"][0], refs["bounds"][1]
         return KeyBounds(first, end if stop is None else jnp.minimum(end, stop))
 
-    def query_bounds(self, smem: dict[str, Any], slot: Int[Array, ""]) -> tuple[Any, Any]:
+    def query_bounds(self, smem: dict[str, Any], slot: Index) -> tuple[Any, Any]:
         """Refs of where the sequences of a tile's queries start and end; None if there is none."""
         start = smem["start"].at[slot] if self.schedule.packed else None
         return start, smem["end"].at[slot] if self.has_ends_by_row else None
@@ -67,9 +68,9 @@ class TileMasks(NamedTuple):
     def apply(
         self,
         query_bounds: tuple[Any, Any],
-        first_key: Int[Array, ""],
+        first_key: Index,
         key_bounds: KeyBounds,
-        query_block: Int[Array, ""],
+        query_block: Index,
         weights: Float32[Array, "64 queries"],
     ) -> Float32[Array, "64 queries"]:
         """Weights with zeros where a query does not see a key.
@@ -96,9 +97,9 @@ class TileMasks(NamedTuple):
     def zero_padding_of_queries(
         self,
         smem: dict[str, Any],
-        slot: Int[Array, ""],
-        query_block: Int[Array, ""],
-        slots: Mapping[str, Int[Array, ""] | int],
+        slot: Index,
+        query_block: Index,
+        slots: Mapping[str, Index | int],
     ) -> None:
         """Sets the padding of a tile of queries to zero.
 
@@ -123,7 +124,7 @@ class TileMasks(NamedTuple):
         refs: dict[str, Any],
         smem: dict[str, Any],
         program: ProgramSchedule,
-        first_row: int | Int[Array, ""] = 0,
+        first_row: int | Index = 0,
     ) -> None:
         """Sets the padding of the shard's own keys and values to zero.
 

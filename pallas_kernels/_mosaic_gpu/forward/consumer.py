@@ -26,11 +26,23 @@ from pallas_kernels._mosaic_gpu.primitives import (
 )
 from pallas_kernels._mosaic_gpu.tiles import FOLD
 
+_Sums = tuple[Array, Array, Array]
+"""(row_max, row_sum, accumulator): [ROWS], [ROWS], [ROWS, Hv], in float32.
+
+While a lazy softmax adds them up, row sums are [ROWS, FOLD].
+"""
+
 
 class Consumer:
-    """Computes a warpgroup's rows.
+    """Computes a warpgroup's rows of each tile of queries.
 
-    Row sums are [ROWS], or [ROWS, FOLD] while a lazy softmax adds them up.
+    Args:
+        config: static settings.
+        refs: arrays in global memory.
+        outputs: references to the output and to the log-sum-exp.
+        smem: buffers of `ForwardConfig.smem`.
+        barriers: those of `ForwardConfig.barriers`.
+        warpgroup: which of the consumers this is.
     """
 
     def __init__(
@@ -59,7 +71,7 @@ class Consumer:
         fori(0, scheduler.num_work_tiles(), step, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
-    def _tile(self, tile: WorkTile, number: Array, used: Array):
+    def _tile(self, tile: WorkTile, number: Array, used: Array) -> None:
         """A tile of queries; ``used`` counts the tiles of keys before its first one."""
         config = self.config
         stage = lax.rem(number, jnp.int32(config.tiles.query_slots))
@@ -94,7 +106,7 @@ class Consumer:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(self.barriers["query_free"].at[stage])
 
-    def _initial(self) -> tuple[Array, Array, Array]:
+    def _initial(self) -> _Sums:
         """(row_max, row_sum, accumulator) before any key."""
         zeros = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), COLUMN)
         row_max, row_sum = zeros + LOWEST, zeros
@@ -103,7 +115,7 @@ class Consumer:
         acc = jnp.zeros((ROWS, self.config.value_dim), jnp.float32)
         return row_max, row_sum, plgpu.layout_cast(acc, MATRIX)
 
-    def _sink_tile(self, queries, mask: TileMask, n, carry):
+    def _sink_tile(self, queries: Any, mask: TileMask, n: Array, carry: _Sums) -> _Sums:
         """A tile of sinks, all at once: there are few."""
         row_max, row_sum, acc = carry
         plgpu.barrier_wait(self.barriers["sinks"])
@@ -126,8 +138,10 @@ class Consumer:
         plgpu.barrier_arrive(self.barriers["sinks_free"])
         return row_max, row_sum, acc
 
-    def _key_tiles(self, tile: WorkTile, queries, mask: TileMask, used, carry):
-        """All tiles of keys but the product with the last one's values, whose weights are left."""
+    def _key_tiles(
+        self, tile: WorkTile, queries: Any, mask: TileMask, used: Array, carry: _Sums
+    ) -> tuple[Array, Array, Array, Array]:
+        """(sums, weights): all tiles of keys, but for the last one's weights times its values."""
         config = self.config
 
         def multiply_keys(logits):
@@ -147,7 +161,9 @@ class Consumer:
         step = partial(self._key_tile, queries, mask, used)
         return fori(1, tile.num_key_tiles, step, (row_max, row_sum, acc, weights))
 
-    def _key_tile(self, queries, mask: TileMask, used, n, carry):
+    def _key_tile(
+        self, queries: Any, mask: TileMask, used: Array, n: Array, carry: tuple[Array, ...]
+    ) -> tuple[Array, ...]:
         """The softmax of the ``n``-th tile of keys beside the product of the tile before."""
         row_max, row_sum, acc, weights = carry
         stage, before = self._stage(used, n), self._stage(used, n - 1)
@@ -191,11 +207,11 @@ class Consumer:
         plgpu.barrier_arrive(self.barriers["value_free"].at[stage])
         return acc
 
-    def _stage(self, used, n) -> Array:
+    def _stage(self, used: Array, n: int | Array) -> Array:
         """The stage of the ``n``-th tile of keys after so many used ones."""
         return lax.rem(used + n, jnp.int32(self.config.tiles.slots))
 
-    def _free_queries(self, stage):
+    def _free_queries(self, stage: Array) -> None:
         """Lets the producer fetch the next queries, unless results go where these are."""
         if not self.config.out_in_query_smem:
             plgpu.barrier_arrive(self.barriers["query_free"].at[stage])

@@ -37,7 +37,7 @@ class Epilogue:
         row_sum: Array,
         acc: Array,
         sink_logits: Array | None,
-    ):
+    ) -> None:
         """Writes ``acc / row_sum`` and the log-sum-exp, continued from what is there if asked to.
 
         All copies of a warpgroup before have left shared memory when the new results go there,
@@ -80,7 +80,9 @@ class Epilogue:
                     plgpu.copy_smem_to_gmem(part, there, commit_group=False)
             plgpu.commit_smem_to_gmem_group()
 
-    def _resume(self, tile: WorkTile, rows, row_max, row_sum, acc):
+    def _resume(
+        self, tile: WorkTile, rows: Any, row_max: Array, row_sum: Array, acc: Array
+    ) -> tuple[Array, Array, Array, Array]:
         """(row_max, row_sum, accumulator, weight of the output before) with the state before."""
         lse_smem = self.smem["lse"].at[self.warpgroup]
         self._fetch(self.lse, lse_smem, tile, rows)
@@ -94,20 +96,20 @@ class Epilogue:
         acc = acc * broadcast_column(correction, self.config.value_dim)
         return new_max, row_sum, acc, weight_before
 
-    def _fetch(self, ref, smem, tile: WorkTile, rows, *columns):
+    def _fetch(self, ref: Any, smem: Any, tile: WorkTile, rows: Any, *columns: Any) -> None:
         """Fetches a warpgroup's rows of a tile, of all heads, and waits for them."""
         barrier = self.barriers["state"].at[self.warpgroup]
         for head, part in self._heads(smem):
             plgpu.copy_gmem_to_smem(_gmem(ref, tile, rows, head, *columns), part, barrier)
         plgpu.barrier_wait(barrier)
 
-    def _heads(self, smem) -> Iterator[tuple[int, Any]]:
+    def _heads(self, smem: Any) -> Iterator[tuple[int, Any]]:
         """The rows of each head of a tile."""
         positions = self.config.scheduler.positions_per_warpgroup
         for head in range(self.config.tiles.heads):
             yield head, smem.at[pl.ds(head * positions, positions)]
 
-    def _rows(self, tile: WorkTile):
+    def _rows(self, tile: WorkTile) -> Any:
         """The positions of a warpgroup in a tile, of each head."""
         positions = self.config.scheduler.positions_per_warpgroup
         return pl.ds(tile.first_position(self.warpgroup), positions)
@@ -123,7 +125,7 @@ def _with_sink_logits(
     return new_max, row_sum * correction + jnp.exp2(sink_logits - new_max), correction
 
 
-def _gmem(ref, tile: WorkTile, rows, head: int, *columns):
+def _gmem(ref: Any, tile: WorkTile, rows: Any, head: int, *columns: Any) -> Any:
     """A head's rows of a tile: of [B, T, N, Hv] where columns are given, else of [B, N, T]."""
     index = (rows, tile.first_head + head)
     return ref.at[tile.batch_row, *(index if columns else index[::-1]), *columns]

@@ -44,7 +44,9 @@ SLACK = 8.0
 class TileMask:
     """Masks of the logits of a warpgroup's queries with tiles of keys."""
 
-    def __init__(self, config: ForwardConfig, refs, tile: WorkTile, warpgroup: Array):
+    def __init__(
+        self, config: ForwardConfig, refs: dict[str, Any], tile: WorkTile, warpgroup: Array
+    ):
         self.config, self.tile = config, tile
         self.first_query = tile.first_position(warpgroup)
         self.first_key_of_all = tile.first_key_of_all(warpgroup)
@@ -96,7 +98,7 @@ class TileMask:
             return own(logits)
         return lax.cond(fetched, of_other_shards, own, logits)
 
-    def _window(self, n, logits):
+    def _window(self, n: Array, logits: Array) -> Array:
         scheduler = self.config.scheduler
         first_key, stop = self.tile.key_range(n)
         i, j, start = self._positions(self.config.tiles.key, first_key)
@@ -108,7 +110,7 @@ class TileMask:
             seen &= j < stop
         return jnp.where(seen, logits, -jnp.inf)
 
-    def _packed_window(self, n, logits):
+    def _packed_window(self, n: Array, logits: Array) -> Array:
         """As `_window`, by ranges of keys, which rows compute once for all columns.
 
         On an H100 that took 5 to 14% off the forward pass of packed documents.
@@ -132,14 +134,14 @@ class TileMask:
             seen |= holds(*other)
         return jnp.where(seen, logits, -jnp.inf)
 
-    def _row_of_head(self, row):
+    def _row_of_head(self, row: Array) -> Array:
         """The rows, counted from the first one of their head."""
         if self.config.tiles.heads == 1:
             return row
         positions = self.config.scheduler.positions_per_warpgroup
         return lax.bitwise_and(row, jnp.int32(positions - 1))
 
-    def _positions(self, size: int, first_key):
+    def _positions(self, size: int, first_key: Array) -> tuple[Array, Array, Array]:
         """(i, j, start) of a matrix of logits."""
         i = self._row_of_head(plgpu.broadcasted_iota(jnp.int32, (ROWS, size), 0, layout=MATRIX))
         j = plgpu.broadcasted_iota(jnp.int32, (ROWS, size), 1, layout=MATRIX)
