@@ -5,7 +5,8 @@ By tiles of keys (`by_key_tiles`), for long windows and none:
 - `fused` and `fused_consumer`, for heads of up to 128; `fused_wide_heads` and
   `fused_wide_heads_consumer`, for wider ones. They compute dq, dk and dv in one launch.
 - What both share: `pipeline` (the launch), `producer` (the warpgroup that copies), `tile_masks`,
-  `dq_accumulate` (how programs add up dq), `dkv_reduce` (how they add up dk and dv).
+  `dq_accumulate` (how programs add up dq; in tiles for the first kernel, in slices for the second
+  one), `dkv_reduce` (how they add up dk and dv).
 - What a program computes, and when: `tasks` (start here), `scheduler`, `query_plans`,
   `task_splits`, `launch_schedule`.
 

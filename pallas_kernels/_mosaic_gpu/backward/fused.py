@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float
 
 from pallas_kernels._kernels import Queries
-from pallas_kernels._mosaic_gpu.backward.dq_accumulate import SLOTS, accumulate_tiles
+from pallas_kernels._mosaic_gpu.backward.dq_accumulate_tiles import SLOTS, accumulate_tiles
 from pallas_kernels._mosaic_gpu.backward.dq_postprocess import DqEpilogue, DqSums
 from pallas_kernels._mosaic_gpu.backward.fused_consumer import KEY_TILE, Consumer, dquery_buffers
 from pallas_kernels._mosaic_gpu.backward.pipeline import CONSUMERS, BackwardPipeline

@@ -18,7 +18,7 @@ from jaxtyping import Float, Float32
 
 from pallas_kernels._mosaic_gpu import register_tiles
 from pallas_kernels._mosaic_gpu.backward.dkv_reduce import reduce_parts_in_order
-from pallas_kernels._mosaic_gpu.backward.dq_accumulate import SLOTS
+from pallas_kernels._mosaic_gpu.backward.dq_accumulate_tiles import SLOTS
 from pallas_kernels._mosaic_gpu.backward.dq_postprocess import DqEpilogue
 from pallas_kernels._mosaic_gpu.backward.pipeline import CONSUMERS, BackwardPipeline
 from pallas_kernels._mosaic_gpu.backward.scheduler import fold_steps, slot_of

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from pallas_kernels._kernels import Queries
 from pallas_kernels._mosaic_gpu import register_tiles
-from pallas_kernels._mosaic_gpu.backward.dq_accumulate import accumulate_slices
+from pallas_kernels._mosaic_gpu.backward.dq_accumulate_slices import accumulate_slices
 from pallas_kernels._mosaic_gpu.backward.dq_postprocess import DqSums
 from pallas_kernels._mosaic_gpu.backward.fused_wide_heads_consumer import (
     ACCUMULATOR_COLUMNS,

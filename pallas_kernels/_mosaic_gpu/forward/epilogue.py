@@ -40,17 +40,25 @@ class Epilogue:
     ) -> None:
         """Writes ``acc / row_sum`` and the log-sum-exp, continued from what is there if asked to.
 
-        All copies of a warpgroup before have left shared memory when the new results go there,
-        except where these take the place of the tile's own queries.
+        Args:
+            tile: of queries.
+            stage: that of its queries, whose shared memory the results may take.
+            row_max: of each row, in base 2.
+            row_sum: of the weights relative to ``row_max``.
+            acc: sums of the weighted values.
+            sink_logits: the learned sink of each row, or None.
         """
         config = self.config
-        out_smem = self.smem["out"].at[self.warpgroup] if not config.out_in_query_smem else None
-        if out_smem is None:
+        if config.out_in_query_smem:
             out_smem = self.smem["query"].at[stage, self.warpgroup]
+        else:
+            out_smem = self.smem["out"].at[self.warpgroup]
         lse_smem = self.smem["lse"].at[self.warpgroup]
         rows = self._rows(tile)
         weight_before = row_sum
         if not config.out_in_query_smem:
+            # Until the copies of the tile before have read this memory. The queries' memory is
+            # free: `Consumer` waits for its copies before it lets the producer fill it.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         if config.resume:
             row_max, row_sum, acc, weight_before = self._resume(tile, rows, row_max, row_sum, acc)
@@ -71,14 +79,16 @@ class Epilogue:
                 result += load_as(out_smem, MATRIX) * broadcast_column(weight_before, width)
             out_smem[...] = (result * broadcast_column(inverse, width)).astype(config.out_dtype)
             plgpu.commit_smem()
-            for head, part in self._heads(out_smem):
-                there = _gmem(self.out, tile, rows, head, columns)
-                plgpu.copy_smem_to_gmem(part, there, commit_group=False)
+            self._copy(out_smem, self.out, tile, rows, columns)
             if not first:
-                for head, part in self._heads(lse_smem):
-                    there = _gmem(self.lse, tile, rows, head)
-                    plgpu.copy_smem_to_gmem(part, there, commit_group=False)
+                self._copy(lse_smem, self.lse, tile, rows)
             plgpu.commit_smem_to_gmem_group()
+
+    def _copy(self, smem: Any, ref: Any, tile: WorkTile, rows: Any, *columns: Any) -> None:
+        """Copies a warpgroup's rows of a tile, of all heads, to global memory."""
+        for head, part in self._heads(smem):
+            dst = _gmem(ref, tile, rows, head, *columns)
+            plgpu.copy_smem_to_gmem(part, dst, commit_group=False)
 
     def _resume(
         self, tile: WorkTile, rows: Any, row_max: Array, row_sum: Array, acc: Array
