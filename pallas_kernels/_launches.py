@@ -167,7 +167,7 @@ def _differentiable(launch: Callable, kernels: Kernels) -> Callable:
 
 
 def _outside_fusions(kernels: Kernels, results: _Results) -> _Results:
-    """The results of a launch, of which XLA makes arrays of their own.
+    """The results of a launch, kept out of XLA's fusions.
 
     Where a scan stacks a result, XLA (seen with jax 0.11.2) would let the launch write into the
     stack. What an earlier launch has left in the result's other rows would be missing there, and

@@ -116,8 +116,8 @@ def sees(
 ) -> Pairs:
     """Query i attends key j of its shard or halo.
 
-    Unless sequences are ``packed``, a run of keys that a plan visits lies in i's sequence whole:
-    a chunk before the sequence's first has no tile in any plan. Then only sinks ask for ``start``.
+    Unless sequences are ``packed``, a run of keys is in i's sequence as a whole or not at all, and
+    then it has no tile in any plan. So only sinks ask for ``start``.
     """
     seen = in_window(i, j, start if packed else None, window)
     if num_sinks:
@@ -179,7 +179,7 @@ def sees_sink_before(
 
 
 def min_sink_distance(window: int | None, num_sinks: int, chunk: int, lookahead: int = 0) -> int:
-    """How far after its sequence's start a query is *distant* from its sinks.
+    """The distance to its sequence's start from which on a query is *distant* from its sinks.
 
     The sinks of distant queries take a launch of their own. Distant queries are at least ``chunk``
     tokens after their sequence's first one, so that those of a chunk are of one sequence; and so

@@ -14,9 +14,8 @@ from jaxtyping import Float, Int
 class KeyRun:
     """Keys and values at the consecutive positions ``offset, offset + 1, ...``.
 
-    Positions count from the shard's first query, see `Spec`.
-
-    Those of one row of the batch, which some kernels take by itself, have no axis B.
+    Positions count from the shard's first query, see `Spec`. Where a backend takes a batch row by
+    row, a row's keys have no axis B.
     """
 
     key: Float[Array, "*B S K H"]
@@ -28,7 +27,7 @@ class SinkRun(NamedTuple):
     """The first tokens of the sequence that crosses into the shard, in float32.
 
     Slot p stands at position ``start[:, 0] + p``; slots from the shard's first key on are ignored.
-    Those of one row of the batch, which some kernels take by itself, have no axis B.
+    The axis B is as that of `KeyRun`.
     """
 
     key: Float[Array, "*B P K H"]

@@ -46,7 +46,7 @@ def with_zero_padding(
 ) -> tuple[KeyRun, ...]:
     """The runs with zeros in the padding of the shard's own "key" or "value", or of both.
 
-    The padding of a halo has been zeros when it was sent.
+    The padding of a halo is zeros already: its sender sees to that (`Halo.fetch`).
     """
     padding = is_padding(start, spec.first_key)[..., None, None]
 

@@ -35,7 +35,10 @@ def adders_to_wait_for(
 
 
 def signals_others(pipeline: BackwardPipeline, before: Index) -> Index:
-    """Whether programs wait for what this one adds, as the first one or after ``before``."""
+    """Whether other programs wait until this one has added, after ``before`` programs.
+
+    In a fixed order the next one does. Else only the first one, which stores, is waited for.
+    """
     return jnp.int32(1 if pipeline.deterministic else before == 0)
 
 

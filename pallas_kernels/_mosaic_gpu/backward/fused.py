@@ -51,9 +51,9 @@ def backward(
         dkey_dtype: of dkey and dvalue.
         num_sms: multiprocessors of the GPU.
         deterministic: whether the gradients of queries are added up in a fixed order.
-        dquery_dtype: of dquery, where the kernel is to scale and round it. It can if it is
-            deterministic, ``rows`` is all queries and the run has the shard's own keys, and not
-            without a window and documents.
+        dquery_dtype: of dquery, if the kernel itself is to scale and round it. It can only do so in
+            a fixed order, for all queries, where the run has the shard's own keys, and under a
+            window or with documents.
         sums: of other launches, to which this one adds in place.
 
     Returns:

@@ -71,8 +71,9 @@ class ProgramSchedule:
     def _diagonal_tiles(self, start: Any, row: int | Index) -> Index:
         """Query tiles to begin with, for all heads: those on the diagonal, or 0.
 
-        They come first where the keys are of several documents: programs of the first of these
-        documents would else wait for this one until the end of each of its heads.
+        They come first where the keys are of several documents. The first of these documents has no
+        queries beyond the diagonal. So programs of its earlier keys would else wait, head by head,
+        while this one goes through the queries of the last document.
         """
         launch = self.launch
         own_block = self.key_block - launch.halo_key_tiles

@@ -20,8 +20,8 @@ each other:
   shard's first queries, and wait for each other. These programs then start after those of the own
   keys of all heads, the first keys first. They go from the last queries to the first, so that they
   too come to a query tile one by one (`BackwardSchedule.halo_last`).
-- Where queries see all of their documents, all programs of a document begin at its first query. So
-  those of several heads are at work at once, and few of each.
+- Where queries see all of their documents, all programs of a document begin at its first query and
+  wait for each other there. So programs of several heads alternate: few of one head run at once.
 
 A program waits only for programs with lower indices, which the GPU has started before it.
 

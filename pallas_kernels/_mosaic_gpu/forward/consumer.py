@@ -93,7 +93,7 @@ class Consumer:
             return carry
 
         row_max, row_sum, acc = lax.cond(tile.num_key_tiles > 0, visit, skip, carry)
-        if config.tiles.lazy:
+        if config.tiles.lazy_rescale:
             row_sum = row_sum.sum(axis=1)
         sink_logits = None
         if config.has_sink_logits:
@@ -110,7 +110,7 @@ class Consumer:
         """(row_max, row_sum, accumulator) before any key."""
         zeros = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), COLUMN)
         row_max, row_sum = zeros + LOWEST, zeros
-        if self.config.tiles.lazy:
+        if self.config.tiles.lazy_rescale:
             row_sum = broadcast_column(row_sum, FOLD)
         acc = jnp.zeros((ROWS, self.config.value_dim), jnp.float32)
         return row_max, row_sum, plgpu.layout_cast(acc, MATRIX)
@@ -179,7 +179,7 @@ class Consumer:
                 products = plgpu.wgmma_accumulator_load(logits, wait_n=1)
                 plgpu.barrier_arrive(self.barriers["key_free"].at[stage])
                 found = self.softmax.update(products, row_max, row_sum, partial(mask.window, n))
-                if self.config.tiles.lazy:
+                if self.config.tiles.lazy_rescale:
                     # Nobody reads this. Without a store that needs the weights, ptxas moves the
                     # wait for the products to before the softmax.
                     self.smem["sums"].at[self.warpgroup][...] = found[1]

@@ -25,8 +25,25 @@ class TileScheduler:
     """A launch over the queries ``rows``, whose tiles so many ``programs`` share.
 
     A warpgroup has `ROWS` rows of a tile: ``positions_per_warpgroup`` positions of each of
-    ``tiles.heads`` heads of a group, one head after the other. ``operands`` are the arrays that
-    the scheduler reads. ``sees_all`` says that every query sees every key.
+    ``tiles.heads`` heads of a group, one head after the other.
+
+    Attributes:
+        runs: (position of the first key, number of keys) of each run.
+        query_tiles: tiles of queries, by positions.
+        head_tiles: tiles of heads.
+        group: query heads of a head of keys.
+        num_tiles: tiles of queries of all heads and rows of the batch, which programs take.
+        grid: how many programs there are.
+        packed: whether each query has a start of its own.
+        has_ends_by_row: whether each query has an end of its own.
+        has_halo: whether some keys are not at the positions of the shard's queries.
+        sees_all: whether every query sees every key.
+        own: which run has the shard's own keys.
+        num_sinks: sinks to look for in that run.
+        num_fetched_sinks: how many there are.
+        sink_tile: rows of a tile of sinks; 0 where none is taken apart from the windows' keys.
+        longest_first: whether tiles are taken in the order ``operands["order"]``.
+        operands: the arrays that the scheduler reads, keys and values among them.
     """
 
     def __init__(

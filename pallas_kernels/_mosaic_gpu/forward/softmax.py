@@ -1,10 +1,11 @@
 """The online softmax of the forward kernel, and the masks of its tiles of keys.
 
 The softmax is in base 2. It keeps ``LOWEST`` instead of -inf as the maximum of a row that has seen
-no key, so that no difference of infinities arises. Where it is ``lazy``, the number that exponents
-are relative to is not always the row's maximum: it grows only by more than `SLACK`, so that sums
-are hardly ever rescaled (as in FlashAttention-4); and each thread sums up its own columns until the
-end.
+no key, so that no difference of infinities arises.
+
+With `MosaicTiles.lazy_rescale`, the number that exponents are relative to is not always the row's
+maximum: it grows only by more than `SLACK`, so that sums are hardly ever rescaled (as in
+FlashAttention-4); and each thread sums up its own columns until the end.
 """
 
 from collections.abc import Callable
@@ -155,7 +156,7 @@ class OnlineSoftmax:
 
     def __init__(self, config: ForwardConfig):
         self.spec, self.dtype = config.spec, config.dtype
-        self.lazy, self.value_dim = config.tiles.lazy, config.value_dim
+        self.lazy_rescale, self.value_dim = config.tiles.lazy_rescale, config.value_dim
 
     def update(
         self, products: Array, row_max: Array, row_sum: Array, mask: Callable[[Array], Array]
@@ -163,14 +164,14 @@ class OnlineSoftmax:
         """(row_max, row_sum, the factor of what was summed up before, weights)."""
         logits, factor, _ = cap_logits(self.spec, products)
         logits = mask(logits)
-        if self.lazy:
+        if self.lazy_rescale:
             peak = fold_columns(jnp.maximum, logits).max(axis=1) * factor
             new_max = jnp.where(peak > row_max + SLACK, peak, row_max)
         else:
             new_max = jnp.maximum(row_max, logits.max(axis=1) * factor)
         correction = jnp.exp2(row_max - new_max)
         weights = jnp.exp2(logits * factor - broadcast_column(new_max, logits.shape[1]))
-        if self.lazy:
+        if self.lazy_rescale:
             width = row_sum.shape[1]
             row_sum = row_sum * broadcast_column(correction, width) + fold_columns(jnp.add, weights)
         else:
@@ -183,6 +184,6 @@ class OnlineSoftmax:
         def multiply(acc: Any):
             return acc * broadcast_column(correction, self.value_dim)
 
-        if not self.lazy:
+        if not self.lazy_rescale:
             return multiply(acc)
         return lax.cond(not_all_one(correction), multiply, lambda acc: acc, acc)
