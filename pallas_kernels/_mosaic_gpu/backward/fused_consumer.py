@@ -114,6 +114,7 @@ class Consumer:
         spec, smem, barriers = self.spec, self.smem, self.barriers
         unmasked = self.schedule.is_unmasked(query_block)
         slot = slot_of(number, SLOTS)
+        # Until the producer's copies for this step have arrived.
         plgpu.barrier_wait(barriers["query"].at[slot])
         slots = {"query": slot, "dout": slot}
         self.masks.zero_padding_of_queries(smem, slot, query_block, slots)
@@ -150,6 +151,7 @@ class Consumer:
         self.smem["dlogits"].at[self.dlogits_rows][...] = dlogits
         fence_async_smem()
         plgpu.barrier_arrive(self.barriers["dlogits"])
+        # Until both consumers have stored theirs.
         plgpu.barrier_wait(self.barriers["dlogits"])
 
     def _multiply_dlogits(

@@ -95,6 +95,7 @@ class Consumer:
 
     def run_keys(self) -> None:
         """Computes the gradients of logits, dkey, and the other slices of dquery."""
+        # At first the buffer of factors is free.
         plgpu.barrier_arrive(self.barriers["factors_free"])
         plgpu.barrier_wait(self.barriers["key"])
         self.masks.zero_padding_of_keys(self.refs, self.smem, self.schedule)
@@ -126,6 +127,7 @@ class Consumer:
             products = plgpu.wgmma_accumulator_load(logits)
             weights, factors = softmax_weights(spec, products, shift, unmasked, mask)
             plgpu.barrier_arrive(barriers["query_free"].at[slot])
+            # Until the consumer of keys has read the factors of the step before.
             plgpu.barrier_wait(barriers["factors_free"])
             register_tiles.store(smem["factors"], factors)
             plgpu.barrier_arrive(barriers["factors"])
@@ -137,6 +139,7 @@ class Consumer:
 
         initial = *dvalues, initial_logits(spec, shift)
         found = pl.run_state(multiply)(tuple(map(plgpu.ACC.init, initial)))
+        # Until the consumer of keys has stored the gradients of logits.
         plgpu.barrier_wait(barriers["dlogits"])
         self._store_dquery(0)
         return found[:-1]
@@ -164,10 +167,12 @@ class Consumer:
             plgpu.wgmma(dweights, smem["value"], smem["dout"].at[0].T)
             products = plgpu.wgmma_accumulator_load(dweights)
             plgpu.barrier_arrive(barriers["dout_free"].at[0])
+            # Until the consumer of values has stored the factors.
             plgpu.barrier_wait(barriers["factors"])
             factors = register_tiles.load(smem["factors"], QUERY_TILE)
             dlogits = (factors * products).astype(self.dtype)
             plgpu.barrier_arrive(barriers["factors_free"])
+            # Until both consumers have computed dq of the step before.
             plgpu.barrier_wait(barriers["dlogits_free"])
             smem["dlogits"][...] = dlogits
             plgpu.commit_smem()
@@ -194,6 +199,7 @@ class Consumer:
             result = plgpu.wgmma_accumulator_load(dquery)
             if n + 2 >= slices:  # this warpgroup's last one
                 plgpu.barrier_arrive(barriers["dlogits_free"])
+            # Until the dq accumulator has copied this warpgroup's slice before.
             plgpu.barrier_wait(barriers["dquery_free"].at[first])
             register_tiles.store(smem["dquery"].at[first, 0], result)
             fence_async_smem()

@@ -138,6 +138,7 @@ class Consumer:
         buffer = lax.bitwise_and(number, jnp.int32(1))
         query_block = first_query_block + lax.div(n, jnp.int32(self.schedule.group_size))
         keys = key_slot(key_block)
+        # Until the producer's copies for this step have arrived, and it has computed delta of them.
         plgpu.barrier_wait(barriers["query"].at[slot])
         plgpu.barrier_wait(barriers["delta"].at[slot])
         unmasked = self._is_unmasked(slot, query_block, key_block)
@@ -194,6 +195,7 @@ class Consumer:
             plgpu.wgmma(dvalue, weights, dout_smem)
             plgpu.wgmma(dkey, dlogits, query_smem)
             if part == 0:
+                # Until the producer has read what the buffer held, of two steps before.
                 plgpu.barrier_wait(barriers["dlogits_free"].at[buffer])
             smem["dlogits"].at[buffer, self.warpgroup, :, rows][...] = dlogits
             if part == TILE // SUBTILE - 1:

@@ -96,9 +96,10 @@ class DqProducer:
             self._compute_delta(number + 1)
 
         @pl.when(is_first_head & (query_block > chunk.first))
-        def wait_for_keys():
+        def wait_for_keys():  # the newest tile, copied since the tile of queries before
             plgpu.barrier_wait(barriers["key"].at[lax.rem(query_block, jnp.int32(CONSUMERS))])
 
+        # Until all consumers have stored the gradients of logits of this step.
         plgpu.barrier_wait(barriers["dlogits"].at[buffer])
 
         # All consumers are at this tile of queries. So the slot of the next tile of keys, which

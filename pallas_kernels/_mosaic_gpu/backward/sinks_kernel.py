@@ -59,26 +59,13 @@ def backward_by_chunks(
         dquery_dtype: of the gradients of queries.
         fetched: whether ``sinks`` holds those that stand before the shard.
     """
-    assert spec.window is not None
-    query, value_dim = queries.query, sinks[1].shape[4]
-    num_kv_heads, _, dim = sinks[0].shape[2:]
-    work = DqPostprocess(sums, others, scale=spec.scale, rows=query.shape[1], dtype=dquery_dtype)
-    config = SinkConfig(
-        spec=spec,
-        work=work,
-        group_size=work.heads // num_kv_heads,
-        num_chunks=starts.shape[1],
-        chunk_tiles=chunk_length(spec.window) // ROWS,
-        packed=queries.start.ndim > 0,
-        fetched=fetched,
-        dtype=query.dtype,
-        columns={"dkey": dim, "dvalue": value_dim},
-    )
+    config = _config(spec, queries, sinks, starts, sums, others, dquery_dtype, fetched=fetched)
+    work, columns = config.work, config.columns
     parts = work.batch, config.num_chunks, work.heads, config.written_rows
     outputs = {
         "out": work.out_type,
-        "dkey": jax.ShapeDtypeStruct((*parts, dim), jnp.float32),
-        "dvalue": jax.ShapeDtypeStruct((*parts, value_dim), jnp.float32),
+        "dkey": jax.ShapeDtypeStruct((*parts, columns["dkey"]), jnp.float32),
+        "dvalue": jax.ShapeDtypeStruct((*parts, columns["dvalue"]), jnp.float32),
     }
 
     def ring_swa_backward_sinks(refs):
@@ -92,7 +79,34 @@ def backward_by_chunks(
         config.operands(queries, sinks, starts),
         outputs,
         programs=work.batch * config.num_chunks * work.heads,
-        varies_as=query,
+        varies_as=queries.query,
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
     return results["out"], results["dkey"], results["dvalue"]
+
+
+def _config(
+    spec: Spec,
+    queries: Queries,
+    sinks: tuple[Float[Array, "B chunks K 64 H"], Float[Array, "B chunks K 64 Hv"]],
+    starts: Int[Array, "B chunks"],
+    sums: DqSums,
+    others: Float32[Array, "B R0 N H"] | None,
+    dquery_dtype: jnp.dtype,
+    *,
+    fetched: bool,
+) -> SinkConfig:
+    """What all programs have in common; arguments as of `backward_by_chunks`."""
+    assert spec.window is not None
+    _, length, heads, dim = queries.query.shape
+    return SinkConfig(
+        spec=spec,
+        work=DqPostprocess(sums, others, scale=spec.scale, rows=length, dtype=dquery_dtype),
+        group_size=heads // sinks[0].shape[2],
+        num_chunks=starts.shape[1],
+        chunk_tiles=chunk_length(spec.window) // ROWS,
+        packed=queries.start.ndim > 0,
+        fetched=fetched,
+        dtype=queries.query.dtype,
+        columns={"dkey": dim, "dvalue": sinks[1].shape[4]},
+    )

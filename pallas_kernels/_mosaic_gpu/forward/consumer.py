@@ -103,6 +103,7 @@ class Consumer:
             sink_logits = load_as(row, COLUMN)
         self.epilogue.write(tile, stage, row_max, row_sum, acc, sink_logits)
         if config.out_in_query_smem:
+            # Until the copies of the results have read the queries' memory.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(self.barriers["query_free"].at[stage])
 
@@ -176,6 +177,7 @@ class Consumer:
                 plgpu.wgmma(logits, queries, self.smem["key"].at[stage].T)
                 plgpu.barrier_wait(self.barriers["value"].at[before])
                 plgpu.wgmma(acc, weights, self.smem["value"].at[before])
+                # The logits are complete; the product with the values goes on beside the softmax.
                 products = plgpu.wgmma_accumulator_load(logits, wait_n=1)
                 plgpu.barrier_arrive(self.barriers["key_free"].at[stage])
                 found = self.softmax.update(products, row_max, row_sum, partial(mask.window, n))
