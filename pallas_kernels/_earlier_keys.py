@@ -43,7 +43,17 @@ def attend_after_keys(
     return _forward(spec, implementation, earlier, query, key, value, sinks, sink_logits, start)[0]
 
 
-def _forward(spec, implementation, earlier, query, key, value, sinks, sink_logits, start):
+def _forward(
+    spec: Spec,
+    implementation: str,
+    earlier: KeyValue,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K Hv"],
+    sinks: SinkRun | None,
+    sink_logits: Float[Array, "N"] | None,
+    start: Starts,
+) -> tuple[Float[Array, "B T N Hv"], tuple]:
     inputs = ForwardInputs(
         query, _runs(earlier, key, value), sinks, learned_sinks(sink_logits, query), start
     )
@@ -53,7 +63,9 @@ def _forward(spec, implementation, earlier, query, key, value, sinks, sink_logit
     return out, (earlier, query, key, value, sinks, sink_logits, start, out, lse)
 
 
-def _backward(spec, implementation, residuals, dout):
+def _backward(
+    spec: Spec, implementation: str, residuals: tuple, dout: Float[Array, "B T N Hv"]
+) -> tuple:
     earlier, query, key, value, sinks, sink_logits, start, out, lse = residuals
     inputs = BackwardInputs(query, _runs(earlier, key, value), sinks, start, out, dout, lse)
     found = launch_backward(

@@ -63,12 +63,18 @@ def attend_one_query(
     return out.astype(query.dtype)
 
 
-def _forward(spec, query, runs, bounds, sink_logits):
+def _forward(
+    spec: Spec,
+    query: Float[Array, "B K G H"],
+    runs: tuple[Slots, ...],
+    bounds: SlotBounds,
+    sink_logits: Float[Array, "N"] | None,
+) -> tuple[Float[Array, "B K G Hv"], tuple]:
     out = attend_one_query(spec, query, runs, bounds, sink_logits)
     return out, (query, runs, bounds, sink_logits)
 
 
-def _backward(spec, residuals, dout):
+def _backward(spec: Spec, residuals: tuple, dout: Float[Array, "B K G Hv"]) -> tuple:
     query, runs, bounds, sink_logits = residuals
 
     def dense(query, runs, sink_logits):

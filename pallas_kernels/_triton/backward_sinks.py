@@ -184,7 +184,7 @@ class _Kernel(NamedTuple):
     tiles: TritonTiles
     interpret: bool
 
-    def run(self, refs, *out_refs) -> None:
+    def run(self, refs: dict[str, Any], *out_refs: Any) -> None:
         """Computes the gradients of a tile of sinks through a chunk of queries."""
         spec, tiles, head_blocks = self.spec, self.tiles, self.head_blocks
         key_tiles = pl.cdiv(spec.num_sinks, tiles.key)

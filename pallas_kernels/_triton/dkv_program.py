@@ -12,6 +12,7 @@ from pallas_kernels._spec import Spec, minus
 from pallas_kernels._tile_ranges import QueryColumns
 from pallas_kernels._triton.blocks import load_rows, real_keys, store_rows
 from pallas_kernels._triton.query_tiles import (
+    KeySums,
     add_gradients,
     load_queries,
     scaled_gradients,
@@ -72,7 +73,7 @@ class DkvProgram(NamedTuple):
 
     def _sums(
         self, refs: dict[str, Any], index: Array, keys: list[list[Array]], local: Array
-    ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    ) -> KeySums:
         """(dkey / scale, dvalue) of the keys ``local`` through the queries of the plan."""
         tiles = self.tiles
         j = self.offset + local[:, None]
@@ -99,7 +100,8 @@ class DkvProgram(NamedTuple):
             refs["plan"][index, n] for n in QueryColumns.ALL
         )
         if self.packed:
-            # Queries whose loads wait for their starts arrive late: only where there is padding.
+            # Loads that leave padding out wait for starts first, so that queries arrive late. So a
+            # tile takes such loads only if its queries include padding, then for all of them.
             stop = jnp.where(refs["plan"][index, QueryColumns.HAS_PADDING] > 0, end, begin)
             acc = over(begin, stop, acc, True, padded=True)
             begin, unmasked_begin, unmasked_end = (
@@ -135,7 +137,9 @@ class DkvProgram(NamedTuple):
         return lax.fori_loop(first_chunk, end_chunk, add_chunk, results)
 
 
-def _over_query_tiles(begin, end, size: int, head_blocks: int, body: Callable, acc):
+def _over_query_tiles(
+    begin: Array, end: Array, size: int, head_blocks: int, body: Callable, acc: Any
+) -> Any:
     """``acc = body(first query, block of heads, acc)`` for tiles of all heads of the group.
 
     One loop over both, as a loop in a loop would fill its pipeline of loads again and again.

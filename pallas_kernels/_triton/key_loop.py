@@ -83,7 +83,8 @@ class _KeyLoop(NamedTuple):
         if num_sinks:
             carry = self._run_own_sinks(begin * size, key_value, carry)
         if packed and is_own:
-            # Keys whose loads wait for their starts arrive late: only where there is padding.
+            # Loads that leave padding out wait for starts first, so that keys arrive late. So a
+            # tile takes such loads only if its keys include padding, then for all of them.
             stop = jnp.where(plan_ref[tile.number, KeyColumns.HAS_PADDING] > 0, end, begin)
             carry = lax.fori_loop(begin, stop, lambda t, c: step(t, c, padded=True), carry)
             begin, unmasked_begin, unmasked_end = (
@@ -143,7 +144,9 @@ class _KeyLoop(NamedTuple):
         return lax.fori_loop(0, refs["sink_plan"][tile.number], step, carry)
 
 
-def _load_tile(key_value, begin, size: int, length: int, real: Callable | None):
+def _load_tile(
+    key_value: KeyValueRefs, begin: Array, size: int, length: int, real: Callable | None
+) -> tuple[list[Array], list[Array], Array, Array | None]:
     """Keys and values of a tile, their indices, and which exist (None: all).
 
     ``real(indices, exists)`` says which do not count as zeros; None stands for all.
