@@ -35,8 +35,12 @@ from pallas_kernels._mosaic_gpu.padding import padding_flags
 from pallas_kernels._spec import KeyRun, Spec
 from pallas_kernels._tile_ranges import seen_tiles
 
-CONSUMERS, PRODUCER, ACCUMULATOR = 2, 2, 3
-"""How many warpgroups compute, the first ones; and the numbers of the other two."""
+CONSUMERS = 2
+"""Warpgroups that compute: the first ones."""
+
+
+PRODUCER, DQ_ACCUMULATOR = CONSUMERS, CONSUMERS + 1
+"""Numbers of the other two warpgroups."""
 
 
 CONSUMER_REGISTERS, OTHER_REGISTERS = 232, 24
@@ -205,7 +209,7 @@ class BackwardPipeline:
             plgpu.set_max_registers(OTHER_REGISTERS, action="decrease")
             produce(self.program_schedule(refs), refs, smem, barriers, copies)
 
-        @pl.when(warpgroup == ACCUMULATOR)
+        @pl.when(warpgroup == DQ_ACCUMULATOR)
         def dq_accumulator():
             plgpu.set_max_registers(OTHER_REGISTERS, action="decrease")
             accumulate_dq(refs, smem, barriers)
