@@ -8,7 +8,8 @@ By tiles of keys (`by_key_tiles`), for long windows and none:
   `dq_accumulate` (how programs add up dq; in tiles for the first kernel, in slices for the second
   one), `dkv_reduce` (how they add up dk and dv).
 - What a program computes, and when: `tasks` (start here), `scheduler`, `query_plans`,
-  `task_splits`, `launch_schedule`.
+  `task_splits`, `launch_schedule`. In the code a *schedule* is that of a launch, a *program* the
+  schedule of one program.
 
 For short windows (`by_short_windows`): `short_windows`, `short_windows_schedule`,
 `short_windows_consumer`, and `short_windows_dq`, the producer that also computes dq.

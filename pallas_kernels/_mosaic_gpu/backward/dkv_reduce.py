@@ -57,7 +57,7 @@ def semaphore_shapes(schedule: BackwardSchedule) -> dict[str, tuple[int, ...]]:
 
 
 def reduce_parts_in_order(
-    schedule: ProgramSchedule,
+    program: ProgramSchedule,
     refs: dict[str, Any],
     warpgroup: int | Index,
     row_tile: int | Index,
@@ -67,17 +67,17 @@ def reduce_parts_in_order(
     """Adds the sums of a task's earlier parts to a warpgroup's own; stores or writes the result.
 
     Args:
-        schedule: of the program.
+        program: the schedule of the program.
         refs: its arrays.
         warpgroup: number of the warpgroup.
         row_tile: which `ROWS` of the tile of keys the results are of.
         results: the warpgroup's own sums, by name, in matrices of at most `MAX_COLUMNS` columns.
         write: writes what has been added up to dk and dv.
     """
-    if not schedule.launch.split_tasks:
+    if not program.launch.split_tasks:
         write(results)
         return
-    part = schedule.part
+    part = program.part
     stored_parts = refs["stored_parts"].at[part.number, warpgroup]
     # Waits until this warpgroup of each earlier part has stored its sums.
     semaphore_signal_and_wait(stored_parts, 0, stored_parts, part.part)

@@ -27,10 +27,10 @@ from pallas_kernels._mosaic_gpu.primitives import Index, semaphore_signal_and_wa
 
 
 def adders_to_wait_for(
-    pipeline: BackwardPipeline, schedule: ProgramSchedule, query_block: Index
+    pipeline: BackwardPipeline, program: ProgramSchedule, query_block: Index
 ) -> Index:
     """How many programs must have added to a tile of queries before this one does."""
-    number = schedule.adders_before(query_block)
+    number = program.adders_before(query_block)
     return number if pipeline.deterministic else jnp.minimum(number, 1)
 
 

@@ -49,15 +49,15 @@ class _SliceAccumulator:
     ):
         self.pipeline, self.refs, self.barriers = pipeline, refs, barriers
         self.buffers, self.slices = buffers, slices
-        self.schedule = pipeline.program_schedule(refs)
-        self.adders = refs["adders"].at[self.schedule.row]
+        self.program = pipeline.program_schedule(refs)
+        self.adders = refs["adders"].at[self.program.row]
 
     def run(self) -> None:
         """Runs all steps of the program."""
         # At first all slots are free.
         for slot in range(self.buffers.shape[0]):
             plgpu.barrier_arrive(self.barriers["dquery_free"].at[slot])
-        *tile, signals = fold_steps(self.schedule, self._step, (jnp.int32(0),) * 3)
+        *tile, signals = fold_steps(self.program, self._step, (jnp.int32(0),) * 3)
         signal_last_step(self.adders.at[*tile], signals)
 
     def _step(
@@ -65,7 +65,7 @@ class _SliceAccumulator:
     ) -> tuple[Index, Index, Index]:
         """Adds a tile; ``previous``: head, tile and `signals_others` of the step before."""
         del number
-        before = adders_to_wait_for(self.pipeline, self.schedule, query_block)
+        before = adders_to_wait_for(self.pipeline, self.program, query_block)
         # Signals the step before this one, and waits until this one may add.
         *previous_tile, signals = previous
         semaphore_signal_and_wait(
@@ -74,7 +74,7 @@ class _SliceAccumulator:
         copied = None
         for slot, index in self.slices:
             plgpu.barrier_wait(self.barriers["dquery"].at[slot])
-            dst = self.refs["dquery_sums"].at[self.schedule.row, head, query_block, index]
+            dst = self.refs["dquery_sums"].at[self.program.row, head, query_block, index]
             store_or_add(self.pipeline, self.buffers.at[slot], dst, before)
             plgpu.commit_smem_to_gmem_group()
             if copied is not None:

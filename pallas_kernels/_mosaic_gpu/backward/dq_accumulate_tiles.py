@@ -66,33 +66,33 @@ class _TileAccumulator:
         self.pipeline, self.refs, self.barriers = pipeline, refs, barriers
         self.buffers, self.results = buffers, results
         self.epilogue: DqEpilogue | None = pipeline.epilogue
-        self.schedule = pipeline.program_schedule(refs)
-        self.adders = refs["adders"].at[self.schedule.row]
+        self.program = pipeline.program_schedule(refs)
+        self.adders = refs["adders"].at[self.program.row]
 
     def run(self) -> None:
         """Runs all steps of the program."""
-        schedule, zero = self.schedule, jnp.int32(0)
-        first = schedule.first_state
-        second = schedule.next_state(*first)
+        program, zero = self.program, jnp.int32(0)
+        first = program.first_state
+        second = program.next_state(*first)
         self._release(zero, first)
         self._release(zero + 1, second)
         self._wait_turn(zero, first, (zero, zero), zero)
         self._release_with_sums(zero, first)
         *_, head, query_block, signals = fori(
-            0, schedule.steps, self._step, (*first, zero, zero, zero)
+            0, program.steps, self._step, (*first, zero, zero, zero)
         )
         signal_last_step(self.adders.at[head, query_block], signals)
 
     def _step(self, number: Index, state: tuple[Index, ...]) -> tuple[Index, ...]:
         """Adds a tile; then prepares the next two steps.
 
-        The state: that of the schedule, then head, tile of queries and `signals_others` of the
-        step before this one.
+        The state: that of the program's steps, then head, tile of queries and `signals_others` of
+        the step before this one.
         """
-        schedule = self.schedule
+        program = self.program
         member, n, *previous_tile, signals = state
-        head, query_block = schedule.coordinates(member, n)
-        before = adders_to_wait_for(self.pipeline, schedule, query_block)
+        head, query_block = program.coordinates(member, n)
+        before = adders_to_wait_for(self.pipeline, program, query_block)
         slot = slot_of(number, SLOTS)
         plgpu.barrier_wait(self.barriers["dquery"].at[slot])
         if self.epilogue is None:
@@ -100,12 +100,12 @@ class _TileAccumulator:
         else:
             write = partial(self._write, self.epilogue, slot, head, query_block)
             add = partial(self._add, slot, head, query_block, before)
-            pl.when(schedule.adds_last(query_block))(write)
-            pl.when(~schedule.adds_last(query_block))(add)
+            pl.when(program.adds_last(query_block))(write)
+            pl.when(~program.adds_last(query_block))(add)
         plgpu.commit_smem_to_gmem_group()
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        following = schedule.next_state(member, n)
-        self._release(number + 2, schedule.next_state(*following))
+        following = program.next_state(member, n)
+        self._release(number + 2, program.next_state(*following))
         self._wait_turn(number + 1, following, previous_tile, signals)
         self._release_with_sums(number + 1, following)
         return *following, head, query_block, signals_others(self.pipeline, before)
@@ -118,7 +118,7 @@ class _TileAccumulator:
         before: Index,
     ) -> None:
         """Adds a tile to the sums."""
-        dst = self.refs["dquery_sums"].at[self.schedule.row, head, query_block]
+        dst = self.refs["dquery_sums"].at[self.program.row, head, query_block]
         store_or_add(self.pipeline, self.buffers.at[slot], dst, before)
 
     def _write(
@@ -130,21 +130,21 @@ class _TileAccumulator:
     ) -> None:
         """Writes a tile of results."""
         for n in range(epilogue.num_slices):
-            dst = epilogue.dst(self.refs, self.schedule.row, query_block, head, n)
+            dst = epilogue.dst(self.refs, self.program.row, query_block, head, n)
             plgpu.copy_smem_to_gmem(self.results.at[slot, n, 0], dst, commit_group=False)
 
     def _needs_sums(self, number: Index, query_block: Index) -> Bool[Array, ""]:
         """Whether a step makes the result from the sums of other programs."""
-        schedule = self.schedule
+        program = self.program
         return (
-            (number < schedule.steps)
-            & schedule.adds_last(query_block)
-            & (schedule.adders_before(query_block) > 0)
+            (number < program.steps)
+            & program.adds_last(query_block)
+            & (program.adders_before(query_block) > 0)
         )
 
     def _release(self, number: Index, state: _State) -> None:
         """Releases the slot of a step, unless that needs sums."""
-        _, query_block = self.schedule.coordinates(*state)
+        _, query_block = self.program.coordinates(*state)
         free = self.barriers["dquery_free"].at[slot_of(number, SLOTS)]
         if self.epilogue is None:
             plgpu.barrier_arrive(free)
@@ -154,14 +154,14 @@ class _TileAccumulator:
 
     def _release_with_sums(self, number: Index, state: _State) -> None:
         """Copies sums to the slot of a step that needs them, whose arrival releases it."""
-        head, query_block = self.schedule.coordinates(*state)
+        head, query_block = self.program.coordinates(*state)
         if self.epilogue is None:
             return
 
         @pl.when(self._needs_sums(number, query_block))
         def copy():
             slot = slot_of(number, SLOTS)
-            src = self.refs["dquery_sums"].at[self.schedule.row, head, query_block]
+            src = self.refs["dquery_sums"].at[self.program.row, head, query_block]
             free = self.barriers["dquery_free"].at[slot]
             plgpu.copy_gmem_to_smem(src, self.buffers.at[slot], free)
 
@@ -176,10 +176,10 @@ class _TileAccumulator:
 
         A step's semaphore is incremented one step later, when its copy has usually finished.
         """
-        head, query_block = self.schedule.coordinates(*state)
-        exists = number < self.schedule.steps
+        head, query_block = self.program.coordinates(*state)
+        exists = number < self.program.steps
         head, query_block = jnp.where(exists, head, 0), jnp.where(exists, query_block, 0)
-        before = adders_to_wait_for(self.pipeline, self.schedule, query_block)
+        before = adders_to_wait_for(self.pipeline, self.program, query_block)
         before = jnp.where(exists, before, 0)
         semaphore_signal_and_wait(
             self.adders.at[*signal_tile],

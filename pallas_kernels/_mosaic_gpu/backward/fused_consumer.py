@@ -80,8 +80,8 @@ class Consumer:
         plgpu.barrier_arrive(barriers["dlogits_free"])
         for slot in range(SLOTS):
             plgpu.barrier_arrive(barriers["query_free"].at[slot])
-        self.schedule = pipeline.program_schedule(refs)
-        first_row = self.schedule.key_block * KEY_TILE + warpgroup * ROWS
+        self.program = pipeline.program_schedule(refs)
+        first_row = self.program.key_block * KEY_TILE + warpgroup * ROWS
         self.first_key = first_row + pipeline.run.offset
         self.key_bounds = pipeline.masks.key_bounds(refs)
         self.dlogits_rows = pl.ds(warpgroup * ROWS, ROWS)
@@ -94,12 +94,12 @@ class Consumer:
         plgpu.barrier_wait(self.barriers["key"])
         # The other consumer reads these keys only after this one has arrived on "dlogits".
         first_row = self.dlogits_rows.start
-        self.masks.zero_padding_of_keys(self.refs, self.smem, self.schedule, first_row)
-        dkey, dvalue = fold_steps(self.schedule, self._step, (zeros(dim), zeros(value_dim)))
+        self.masks.zero_padding_of_keys(self.refs, self.smem, self.program, first_row)
+        dkey, dvalue = fold_steps(self.program, self._step, (zeros(dim), zeros(value_dim)))
         results = {"dkey": (dkey,), "dvalue": (dvalue,)}
         warpgroup = self.warpgroup
         reduce_parts_in_order(
-            self.schedule, self.refs, warpgroup, warpgroup, results, self._write_dkey_and_dvalue
+            self.program, self.refs, warpgroup, warpgroup, results, self._write_dkey_and_dvalue
         )
 
     def _step(
@@ -112,7 +112,7 @@ class Consumer:
         """Adds what flows through one tile of queries to dkey and dvalue, the carry."""
         del head
         spec, smem, barriers = self.spec, self.smem, self.barriers
-        unmasked = self.schedule.is_unmasked(query_block)
+        unmasked = self.program.is_unmasked(query_block)
         slot = slot_of(number, SLOTS)
         # Until the producer's copies for this step have arrived.
         plgpu.barrier_wait(barriers["query"].at[slot])
@@ -188,8 +188,8 @@ class Consumer:
             store()
         else:
             store_results = partial(self._store_results, epilogue, slot, query_block, sums)
-            pl.when(self.schedule.adds_last(query_block))(store_results)
-            pl.when(~self.schedule.adds_last(query_block))(store)
+            pl.when(self.program.adds_last(query_block))(store_results)
+            pl.when(~self.program.adds_last(query_block))(store)
         fence_async_smem()
 
     def _store_results(
@@ -202,7 +202,7 @@ class Consumer:
         """Adds the sums of other programs, which the dq accumulator has copied; scales, rounds."""
         others = self.sums_smem.at[slot, self.warpgroup]
         total = lax.cond(
-            self.schedule.adders_before(query_block) > 0,
+            self.program.adders_before(query_block) > 0,
             lambda x: x + register_tiles.load(others, self.half_dim),
             lambda x: x,
             sums,
@@ -213,12 +213,12 @@ class Consumer:
     def _write_dkey_and_dvalue(self, results: Mapping[str, tuple[Array, ...]]) -> None:
         """Writes this warpgroup's rows of dkey and dvalue."""
         (dkey,), (dvalue,) = results["dkey"], results["dvalue"]
-        schedule = self.schedule
-        rows = pl.ds(schedule.key_block * KEY_TILE + self.warpgroup * ROWS, ROWS)
+        program = self.program
+        rows = pl.ds(program.key_block * KEY_TILE + self.warpgroup * ROWS, ROWS)
         for name, result in (("dvalue", dvalue), ("dkey", dkey * self.spec.scale)):
 
             def dst(column, columns, ref=self.refs[name]):
-                return ref.at[schedule.row, rows, schedule.kv_head, pl.ds(column, columns)]
+                return ref.at[program.row, rows, program.kv_head, pl.ds(column, columns)]
 
             write_through_smem(result, self.smem["out"].at[self.warpgroup], dst)
         plgpu.wait_smem_to_gmem(0)

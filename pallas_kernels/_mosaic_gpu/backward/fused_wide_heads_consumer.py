@@ -76,7 +76,7 @@ class Consumer:
         self.pipeline, self.spec, self.dtype = pipeline, pipeline.spec, pipeline.query.dtype
         self.masks, self.warpgroup = pipeline.masks, warpgroup
         self.refs, self.smem, self.barriers = refs, smem, barriers
-        self.schedule = pipeline.program_schedule(refs)
+        self.program = pipeline.program_schedule(refs)
         self.key_bounds = pipeline.masks.key_bounds(refs)
         # At first all shared memory is free.
         plgpu.barrier_arrive(barriers["dlogits_free"])
@@ -86,20 +86,20 @@ class Consumer:
 
     def run_values(self) -> None:
         """Computes weights, dvalue, and every other slice of dquery."""
-        first_key = self.schedule.key_block * KEY_TILE + self.pipeline.run.offset
+        first_key = self.program.key_block * KEY_TILE + self.pipeline.run.offset
         plgpu.barrier_wait(self.barriers["key"])
-        self.masks.zero_padding_of_keys(self.refs, self.smem, self.schedule)
+        self.masks.zero_padding_of_keys(self.refs, self.smem, self.program)
         dim = self.pipeline.run.value.shape[3]
         step = partial(self._values_step, first_key)
-        self._write("dvalue", fold_steps(self.schedule, step, _zeros(dim)), 1.0)
+        self._write("dvalue", fold_steps(self.program, step, _zeros(dim)), 1.0)
 
     def run_keys(self) -> None:
         """Computes the gradients of logits, dkey, and the other slices of dquery."""
         # At first the buffer of factors is free.
         plgpu.barrier_arrive(self.barriers["factors_free"])
         plgpu.barrier_wait(self.barriers["key"])
-        self.masks.zero_padding_of_keys(self.refs, self.smem, self.schedule)
-        dkeys = fold_steps(self.schedule, self._keys_step, _zeros(self.pipeline.dim))
+        self.masks.zero_padding_of_keys(self.refs, self.smem, self.program)
+        dkeys = fold_steps(self.program, self._keys_step, _zeros(self.pipeline.dim))
         self._write("dkey", dkeys, self.spec.scale)
 
     def _values_step(
@@ -113,7 +113,7 @@ class Consumer:
         """Adds what flows through one tile of queries to dvalue, the carry."""
         del head
         spec, smem, barriers = self.spec, self.smem, self.barriers
-        unmasked = self.schedule.is_unmasked(query_block)
+        unmasked = self.program.is_unmasked(query_block)
         slot = slot_of(number, SLOTS)
         plgpu.barrier_wait(barriers["query"].at[slot])
         self.masks.zero_padding_of_queries(smem, slot, query_block, {"query": slot})
@@ -211,20 +211,20 @@ class Consumer:
 
     def _write(self, name: str, results: _Sums, scale: float) -> None:
         """Writes dkey or dvalue, which is ``scale`` times the results side by side."""
-        schedule = self.schedule
+        program = self.program
 
         def write(results):
             for n, result in enumerate(results[name]):
 
                 def dst(column, columns, first=n * ACCUMULATOR_COLUMNS):
-                    rows = pl.ds(schedule.key_block * KEY_TILE, KEY_TILE)
+                    rows = pl.ds(program.key_block * KEY_TILE, KEY_TILE)
                     columns = pl.ds(first + column, columns)
-                    return self.refs[name].at[schedule.row, rows, schedule.kv_head, columns]
+                    return self.refs[name].at[program.row, rows, program.kv_head, columns]
 
                 write_through_smem(result * scale, self.smem["out"].at[self.warpgroup], dst)
             plgpu.wait_smem_to_gmem(0)
 
-        reduce_parts_in_order(schedule, self.refs, self.warpgroup, 0, {name: results}, write)
+        reduce_parts_in_order(program, self.refs, self.warpgroup, 0, {name: results}, write)
 
 
 def _zeros(dim: int) -> _Sums:

@@ -179,15 +179,15 @@ def next_state_heads_first(member: Index, n: Index, heads: int | Index) -> tuple
     return jnp.where(last, 0, member + 1), jnp.where(last, n + 1, n)
 
 
-def fold_steps(schedule: ProgramSchedule, step: Callable[..., Any], carry: Any) -> Any:
+def fold_steps(program: ProgramSchedule, step: Callable[..., Any], carry: Any) -> Any:
     """Folds ``step(head, query_block, number, carry)`` over a program's steps."""
 
     def visit(number, state):
         *position, carry = state
-        carry = step(*schedule.coordinates(*position), number, carry)
-        return *schedule.next_state(*position), carry
+        carry = step(*program.coordinates(*position), number, carry)
+        return *program.next_state(*position), carry
 
-    return fori(0, schedule.steps, visit, (*schedule.first_state, carry))[2]
+    return fori(0, program.steps, visit, (*program.first_state, carry))[2]
 
 
 def slot_of(number: Index, slots: int) -> Index:
