@@ -4,6 +4,13 @@ A program has four warpgroups. Two are consumers: they compute, each kernel in i
 the `producer`: it copies keys, values, queries and the gradients of outputs to shared memory
 through TMA. One adds the gradients of queries to those of other programs (`dq_accumulate`).
 `tasks` and `scheduler` say what a program computes, `tile_masks` what it masks.
+
+A step has five products of a tile of keys K, its values V, and a tile of queries Q with the
+gradients dO of their outputs (`softmax` says what is between them)::
+
+    logits = K Q'    dweights = V dO'    dV += weights dO    dK += dlogits Q    dQ = dlogits' K
+
+dV and dK stay in registers until the program ends. dQ leaves it at each step.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,6 +1,9 @@
 """A warpgroup of the forward kernel that computes: its part of the rows of each tile of queries.
 
-The softmax of a tile of keys runs beside the product of the weights and values of the tile before.
+The softmax of a tile of keys runs beside the product of the weights and values of the tile before::
+
+    tensor cores:  Q K0'                Q K1'  P0 V0 ........  Q K2'  P1 V1 ........        P2 V2
+    this warpgroup:      softmax of 0          softmax of 1           softmax of 2
 """
 
 from functools import partial
