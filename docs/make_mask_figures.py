@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from pallas_kernels._masks import in_window, sees
-from pallas_kernels._tile_ranges import key_plan, query_plan
+from pallas_kernels._tile_ranges import KeyColumns, key_plan, query_plan
 from ring_swa_jax._segments import segment_starts
 
 from _drawing import COLORS, cell, save
@@ -92,7 +92,7 @@ def draw_tiles(axes: Axes, *, by_query: bool) -> None:
     sizes: dict[str, Any] = {"query_tile": TILE, "key_tile": TILE, "offset": 0, "length": length}
     start = jnp.zeros((), jnp.int32)
     if by_query:
-        plan = key_plan(start, TILED_WINDOW, 0, rows=(0, length), **sizes)[:, 2:]
+        plan = key_plan(start, TILED_WINDOW, 0, rows=(0, length), **sizes)[:, KeyColumns.BEGIN :]
     else:
         plan = query_plan(start, TILED_WINDOW, 0, rows=length, min_distance=1, **sizes)
     for tile, (begin, unmasked_begin, unmasked_end, end) in enumerate(np.asarray(plan)):

@@ -1,4 +1,19 @@
-"""Attention kernels for one shard: tiles and dtypes, no meshes."""
+"""Attention kernels for one shard: tiles and dtypes, no meshes.
+
+From the top down:
+
+1. What is asked for: `_spec` (settings, runs of keys), `_halo` (keys that other devices hold).
+2. Which launches there are, and in what order: `_attention`; `_both_sides`, where queries see keys
+   after themselves; `_earlier_keys` and `_one_query`, with a cache. `_launches` is one launch.
+3. What a backend computes in a launch: `_kernels`. Which backend: `_implementations`, `_support`,
+   `_device`.
+4. What all backends share: `_masks` (which keys a query sees), `_tile_ranges` and `_sink_ranges`
+   (which tiles hold such keys), `_logits`.
+5. The backends: `_xla` (the shortest; read it first), `_triton`, `_mosaic_gpu`. The docstring of
+   each says what its modules are.
+
+`_varying`, `_vmap` and `_derivatives` are about JAX's transformations.
+"""
 
 from pallas_kernels._attention import attend as attend
 from pallas_kernels._both_sides import Sides as Sides

@@ -5,6 +5,7 @@ differentiate a launch; second derivatives do.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -51,25 +52,37 @@ def _forward_mode_only(launch: Callable) -> Callable:
     @guarded.defjvp
     def jvp(primals, tangents):
         structure: Any
-        flat, structure = jax.tree.flatten(primals)
+        leaves, structure = jax.tree.flatten(primals)
         tangents = structure.flatten_up_to(tangents)
-        places = [i for i, x in enumerate(flat) if jnp.issubdtype(x.dtype, jnp.floating)]
-
+        floats = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating)]
         # JAX cannot map the derivative of a launch that folds vmap; a derivative folds as well.
-        @folds_vmap
-        def push(flat, moved):
-            def along(*floats):
-                arguments = list(flat)
-                for i, x in zip(places, floats, strict=True):
-                    arguments[i] = x
-                return launch(*jax.tree.unflatten(structure, arguments))
-
-            return jax.jvp(along, tuple(flat[i] for i in places), tuple(moved))[1]
-
-        pushed = push(flat, [tangents[i] for i in places])
-        return guarded(*primals), jax.tree.map(_without_transpose.bind, pushed)
+        derivative = folds_vmap(partial(_derivative, launch, structure, floats))
+        found = derivative(leaves, [tangents[i] for i in floats])
+        return guarded(*primals), jax.tree.map(_without_transpose.bind, found)
 
     return guarded
+
+
+def _derivative(
+    launch: Callable, structure: Any, floats: list[int], leaves: list[Array], tangents: list[Array]
+) -> Any:
+    """The derivative of a launch along tangents of its floating-point arrays.
+
+    Args:
+        launch: the function.
+        structure: pytree of its arguments.
+        floats: which of its leaves are floating-point arrays.
+        leaves: all of them.
+        tangents: those of the floating-point ones.
+    """
+
+    def of_floats(*values):
+        arguments = list(leaves)
+        for i, x in zip(floats, values, strict=True):
+            arguments[i] = x
+        return launch(*jax.tree.unflatten(structure, arguments))
+
+    return jax.jvp(of_floats, tuple(leaves[i] for i in floats), tuple(tangents))[1]
 
 
 def _refuse(*_):

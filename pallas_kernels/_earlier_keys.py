@@ -1,6 +1,6 @@
-"""The differentiable attention of the last tokens of longer sequences, whose earlier keys are here.
+"""The differentiable attention of new tokens to a cache and to each other.
 
-So it is with new tokens and a cache. One launch takes all keys, forward and backward.
+All keys are on this device. One launch takes them all, forward and backward.
 """
 
 from functools import partial
@@ -36,32 +36,36 @@ def attend_after_keys(
 ) -> Float[Array, "B T N Hv"]:
     """Attention of queries to the keys at their own positions and to those just before these.
 
-    Args:
-        spec: static settings, of a window that ends with the query.
-        implementation: one of ``IMPLEMENTATIONS``, as `choose` returns it.
-        earlier: any number of keys and values; the last ones are just before ``key`` and ``value``.
-        query: queries.
-        key: the keys at their positions; N is a multiple of K.
-        value: the values.
-        sinks: the first tokens of the sequence that the first query is in, where it is before it.
-        sink_logits: learned sinks.
-        start: where each query's sequence starts, relative to the first query.
+    Takes what `attend` takes, but instead of a halo the ``earlier`` keys and values, any number of
+    them; the last ones are just before ``key`` and ``value``. The window ends with the query.
+    ``sinks`` are those of the first query's sequence, if it began before ``key``.
     """
     return _forward(spec, implementation, earlier, query, key, value, sinks, sink_logits, start)[0]
 
 
-def _forward(spec, implementation, earlier, query, key, value, sinks, sink_logits, start):
+def _forward(
+    spec: Spec,
+    implementation: str,
+    earlier: KeyValue,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K Hv"],
+    sinks: SinkRun | None,
+    sink_logits: Float[Array, "N"] | None,
+    start: Starts,
+) -> tuple[Float[Array, "B T N Hv"], tuple]:
     inputs = ForwardInputs(
         query, _runs(earlier, key, value), sinks, learned_sinks(sink_logits, query), start
     )
     kernels, rows = _implementations.kernels_of(implementation), (0, query.shape[1])
     state = launch_forward(spec, kernels, inputs, None, rows=rows, out_dtype=query.dtype)
-    # Mosaic GPU's kernels know nothing of manual mesh axes.
     out, lse = (vary_as(query, x) for x in state)
     return out, (earlier, query, key, value, sinks, sink_logits, start, out, lse)
 
 
-def _backward(spec, implementation, residuals, dout):
+def _backward(
+    spec: Spec, implementation: str, residuals: tuple, dout: Float[Array, "B T N Hv"]
+) -> tuple:
     earlier, query, key, value, sinks, sink_logits, start, out, lse = residuals
     inputs = BackwardInputs(query, _runs(earlier, key, value), sinks, start, out, dout, lse)
     found = launch_backward(
@@ -73,9 +77,7 @@ def _backward(spec, implementation, residuals, dout):
         dquery_dtype=query.dtype,
         dkey_dtype=key.dtype,
     )
-    dsink_logits = None
-    if sink_logits is not None:
-        dsink_logits = sink_logits_gradient(sink_logits, lse, found.delta)
+    dsink_logits = sink_logits_gradient(sink_logits, lse, found.delta)
     dearlier, dkeys = found.dkeys
     return dearlier, found.dquery, *dkeys, found.dsinks, dsink_logits, None
 

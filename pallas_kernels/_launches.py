@@ -10,13 +10,7 @@ from jaxtyping import Float
 
 from pallas_kernels import _implementations
 from pallas_kernels._derivatives import first_order
-from pallas_kernels._kernels import (
-    BackwardInputs,
-    ForwardInputs,
-    Gradients,
-    Kernels,
-    PartialSums,
-)
+from pallas_kernels._kernels import BackwardInputs, ForwardInputs, Gradients, Kernels, PartialSums
 from pallas_kernels._spec import Ends, KeyRun, Spec, Starts, State, accumulator_dtype
 
 _Results = TypeVar("_Results", State, Gradients)
@@ -48,9 +42,8 @@ def attend_keys(
         out_dtype: of the output; the accumulator's unless this is the only launch.
 
     Returns:
-        Attention to the keys of this launch and of the earlier ones. Mosaic GPU's kernels know
-        nothing of manual mesh axes, and take no state that varies over any: after the last
-        launch, cast it to vary as the query does.
+        Attention to the keys of this launch and of the earlier ones. After the last launch it must
+        be cast to vary over manual mesh axes as the query does, and not before (see `vary_as`).
     """
     learned = learned_sinks(sink_logits, query)
     inputs = ForwardInputs(query, (spec.moved_run(run),), None, learned, *spec.moved(start, end))
@@ -118,9 +111,11 @@ def learned_sinks(
 
 
 def sink_logits_gradient(
-    sink_logits: Float[Array, "N"], lse: Float[Array, "B N T"], delta: Float[Array, "B N T"]
-) -> Float[Array, "N"]:
+    sink_logits: Float[Array, "N"] | None, lse: Float[Array, "B N T"], delta: Float[Array, "B N T"]
+) -> Float[Array, "N"] | None:
     """A learned sink is a key with the value zero: its logit's gradient is ``-p * delta``."""
+    if sink_logits is None:
+        return None
     has_keys = lse > -jnp.inf
     learned = sink_logits.astype(lse.dtype)[None, :, None]
     zero = jnp.zeros((), lse.dtype)
@@ -172,7 +167,7 @@ def _differentiable(launch: Callable, kernels: Kernels) -> Callable:
 
 
 def _outside_fusions(kernels: Kernels, results: _Results) -> _Results:
-    """The results of a launch, of which XLA makes arrays of their own.
+    """The results of a launch, kept out of XLA's fusions.
 
     Where a scan stacks a result, XLA (seen with jax 0.11.2) would let the launch write into the
     stack. What an earlier launch has left in the result's other rows would be missing there, and

@@ -1,11 +1,22 @@
 """Which keys a query sees: the one place that says it, for all kernels.
 
 Positions count from the first query of the shard, so keys before the shard have negative
-positions. Keys may be moved to the front, see `Spec`: then a window ends with the query whether or
-not the query sees keys after itself. ``start`` is the position of the first key of a query's own
-sequence, ``end`` that behind its last key. ``end`` is None if no key up to a query's own position
-lies behind its sequence, as is always so where keys are not moved. A padding query sees nothing: it
-has ``start > i``, or with ends ``start == end``.
+positions. Where queries see keys after themselves, all keys are moved to smaller positions, so that
+every window ends at the query's own position (`Spec`). ``start`` is the position of the first key
+of a query's own sequence, ``end`` that behind its last key. ``end`` is None if no key up to a
+query's own position lies behind its sequence, as is always so where keys are not moved. A padding
+query sees nothing: it has ``start > i``, or with ends ``start == end``.
+
+`sees` is the whole rule: a key in the window (`in_window`) or a sink (`is_sink`). Where a kernel
+takes some sinks apart from the other keys, two rules share the pairs out, so that none counts
+twice:
+
+- `sees_without_fetched_sinks` and `sees_fetched_sink`: in launches with a halo, sinks before the
+  shard come by themselves.
+- `sees`, of keys from ``stop`` on, and `sees_sink_before`: in forward kernels of GPUs, whose tiles
+  of windows begin at ``stop``.
+- `in_window` and `sees_beyond_window`: in backward kernels of Mosaic GPU.
+- `sees_except_distant_sinks` and `sees_distant_sink`: in backward kernels of Triton.
 """
 
 import jax.numpy as jnp
@@ -37,6 +48,20 @@ def is_sink(i: Positions, j: Positions, start: Positions, num_sinks: int) -> Pai
     return (start <= j) & (j <= i) & (j - start < num_sinks)
 
 
+def sees_all_keys(
+    window: int | None, *, first_query: int, keys_end: int, one_sequence: bool
+) -> bool:
+    """Whether all queries see all keys of a run, so that no tile of a launch needs a mask.
+
+    Args:
+        window: keys before a query that it sees, or None.
+        first_query: position of the first query.
+        keys_end: position behind the last key.
+        one_sequence: whether all tokens are of one sequence, and no key is behind its end.
+    """
+    return window is None and one_sequence and keys_end <= first_query + 1
+
+
 def key_ranges(
     i: Positions,
     start: Positions,
@@ -49,7 +74,7 @@ def key_ranges(
     """The keys that packed query i attends by `sees`, as ranges: (first, behind the last).
 
     One range for the window, and one for the sinks if there are any. With ``first_key``, which is
-    the position of the shard's first key, by `sees_behind_halo`. Such a range may be empty.
+    the position of the shard's first key, by `sees_without_fetched_sinks`. Ranges may be empty.
     """
     stop = i + 1 if end is None else jnp.minimum(i + 1, end)
     ranges = [(start if window is None else jnp.maximum(start, i - window), stop)]
@@ -91,8 +116,8 @@ def sees(
 ) -> Pairs:
     """Query i attends key j of its shard or halo.
 
-    Unless sequences are ``packed``, a run of keys that a plan visits lies in i's sequence whole:
-    a chunk before the sequence's first has no tile in any plan. Then only sinks ask for ``start``.
+    Unless sequences are ``packed``, a run of keys is in i's sequence as a whole or not at all, and
+    then it has no tile in any plan. So only sinks ask for ``start``.
     """
     seen = in_window(i, j, start if packed else None, window)
     if num_sinks:
@@ -101,7 +126,7 @@ def sees(
     return up_to_end(seen, j, end)
 
 
-def sees_behind_halo(
+def sees_without_fetched_sinks(
     i: Positions,
     j: Positions,
     start: Positions,
@@ -154,7 +179,7 @@ def sees_sink_before(
 
 
 def min_sink_distance(window: int | None, num_sinks: int, chunk: int, lookahead: int = 0) -> int:
-    """How far after its sequence's start a query is *distant* from its sinks.
+    """The distance to its sequence's start from which on a query is *distant* from its sinks.
 
     The sinks of distant queries take a launch of their own. Distant queries are at least ``chunk``
     tokens after their sequence's first one, so that those of a chunk are of one sequence; and so

@@ -1,23 +1,20 @@
-"""The differentiable attention of one query a head to keys with heads first, as caches have them.
+"""The differentiable attention of one token a row, as it is decoded, to the keys of a cache.
 
-A kernel of Pallas-Triton reads the keys once, which is what such a step costs. The backward pass,
-which hardly anybody needs, takes products with all keys.
+Keys have heads first, as caches have them. The kernel, `_triton.decode`, reads the keys once, which
+is what such a step costs. The backward pass, which hardly anybody needs, takes products with all
+keys, here.
 """
 
-import functools
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float
 
 from pallas_kernels import _device, _support
 from pallas_kernels._logits import LOG2_E, cap_logits
-from pallas_kernels._spec import Spec, accumulator_dtype
-
-Slots = tuple[Float[Array, "B K _ H"], Float[Array, "B K _ Hv"]]
-"""Keys and values: the rolling buffer's, or the sinks'."""
+from pallas_kernels._spec import SlotBounds, Slots, Spec, accumulator_dtype
 
 
 def has_one_query_kernel(
@@ -44,7 +41,7 @@ def attend_one_query(
     spec: Spec,
     query: Float[Array, "B K G H"],
     runs: tuple[Slots, ...],
-    bounds: Int[Array, "B 4"],
+    bounds: SlotBounds,
     sink_logits: Float[Array, "N"] | None,
 ) -> Float[Array, "B K G Hv"]:
     """Attention of one token a row to the slots of a rolling buffer, and to sinks.
@@ -53,52 +50,31 @@ def attend_one_query(
         spec: scale and cap.
         query: of the token, by heads of keys.
         runs: the rolling buffer, then the sinks if there are any.
-        bounds: of each row the slot of the last key; how far before this, going round the buffer,
-            the first key is that the query sees, negative for none; how many sinks it sees; 0.
+        bounds: which slots each row's token sees.
         sink_logits: learned sinks.
     """
-    from pallas_kernels._triton.decode import DecodePlan, decode_parts
+    from pallas_kernels._triton.decode import decode  # a JAX may lack what it imports
 
-    batch, num_kv_heads, group, _ = query.shape
-    num_keys = runs[0][0].shape[2]
-    plan = DecodePlan.of(num_keys, batch * num_kv_heads, _device.multiprocessors())
     interpret = _support.interprets("triton")
-    parts = decode_parts(spec, query, runs, bounds, plan, interpret=interpret)
-    learned = None
-    if sink_logits is not None:
-        learned = sink_logits.astype(jnp.float32).reshape(num_kv_heads, group) * LOG2_E
-    return _combined(*parts, learned).astype(query.dtype)
+    out = decode(
+        spec, query, runs, bounds, sink_logits,
+        num_sms=_device.multiprocessors(), interpret=interpret,
+    )  # fmt: skip
+    return out.astype(query.dtype)
 
 
-def _combined(
-    sums: Float32[Array, "B K parts G Hv"],
-    part_max: Float32[Array, "B K parts G"],
-    part_sum: Float32[Array, "B K parts G"],
-    learned: Float32[Array, "K G"] | None,
-) -> Float32[Array, "B K G Hv"]:
-    """Attention to all keys from that to each part of them, as `decode_parts` leaves it.
-
-    Written out for each part, so that XLA makes one kernel of it; of reductions it makes several.
-    """
-    parts = range(sums.shape[2])
-    row_max = functools.reduce(jnp.maximum, [part_max[:, :, n] for n in parts])
-    row_sum = jnp.zeros_like(row_max)
-    if learned is not None:
-        row_max = jnp.maximum(row_max, learned[None])
-        row_sum = jnp.exp2(learned[None] - row_max)
-    weights = [jnp.exp2(part_max[:, :, n] - row_max) for n in parts]
-    row_sum += sum(weights[n] * part_sum[:, :, n] for n in parts)
-    inverse = jnp.where(row_sum > 0, 1 / row_sum, 0.0)
-    out = [(weights[n] * inverse)[..., None] * sums[:, :, n] for n in parts]
-    return functools.reduce(jnp.add, out)
-
-
-def _forward(spec, query, runs, bounds, sink_logits):
+def _forward(
+    spec: Spec,
+    query: Float[Array, "B K G H"],
+    runs: tuple[Slots, ...],
+    bounds: SlotBounds,
+    sink_logits: Float[Array, "N"] | None,
+) -> tuple[Float[Array, "B K G Hv"], tuple]:
     out = attend_one_query(spec, query, runs, bounds, sink_logits)
     return out, (query, runs, bounds, sink_logits)
 
 
-def _backward(spec, residuals, dout):
+def _backward(spec: Spec, residuals: tuple, dout: Float[Array, "B K G Hv"]) -> tuple:
     query, runs, bounds, sink_logits = residuals
 
     def dense(query, runs, sink_logits):
@@ -115,7 +91,7 @@ def _dense(
     spec: Spec,
     query: Float[Array, "B K G H"],
     runs: tuple[Slots, ...],
-    bounds: Int[Array, "B 4"],
+    bounds: SlotBounds,
     sink_logits: Float[Array, "N"] | None,
 ) -> Float[Array, "B K G Hv"]:
     """`attend_one_query` by products with all keys."""

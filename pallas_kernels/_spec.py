@@ -14,9 +14,8 @@ from jaxtyping import Float, Int
 class KeyRun:
     """Keys and values at the consecutive positions ``offset, offset + 1, ...``.
 
-    Positions count from the shard's first query, see `Spec`.
-
-    Those of one row of the batch, which some kernels take by itself, have no axis B.
+    Positions count from the shard's first query, see `Spec`. Where a backend takes a batch row by
+    row, a row's keys have no axis B.
     """
 
     key: Float[Array, "*B S K H"]
@@ -28,7 +27,7 @@ class SinkRun(NamedTuple):
     """The first tokens of the sequence that crosses into the shard, in float32.
 
     Slot p stands at position ``start[:, 0] + p``; slots from the shard's first key on are ignored.
-    Those of one row of the batch, which some kernels take by itself, have no axis B.
+    The axis B is as that of `KeyRun`.
     """
 
     key: Float[Array, "*B P K H"]
@@ -51,6 +50,16 @@ Starts = Int[Array, ""] | Int[Array, "B T"]
 
 Ends = Int[Array, ""] | Int[Array, "B T"] | None
 """Position behind the last key of each query's sequence; None: no key is behind that."""
+
+Slots = tuple[Float[Array, "B K _ H"], Float[Array, "B K _ Hv"]]
+"""Keys and values with heads first, as a cache has them: the rolling buffer's, or the sinks'."""
+
+SlotBounds = Int[Array, "B 4"]
+"""Which slots the one query of each row sees.
+
+The slot of the last key in the rolling buffer; how far before that slot, going round the buffer,
+the first key in the window is, negative for none; how many of the sinks; 0.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +114,16 @@ class Spec:
         if not self.lookahead:
             return start, end
         return start - self.lookahead, None if end is None else end - self.lookahead
+
+
+def plus(x: Int[Array, "..."], distance: int) -> Int[Array, "..."]:
+    """``x + distance``; where that is 0, as under causal windows, no instruction."""
+    return x + distance if distance else x
+
+
+def minus(x: Int[Array, "..."], distance: int) -> Int[Array, "..."]:
+    """``x - distance``, as `plus`."""
+    return x - distance if distance else x
 
 
 def accumulator_dtype(dtype) -> jnp.dtype:

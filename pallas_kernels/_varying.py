@@ -16,7 +16,11 @@ def full_like_varying(
 
 
 def vary_as(like: Shaped[Array, "..."], x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
-    """``x`` as an array that varies over the same manual mesh axes as ``like``."""
+    """``x`` as an array that varies over the same manual mesh axes as ``like``.
+
+    Kernels of Mosaic GPU know nothing of these axes: what they return varies over none, and so must
+    a state that they go on from.
+    """
     axes = jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
     return lax.pcast(x, tuple(axes), to="varying") if axes else x
 

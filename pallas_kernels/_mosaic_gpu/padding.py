@@ -20,11 +20,12 @@ from pallas_kernels._mosaic_gpu.primitives import (
     COLUMN,
     MATRIX,
     ROWS,
+    Index,
     broadcast_column,
     load_as,
     opaque_to_compiler,
 )
-from pallas_kernels._spec import KeyRun, Spec
+from pallas_kernels._spec import KeyRun, Spec, plus
 
 FLAG_WIDTH = 32
 """Copies of each tile's flag in int32, because TMA needs multiples of 128 bytes."""
@@ -37,7 +38,7 @@ SLICE_COLUMNS = 64
 def is_padding(start: Int[Array, "B T"], first_key: int = 0) -> Bool[Array, "B T"]:
     """Whether a row is padding; the position of the shard's first key is ``first_key``."""
     own_keys = jnp.arange(start.shape[1], dtype=start.dtype)[None]
-    return start > (own_keys + first_key if first_key else own_keys)
+    return start > plus(own_keys, first_key)
 
 
 def with_zero_padding(
@@ -45,7 +46,7 @@ def with_zero_padding(
 ) -> tuple[KeyRun, ...]:
     """The runs with zeros in the padding of the shard's own "key" or "value", or of both.
 
-    The padding of a halo has been zeros when it was sent.
+    The padding of a halo is zeros already: its sender sees to that (`Halo.fetch`).
     """
     padding = is_padding(start, spec.first_key)[..., None, None]
 
@@ -73,7 +74,7 @@ def zero_delta(
     return jnp.where(padding[:, None], 0, delta)
 
 
-def zero_padding(tiles: list[Any], starts: Any, first: Int[Array, ""]) -> None:
+def zero_padding(tiles: list[Any], starts: Any, first: Index) -> None:
     """Overwrites the padding of tiles in shared memory with zeros.
 
     Args:

@@ -22,6 +22,10 @@ ROWS = 64
 """Rows of a matrix: M of a WGMMA instruction."""
 
 
+Index = Int[Array, ""]
+"""An int32 number that a program computes: of a tile, a head, a slot, a position."""
+
+
 MATRIX = plgpu.Layout.WGMMA
 """Each of four warps has 16 rows; a thread has 2 of every 8 columns, in two rows."""
 
@@ -88,9 +92,9 @@ def fori(begin, end, body, carry):
 
 def semaphore_signal_and_wait(
     signal: Any,
-    signals: int | Int[Array, ""],
+    signals: int | Index,
     wait_for: Any,
-    value: Int[Array, ""],
+    value: Index,
     behind: int = 0,
 ) -> None:
     """Increments ``signal`` if ``signals`` is not 0; waits until ``wait_for`` is at least a value.
@@ -160,7 +164,7 @@ def fence_async_smem() -> None:
     fence()
 
 
-def opaque_to_compiler(x: int | Int[Array, ""]) -> Int[Array, ""]:
+def opaque_to_compiler(x: int | Index) -> Index:
     """The number x, whose value the compiler cannot know.
 
     What is computed from it is therefore computed where it is used. Moved out of a loop, it would

@@ -1,4 +1,7 @@
-"""Tile sizes of the Mosaic GPU kernels, and the shared memory that they take."""
+"""Tile sizes of the forward kernel in Mosaic GPU, and the shared memory that they take.
+
+Those of the backward kernels are constants of their modules.
+"""
 
 import dataclasses
 import math
@@ -17,8 +20,8 @@ class MosaicTiles:
         query_slots: tiles of queries in shared memory.
         warpgroups: consumer warpgroups. Each has 64 rows of a tile of queries: the same positions
             of each of the ``heads``.
-        apart: results have shared memory of their own, rather than that of their queries.
-        lazy: sums are rescaled only where a maximum has grown much.
+        separate_out: a tile's whole results have shared memory of their own.
+        lazy_rescale: sums are rescaled only where a maximum has grown much (`OnlineSoftmax`).
     """
 
     key: int
@@ -26,8 +29,8 @@ class MosaicTiles:
     heads: int = 1
     query_slots: int = 1
     warpgroups: int = 2
-    apart: bool = False
-    lazy: bool = False
+    separate_out: bool = False
+    lazy_rescale: bool = False
 
     def __post_init__(self):
         if self.key % 16 or not 16 <= self.key <= 256:
@@ -46,7 +49,10 @@ class MosaicTiles:
 
     @property
     def registers(self) -> int:
-        """Registers of a consumer's thread; the producer keeps 24 of its own."""
+        """Registers of a consumer's thread; the producer keeps 24 of its own.
+
+        A multiprocessor has 512 for each thread of a warpgroup: 3 * 160 + 24 and 2 * 240 + 24 fit.
+        """
         return 160 if self.warpgroups == 3 else 240
 
     def shared_memory(self, head_dim: int, value_dim: int, *, whole: bool, sinks: bool) -> int:
@@ -57,13 +63,15 @@ class MosaicTiles:
         rows = self.warpgroups * 64
         keys = self.slots * self.key + (MOSAIC_SINKS if sinks else 0)
         elements = self.query_slots * rows * head_dim + keys * (head_dim + value_dim)
+        # Results go out 64 columns at a time, at most (`ForwardConfig.out_columns`): of 32 bits in
+        # a launch that is not whole.
         if not whole:
             elements += 2 * rows * 64
-        elif self.apart:
+        elif self.separate_out:
             elements += rows * value_dim
         elif value_dim != head_dim:
             elements += rows * 64
-        return 2 * elements + (4 * rows * FOLD if self.lazy else 0)
+        return 2 * elements + (4 * rows * FOLD if self.lazy_rescale else 0)
 
 
 FOLD = 8
@@ -99,14 +107,15 @@ def mosaic_tiles(
     lazy = dim > 64
     candidates = [MosaicTiles(64, 2, heads), MosaicTiles(32, 2, heads)]
     if lazy:
-        candidates.insert(0, MosaicTiles(64, 2, heads, lazy=True))
+        candidates.insert(0, MosaicTiles(64, 2, heads, lazy_rescale=True))
     if dim <= 128:
-        candidates.insert(0, MosaicTiles(128, 2, heads, apart=True, lazy=lazy))
+        candidates.insert(0, MosaicTiles(128, 2, heads, separate_out=True, lazy_rescale=lazy))
     if dim <= 64 and window is not None and window < 256:
         # All keys that a tile of queries sees, from a multiple of 8 on.
         keys = 192 // heads + window + 7
         key = min((80, 64, 48), key=lambda key: pl.cdiv(keys, key) * key)
-        candidates.insert(0, MosaicTiles(key, 3, heads, query_slots=2, warpgroups=3, apart=True))
+        short = MosaicTiles(key, 3, heads, query_slots=2, warpgroups=3, separate_out=True)
+        candidates.insert(0, short)
     return next(
         tiles
         for tiles in candidates

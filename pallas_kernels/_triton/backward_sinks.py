@@ -14,8 +14,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels._kernels import Queries
 from pallas_kernels._masks import min_sink_distance, sees_distant_sink, sees_fetched_sink
-from pallas_kernels._spec import KeyRun, Spec
-from pallas_kernels._tile_ranges import sink_query_plan
+from pallas_kernels._sink_ranges import keys_before_shard, sink_query_plan
+from pallas_kernels._spec import KeyRun, Spec, minus
 from pallas_kernels._triton.backward_dkv import DistantSinks
 from pallas_kernels._triton.blocks import batch_block, div, load_rows, rem, store_rows
 from pallas_kernels._triton.query_tiles import (
@@ -50,8 +50,7 @@ def backward_own_sinks(
 
     def locate(chunk_start):
         first = jnp.maximum(chunk_start, spec.first_key)
-        row = first - spec.first_key if spec.lookahead else first
-        return row, first, chunk_start + spec.num_sinks - first
+        return minus(first, spec.first_key), first, chunk_start + spec.num_sinks - first
 
     sinks = _Sinks(min_distance, seen, locate)
     parts = _by_chunks(
@@ -77,8 +76,8 @@ def backward_fetched_sinks(
         return sees_fetched_sink(i, j, start, window, spec.num_sinks, first_key=spec.first_key)
 
     def locate(chunk_start):
-        before_shard = spec.first_key - chunk_start if spec.lookahead else -chunk_start
-        return 0, chunk_start, jnp.minimum(before_shard, spec.num_sinks)
+        count = jnp.minimum(keys_before_shard(chunk_start, spec.first_key), spec.num_sinks)
+        return 0, chunk_start, count
 
     sinks = _Sinks(window + 1, seen, locate)
     return _by_chunks(spec, queries, key_value, sinks, rows=rows, tiles=tiles, interpret=interpret)
@@ -185,7 +184,7 @@ class _Kernel(NamedTuple):
     tiles: TritonTiles
     interpret: bool
 
-    def run(self, refs, *out_refs) -> None:
+    def run(self, refs: dict[str, Any], *out_refs: Any) -> None:
         """Computes the gradients of a tile of sinks through a chunk of queries."""
         spec, tiles, head_blocks = self.spec, self.tiles, self.head_blocks
         key_tiles = pl.cdiv(spec.num_sinks, tiles.key)

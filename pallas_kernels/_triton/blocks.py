@@ -28,7 +28,7 @@ Rows = tuple[Any, ...]
 """Indexers of all axes but the last: a slice, with or without a head, or two equal arrays."""
 
 
-def load_rows(ref: Any, rows: Rows, valid=None) -> list[Array]:
+def load_rows(ref: Any, rows: Rows, valid: Array | None = None) -> list[Array]:
     """Rows of a [rows, H] or [rows, heads, H] ref, in head parts: a list of [size, width].
 
     ``valid`` masks rows, which are then 0; None where all exist.
@@ -44,14 +44,15 @@ def load_rows(ref: Any, rows: Rows, valid=None) -> list[Array]:
     return loaded
 
 
-def store_rows(ref: Any, rows: Rows, parts: list[Array], valid=None) -> None:
+def store_rows(ref: Any, rows: Rows, parts: list[Array], valid: Array | None = None) -> None:
     """The counterpart of ``load_rows``."""
     for (begin, width), x in zip(head_parts(ref.shape[-1]), parts, strict=True):
         mask = None if valid is None else jnp.broadcast_to(valid[:, None], x.shape)
         plgpu.store(_columns(ref, rows, begin, width), x.astype(ref.dtype), mask=mask)
 
 
-def _columns(ref: Any, rows: Rows, begin: int, width: int):
+def _columns(ref: Any, rows: Rows, begin: int, width: int) -> Any:
+    """A reference to some columns of rows."""
     vectors = [x for x in rows if getattr(x, "ndim", 0)]
     if not vectors:
         # Under x64 Python's numbers are 64-bit, which interpret mode does not mix with the rows'.
@@ -64,7 +65,7 @@ def _columns(ref: Any, rows: Rows, begin: int, width: int):
     return ref.at[(*index, columns)]
 
 
-def load_vector(ref: Any, index: Rows, valid=None) -> Array:
+def load_vector(ref: Any, index: Rows, valid: Array | None = None) -> Array:
     """Elements of a ref; 0 where not valid."""
     if valid is None:
         return plgpu.load(ref.at[index])
@@ -83,7 +84,7 @@ def bounds_blocks(operands: dict[str, Any]) -> dict[str, pl.BlockSpec]:
 
 
 def load_bounds(
-    refs: dict[str, Any], positions: Array, valid, *, packed: bool
+    refs: dict[str, Any], positions: Array, valid: Array | None, *, packed: bool
 ) -> tuple[Array, Array | None]:
     """(start, end) of the sequences of queries at these positions; numbers unless ``packed``."""
 
@@ -93,7 +94,9 @@ def load_bounds(
     return load(refs["start"]), load(refs["end"]) if "end" in refs else None
 
 
-def real_keys(refs: dict[str, Any], spec: Spec, offset: int, local: Array, exists) -> Array:
+def real_keys(
+    refs: dict[str, Any], spec: Spec, offset: int, local: Array, exists: Array | None
+) -> Array:
     """Which keys of a run at ``offset`` are no padding, by their indices in the run.
 
     A query sees keys before its shard only if its sequence crosses into the shard, and keys after

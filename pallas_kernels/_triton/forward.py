@@ -26,7 +26,8 @@ from pallas_kernels._triton.blocks import (
     load_vector,
     store_rows,
 )
-from pallas_kernels._triton.key_loop import KeyLoop, QueryTile
+from pallas_kernels._triton.key_loop import over_keys
+from pallas_kernels._triton.query_launch import QueryLaunch, QueryRows
 from pallas_kernels._triton.tiles import TritonTiles
 from pallas_kernels._varying import shape_like_varying
 
@@ -49,32 +50,32 @@ def forward(
     query, runs, sink_logits = inputs.query, inputs.runs, inputs.sink_logits
     batch, length, heads, _ = query.shape
     value_dim = runs[0].value.shape[-1]
-    loop = KeyLoop(spec, inputs, rows, tiles)
+    launch = QueryLaunch(spec, inputs, rows, tiles)
     shapes = (
         shape_like_varying(query, (batch, length, heads, value_dim), out_dtype),
         shape_like_varying(query, (batch, heads, length), jnp.float32),
     )
-    out_blocks = (loop.head_block(shapes[0]), loop.lse_block(shapes[1]))
-    arrays = {**loop.arrays, "query": query}
-    blocks = {**loop.blocks, "query": loop.head_block(query)}
+    out_blocks = (launch.head_block(shapes[0]), launch.lse_block(shapes[1]))
+    arrays = {**launch.arrays, "query": query}
+    blocks = {**launch.blocks, "query": launch.head_block(query)}
     if sink_logits is not None:
         arrays["sink_logits"], blocks["sink_logits"] = sink_logits, batch_block(sink_logits)
     # The state comes first, so that its leaves are the first operands, to be written in place.
     before = () if state is None else tuple(state)
 
     def kernel(before, refs, out_ref, lse_ref):
-        tile = loop.query_tile(refs)
+        tile = launch.query_rows(refs)
         queries = load_rows(refs["query"], tile.rows, tile.valid)
         if resume:
             sums = _resumed_sums(tile, *before)
         else:
-            sums = _initial_sums(loop, value_dim, refs.get("sink_logits"))
+            sums = _initial_sums(launch, value_dim, refs.get("sink_logits"))
         step = partial(softmax_step, spec, queries, interpret)
-        _store(tile, loop.run(refs, tile, step, sums), out_ref, lse_ref)
+        _store(tile, over_keys(launch, refs, tile, step, sums), out_ref, lse_ref)
 
     out, lse = pl.pallas_call(
         kernel,
-        grid=loop.grid,
+        grid=launch.grid,
         in_specs=[out_blocks[: len(before)], blocks],
         out_specs=list(out_blocks),
         out_shape=list(shapes),
@@ -86,20 +87,20 @@ def forward(
     return State(out, lse)
 
 
-def _initial_sums(loop: KeyLoop, value_dim: int, sink_logits_ref: Any) -> _Sums:
+def _initial_sums(launch: QueryLaunch, value_dim: int, sink_logits_ref: Any) -> _Sums:
     """The sums before any key, with the learned sink where there is one."""
     widths = [width for _, width in head_parts(value_dim)]
-    acc = [jnp.zeros((loop.size, width), jnp.float32) for width in widths]
-    row_max = jnp.full((loop.size,), LOWEST, jnp.float32)
-    row_sum = jnp.zeros((loop.size,), jnp.float32)
+    acc = [jnp.zeros((launch.size, width), jnp.float32) for width in widths]
+    row_max = jnp.full((launch.size,), LOWEST, jnp.float32)
+    row_sum = jnp.zeros((launch.size,), jnp.float32)
     if sink_logits_ref is not None:
-        learned = loop.head_values(sink_logits_ref)
+        learned = launch.head_values(sink_logits_ref)
         row_max = jnp.maximum(row_max, learned * LOG2_E)
         row_sum = jnp.where(learned > -jnp.inf, 1.0, row_sum)
     return row_max, row_sum, *acc
 
 
-def _resumed_sums(tile: QueryTile, out_ref: Any, lse_ref: Any) -> _Sums:
+def _resumed_sums(tile: QueryRows, out_ref: Any, lse_ref: Any) -> _Sums:
     """The sums of the launches before, from the state that they left."""
     acc = [x.astype(jnp.float32) for x in load_rows(out_ref, tile.rows, tile.valid)]
     lse = load_vector(lse_ref, tile.flat, tile.valid)
@@ -117,7 +118,7 @@ def softmax_step(
     values: list[Array],
     seen: Array | None,
 ) -> _Sums:
-    """One step of the online softmax, as `KeyLoop.run` calls it."""
+    """One step of the online softmax, as `over_keys` calls it."""
     row_max, row_sum, *acc = sums
     logits, factor, _ = cap_logits(spec, inner(spec, queries, keys))
     if seen is not None:
@@ -134,7 +135,7 @@ def softmax_step(
     return new_max, row_sum, *acc
 
 
-def _store(tile: QueryTile, sums: _Sums, out_ref: Any, lse_ref: Any) -> None:
+def _store(tile: QueryRows, sums: _Sums, out_ref: Any, lse_ref: Any) -> None:
     """Writes the output and log-sum-exp; zeros and -inf for a query without keys."""
     row_max, row_sum, *acc = sums
     has_keys = row_sum > 0

@@ -3,6 +3,7 @@
 The kernels of `backward_dkv` and of `backward_sinks` share this.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from pallas_kernels._logits import cap_logits
 from pallas_kernels._masks import is_real
 from pallas_kernels._spec import Spec
 from pallas_kernels._triton.blocks import (
+    Rows,
     bounds_blocks,
     bounds_operands,
     div,
@@ -28,6 +30,9 @@ from pallas_kernels._triton.blocks import (
     rem,
 )
 from pallas_kernels._triton.tiles import TritonTiles
+
+KeySums = tuple[tuple[Array, ...], tuple[Array, ...]]
+"""(dkey / scale, dvalue) of a tile of keys, each in head parts; empty where not wanted."""
 
 
 def query_operands(queries: Queries, group: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -61,8 +66,16 @@ def key_block(x: Any) -> pl.BlockSpec:
     return pl.BlockSpec((None, x.shape[1], None, x.shape[3]), lambda t, n, b: (b, 0, n, 0))
 
 
-class QueryTile(NamedTuple):
-    """A tile of queries of one head, and which keys they see ([S, Q]; None: all)."""
+class LoadedQueries(NamedTuple):
+    """A tile of queries of a block of heads, loaded.
+
+    Attributes:
+        queries: in head parts.
+        douts: the output's cotangents, in head parts.
+        lse_log2: log-sum-exp in base 2, 0 for a query without keys.
+        delta: ``rowsum(out * dout)``.
+        seen: [S, Q], which keys the queries see; None: all.
+    """
 
     queries: list[Array]
     douts: list[Array]
@@ -72,14 +85,31 @@ class QueryTile(NamedTuple):
 
 
 def load_queries(
-    refs, tiles: TritonTiles, begin, end, block, seen, *, packed: bool, padded: bool = False
-) -> QueryTile:
-    """Loads the queries at ``begin`` of a block of heads, none at or behind ``end``.
+    refs: dict[str, Any],
+    tiles: TritonTiles,
+    begin: Array,
+    end: int | Array,
+    block: Array,
+    seen: Callable[[Array, Array, Array | None], Array] | None,
+    *,
+    packed: bool,
+    padded: bool = False,
+) -> LoadedQueries:
+    """Loads a tile of queries of a block of heads.
 
-    ``seen(i, start, end)`` is the mask, None where all is seen. Padding counts as zeros if
-    ``padded``.
+    Args:
+        refs: references to the arrays of `query_operands`.
+        tiles: tile sizes.
+        begin: position of the first query.
+        end: position behind the last one that exists.
+        block: number of the block of heads in the group.
+        seen: ``seen(i, start, end)`` is the mask; None where all is seen.
+        packed: whether each query has a start of its own.
+        padded: whether padding counts as zeros.
     """
     size, heads = tiles.query, tiles.heads
+    rows: Rows
+    flat: Rows
     if heads == 1:
         positions = begin + jnp.arange(size, dtype=jnp.int32)
         rows, flat = (pl.ds(begin, size), block), (block, pl.ds(begin, size))
@@ -91,13 +121,13 @@ def load_queries(
     valid = positions < end if seen is not None and ragged else None
     mask = None
     if seen is not None:
-        start, end = load_bounds(refs, positions, valid, packed=packed)
-        mask = seen(positions[None, :], _as_row(start), None if end is None else _as_row(end))
+        starts, ends = load_bounds(refs, positions, valid, packed=packed)
+        mask = seen(positions[None, :], _as_row(starts), None if ends is None else _as_row(ends))
         mask = mask if valid is None else mask & valid[None, :]
         if padded:
-            real = is_real(positions, start, end)
+            real = is_real(positions, starts, ends)
             valid = real if valid is None else real & valid
-    return QueryTile(
+    return LoadedQueries(
         load_rows(refs["query"], rows, valid),
         load_rows(refs["dout"], rows, valid),
         log2_sums(load_vector(refs["lse"], flat, valid)),
@@ -106,22 +136,23 @@ def load_queries(
     )
 
 
-def zero_gradients(size: int, dims: tuple[int, int], wanted: tuple[bool, bool]):
-    """(dkey, dvalue) in head parts, empty where not wanted."""
-    return tuple(
+def zero_gradients(size: int, dims: tuple[int, int], wanted: tuple[bool, bool]) -> KeySums:
+    """No gradients yet."""
+    dkey, dvalue = (
         tuple(jnp.zeros((size, width), jnp.float32) for _, width in head_parts(dim)) if want else ()
         for want, dim in zip(wanted, dims, strict=True)
     )
+    return dkey, dvalue
 
 
 def add_gradients(
     spec: Spec,
     key_value: list[list[Array]],
-    tile: QueryTile,
-    acc,
+    tile: LoadedQueries,
+    acc: KeySums,
     wanted: tuple[bool, bool],
-    interpret,
-):
+    interpret: bool,
+) -> KeySums:
     """Adds the part of a tile of queries to (dkey / scale, dvalue)."""
     key, value = key_value
     dtype = key[0].dtype
@@ -140,7 +171,7 @@ def add_gradients(
     return dkey, dvalue
 
 
-def scaled_gradients(spec: Spec, acc, wanted: tuple[bool, bool]) -> list[list[Array]]:
+def scaled_gradients(spec: Spec, acc: KeySums, wanted: tuple[bool, bool]) -> list[list[Array]]:
     """The wanted ones of (dkey, dvalue)."""
     dkey, dvalue = acc
     results = ([x * spec.scale for x in dkey], list(dvalue))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int, Shaped
 
-from pallas_kernels._masks import sees, sees_behind_halo, sees_fetched_sink
+from pallas_kernels._masks import sees, sees_fetched_sink, sees_without_fetched_sinks
 from pallas_kernels._spec import KeyRun, SinkRun, Spec
 from pallas_kernels._tile_ranges import key_plan
 from pallas_kernels._tiles import Tiles
@@ -181,7 +181,7 @@ class TileLoop(NamedTuple):
         run, spec = self.run, self.spec
         rule = sees
         if run.offset != spec.first_key:
-            rule = partial(sees_behind_halo, first_key=spec.first_key)
+            rule = partial(sees_without_fetched_sinks, first_key=spec.first_key)
         start, end = (None if x is None else x[..., None] for x in tile.bounds)
         # A tile of joined runs may hold keys before the first sequence, which are nobody's, and
         # so may a slice that no plan has chosen.

@@ -24,7 +24,8 @@ KERNELS = {FORWARD, QUERY, KEYS, SINKS, FUSED, FINISH, SHORT}
 class Variant:
     """Forward and backward of a model's layer, `chunk` tokens on each of the devices.
 
-    ``after`` is how many keys after a query it sees, None for all.
+    ``after`` is how many keys after a query it sees, None for all; ``exchange`` is for layers
+    without a window.
     """
 
     model: Model
@@ -36,6 +37,7 @@ class Variant:
     implementation: str | None = "triton"
     target: str = "h100"
     after: int | None = 0
+    exchange: str | None = None
 
     def takes_mosaic(self):
         """Whether Mosaic GPU's kernels compute it."""
@@ -119,7 +121,7 @@ class Variant:
     def program(self, q, k, v, sink, ids, dout):
         """The output and all gradients; a window's keys come as a halo, however long it is."""
         windowed = self.devices > 1 and self.model.window is not None
-        exchange = "halo" if windowed else None
+        exchange = "halo" if windowed else self.exchange
         window = self.model.window if self.after == 0 else (self.model.window, self.after)
 
         def attend(q, k, v, sink):

@@ -74,7 +74,7 @@ def test_keys_of_the_own_sequence_need_no_start(window, sinks):
     visited = x.start <= x.j
     in_window = np.asarray(_masks.in_window(x.i, x.j, None, window))
     assert_array_equal(in_window[visited], x.windowed[visited])
-    for mask in (_masks.sees, _masks.sees_behind_halo):
+    for mask in (_masks.sees, _masks.sees_without_fetched_sinks):
         unpacked, packed = (
             np.asarray(mask(x.i, x.j, x.start, window, sinks, packed=p)) for p in (False, True)
         )
@@ -84,12 +84,26 @@ def test_keys_of_the_own_sequence_need_no_start(window, sinks):
 @pytest.mark.parametrize("window", WINDOWS)
 def test_a_halo_and_fetched_sinks_share_the_pairs_out(window, sinks):
     x = Shards(window, sinks)
-    of_halo = np.asarray(_masks.sees_behind_halo(x.i, x.j, x.start, window, sinks, packed=True))
+    of_halo = np.asarray(
+        _masks.sees_without_fetched_sinks(x.i, x.j, x.start, window, sinks, packed=True)
+    )
     assert_array_equal(of_halo, x.windowed | (x.sink & (x.j >= 0)))
     fetched = _masks.sees_fetched_sink(x.i, x.j, x.start, window, sinks)
     assert_array_equal(fetched, x.attends & ~of_halo)
     beyond = _masks.sees_beyond_window(x.i, x.j, x.start, window, sinks)
     assert_array_equal(beyond, x.attends & ~x.windowed)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize(("first_query", "keys_end"), [(0, -3), (0, 1), (0, 2), (3, 4), (3, 5)])
+def test_no_tile_needs_a_mask_where_all_see_all(window, sinks, first_query, keys_end):
+    i = first_query + jnp.arange(LENGTH)[:, None]
+    j = jnp.arange(-CHUNK, keys_end)[None]
+    seen = _masks.sees(i, j, jnp.int32(-CHUNK), window, sinks, packed=False)
+    where = {"first_query": first_query, "keys_end": keys_end}
+    told = _masks.sees_all_keys(window, **where, one_sequence=True)
+    assert told == (window is None and bool(seen.all()))
+    assert not _masks.sees_all_keys(window, **where, one_sequence=False)
 
 
 @pytest.mark.parametrize("stop", [-CHUNK, 0, 1, 4, CHUNK])
@@ -129,6 +143,6 @@ def test_ranges_hold_what_is_seen(window, sinks):
             _masks.in_range(j, first, _masks.range_length(first, stop)) for first, stop in ranges
         ]
         behind = {} if first_key is None else {"first_key": first_key}
-        rule = _masks.sees_behind_halo if behind else _masks.sees
+        rule = _masks.sees_without_fetched_sinks if behind else _masks.sees
         expected = rule(i, j, start, window, sinks, packed=True, end=end, **behind)
         assert_array_equal(np.logical_or.reduce(found), expected)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from pallas_kernels import _tile_ranges
+from pallas_kernels import _sink_ranges, _tile_ranges
 from pallas_kernels._masks import min_sink_distance
 from tests.helpers.cases import random_runs
 from tests.helpers.oracle import PADDING, visible
@@ -179,7 +179,7 @@ def fetched_sinks(window, sinks):
 @pytest.mark.parametrize("window", [0, 3, 23, 40])
 @pytest.mark.parametrize(("query_tile", "key_tile"), [(1, 1), (4, 8), (24, 24)])
 def test_fetched_sinks_of_each_tile_of_queries(window, sinks, query_tile, key_tile):
-    plan = _tile_ranges.fetched_sink_key_plan(
+    plan = _sink_ranges.fetched_sink_key_plan(
         jnp.asarray(START), window,
         rows=(0, T), query_tile=query_tile, length=sinks, key_tile=key_tile,
     )  # fmt: skip
@@ -195,7 +195,7 @@ def test_fetched_sinks_of_each_tile_of_queries(window, sinks, query_tile, key_ti
 @pytest.mark.parametrize(("query_tile", "chunk"), [(1, 1), (2, 4), (4, 8), (8, 8)])
 def test_tiles_of_queries_that_are_distant_from_their_sinks(window, sinks, query_tile, chunk):
     min_distance = min_sink_distance(window, sinks, chunk)
-    plan = _tile_ranges.sink_query_plan(
+    plan = _sink_ranges.sink_query_plan(
         jnp.asarray(START), min_distance, rows=T, query_tile=query_tile, chunk=chunk
     )
     distant = ~PADDED & (np.arange(T) - START >= min_distance)
@@ -210,7 +210,7 @@ def test_tiles_of_queries_that_are_distant_from_their_sinks(window, sinks, query
 @pytest.mark.parametrize("chunk", [1, 8, 24])
 @pytest.mark.parametrize("key_tile", [1, 5, 24])
 def test_chunks_whose_first_query_has_sinks_in_a_tile(sinks, chunk, key_tile):
-    plan = _tile_ranges.sink_chunk_plan(
+    plan = _sink_ranges.sink_chunk_plan(
         jnp.asarray(START), sinks, offset=0, rows=T, chunk=chunk, length=T, key_tile=key_tile
     )
     first = START[:, ::chunk, None]

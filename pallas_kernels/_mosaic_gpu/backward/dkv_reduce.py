@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jaxtyping import Float32, Int
+from jaxtyping import Float32
 
 from pallas_kernels._mosaic_gpu import register_tiles
 from pallas_kernels._mosaic_gpu.backward.scheduler import ProgramSchedule
 from pallas_kernels._mosaic_gpu.backward.tasks import BackwardSchedule
 from pallas_kernels._mosaic_gpu.primitives import (
     ROWS,
+    Index,
     semaphore_signal_after_stores,
     semaphore_signal_and_wait,
 )
@@ -56,27 +57,27 @@ def semaphore_shapes(schedule: BackwardSchedule) -> dict[str, tuple[int, ...]]:
 
 
 def reduce_parts_in_order(
-    schedule: ProgramSchedule,
+    program: ProgramSchedule,
     refs: dict[str, Any],
-    warpgroup: int | Int[Array, ""],
-    row_tile: int | Int[Array, ""],
+    warpgroup: int | Index,
+    row_tile: int | Index,
     results: Mapping[str, tuple[Float32[Array, "64 _"], ...]],
     write: Callable[[Mapping[str, tuple[Array, ...]]], None],
 ) -> None:
     """Adds the sums of a task's earlier parts to a warpgroup's own; stores or writes the result.
 
     Args:
-        schedule: of the program.
+        program: the schedule of the program.
         refs: its arrays.
         warpgroup: number of the warpgroup.
         row_tile: which `ROWS` of the tile of keys the results are of.
         results: the warpgroup's own sums, by name, in matrices of at most `MAX_COLUMNS` columns.
         write: writes what has been added up to dk and dv.
     """
-    if not schedule.launch.split_tasks:
+    if not program.launch.split_tasks:
         write(results)
         return
-    part = schedule.part
+    part = program.part
     stored_parts = refs["stored_parts"].at[part.number, warpgroup]
     # Waits until this warpgroup of each earlier part has stored its sums.
     semaphore_signal_and_wait(stored_parts, 0, stored_parts, part.part)

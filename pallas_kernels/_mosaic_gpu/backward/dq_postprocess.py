@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Bool, Float, Float32, Int
+from jaxtyping import Bool, Float, Float32
 
 from pallas_kernels._mosaic_gpu import register_tiles
 from pallas_kernels._mosaic_gpu.primitives import (
     MATRIX,
     ROWS,
+    Index,
     load_as,
     opaque_to_compiler,
     swizzled,
@@ -76,9 +77,9 @@ class DqEpilogue:
     def dst(
         self,
         refs: dict[str, Any],
-        row: Int[Array, ""],
-        tile: Int[Array, ""],
-        head: Int[Array, ""],
+        row: Index,
+        tile: Index,
+        head: Index,
         n: int,
     ) -> Any:
         """Where slice ``n`` of a tile belongs."""
@@ -125,9 +126,9 @@ class DqPostprocess(DqEpilogue):
     def load_sums(
         self,
         refs: dict[str, Any],
-        row: Int[Array, ""],
-        tile: Int[Array, ""],
-        head: Int[Array, ""],
+        row: Index,
+        tile: Index,
+        head: Index,
         n: int,
     ) -> Float32[Array, "64 columns"]:
         """Slice ``n`` of a tile of the sums."""
@@ -141,16 +142,24 @@ class DqPostprocess(DqEpilogue):
         self,
         refs: dict[str, Any],
         smem: Any,
-        row: Int[Array, ""],
-        tile: Int[Array, ""],
-        head: Int[Array, ""],
+        row: Index,
+        tile: Index,
+        head: Index,
         n: int,
         sums: Float32[Array, "64 columns"],
     ) -> None:
         """Leaves the result of a slice in shared memory."""
         smem.at[opaque_to_compiler(n)][...] = self._finished(refs, row, tile, head, n, sums)
 
-    def _finished(self, refs, row, tile, head, n, sums) -> Float[Array, "64 columns"]:
+    def _finished(
+        self,
+        refs: dict[str, Any],
+        row: Index,
+        tile: Index,
+        head: Index,
+        n: int,
+        sums: Float32[Array, "64 columns"],
+    ) -> Float[Array, "64 columns"]:
         """The result of a slice: scaled, with `others` added, and rounded."""
         result = sums * self.scale
         if self.tiles_of_others:
@@ -169,9 +178,9 @@ class DqPostprocess(DqEpilogue):
         self,
         refs: dict[str, Any],
         smem: Any,
-        row: Int[Array, ""],
-        tile: Int[Array, ""],
-        head: Int[Array, ""],
+        row: Index,
+        tile: Index,
+        head: Index,
     ) -> None:
         """Copies all slices of a tile from shared memory, once all warps have staged them."""
         plgpu.commit_smem()
@@ -216,5 +225,4 @@ def postprocess(
         grid_names=("program",),
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )(*work.operands.values())
-    # Kernels of Mosaic GPU drop manual mesh axes.
     return vary_as(sums.slices, out)

@@ -57,6 +57,5 @@ def launch(
         compiler_params=compiler_params,
         **threads,
     )(*operands.values())
-    # Kernels of Mosaic GPU drop manual mesh axes.
     arrays = [vary_as(varies_as, x) for x in results]
     return dict(zip(outputs, arrays, strict=True))

@@ -8,7 +8,39 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Int
 
+from pallas_kernels._kernels import Queries
 from pallas_kernels._mosaic_gpu.backward.tasks import QUERY_TILE, BackwardSchedule
+from pallas_kernels._mosaic_gpu.primitives import Index
+from pallas_kernels._spec import Spec
+from pallas_kernels._tile_ranges import QueryColumns, query_plan
+
+FIRST_BLOCK = 4
+"""The column that `plan_with_first_block` adds to those of `QueryColumns.ALL`."""
+
+
+def plan_of_launch(
+    spec: Spec, queries: Queries, schedule: BackwardSchedule, *, rows: int
+) -> Int[Array, "#B tiles 4"]:
+    """The tiles of the first ``rows`` queries that the program of each tile of keys visits."""
+    start, end = queries.start, queries.end
+    packed, has_ends_by_row = start.ndim > 0, end is not None and end.ndim > 0
+    plan = query_plan(
+        start,
+        spec.window,
+        0,
+        rows=rows,
+        query_tile=QUERY_TILE,
+        offset=schedule.offset,
+        length=schedule.num_keys,
+        key_tile=schedule.key_tile,
+        min_distance=0,
+        end=end if has_ends_by_row else None,
+    )
+    plan = plan if packed else plan[None]
+    if has_ends_by_row:
+        return plan_in_order(plan)
+    plan = plan_with_diagonal(plan, schedule)
+    return plan if end is None else plan_masked_outside(plan, schedule, start, end)
 
 
 def plan_with_diagonal(
@@ -20,7 +52,7 @@ def plan_with_diagonal(
     """
     number = jnp.arange(1, schedule.num_key_tiles + 1, dtype=jnp.int32)
     diagonal_end = (number * schedule.key_tile + schedule.offset) // QUERY_TILE
-    return plan.at[..., 3].max(jnp.minimum(diagonal_end, schedule.num_query_tiles))
+    return plan.at[..., QueryColumns.END].max(jnp.minimum(diagonal_end, schedule.num_query_tiles))
 
 
 def plan_in_order(plan: Int[Array, "B tiles 4"]) -> Int[Array, "B tiles 4"]:
@@ -28,7 +60,8 @@ def plan_in_order(plan: Int[Array, "B tiles 4"]) -> Int[Array, "B tiles 4"]:
 
     They begin in their order anyway. So the programs that add to a tile of queries are consecutive.
     """
-    return plan.at[..., 3].set(lax.cummax(plan[..., 3], axis=plan.ndim - 2))
+    end = QueryColumns.END
+    return plan.at[..., end].set(lax.cummax(plan[..., end], axis=plan.ndim - 2))
 
 
 def last_key_blocks(
@@ -36,7 +69,7 @@ def last_key_blocks(
 ) -> Int[Array, "B query_tiles"]:
     """The last tile of keys whose program adds to each tile of queries: it adds first."""
     block = jnp.arange(schedule.num_query_tiles, dtype=jnp.int32)[:, None]
-    return (plan[:, None, :, 0] <= block).sum(-1, dtype=jnp.int32) - 1
+    return (plan[:, None, :, QueryColumns.BEGIN] <= block).sum(-1, dtype=jnp.int32) - 1
 
 
 def plan_with_first_block(plan: Int[Array, "B tiles 4"]) -> Int[Array, "B tiles 5"]:
@@ -44,6 +77,25 @@ def plan_with_first_block(plan: Int[Array, "B tiles 4"]) -> Int[Array, "B tiles 
 
     All tiles behind that one are seen too.
     """
-    first = (plan[..., 3] <= plan[..., 0]).sum(1, dtype=jnp.int32)
+    is_seen_by_none = plan[..., QueryColumns.END] <= plan[..., QueryColumns.BEGIN]
+    first = is_seen_by_none.sum(1, dtype=jnp.int32)
     first = jnp.broadcast_to(first[:, None, None], (*plan.shape[:2], 1))
     return jnp.concatenate((plan, first), axis=-1)
+
+
+def plan_masked_outside(
+    plan: Int[Array, "B tiles 4"],
+    schedule: BackwardSchedule,
+    start: Index,
+    end: Index,
+) -> Int[Array, "B tiles 4"]:
+    """The plan with masks for all tiles that hold keys outside of the one sequence.
+
+    Which tiles a program visits stays as it is: the program that adds next waits for this one.
+    """
+    first = jnp.arange(schedule.num_key_tiles, dtype=jnp.int32) * schedule.key_tile
+    first += schedule.offset
+    masked = ((first < start) | (first + schedule.key_tile > end))[None]
+    unmasked_begin, unmasked_end = QueryColumns.UNMASKED_BEGIN, QueryColumns.UNMASKED_END
+    new_end = jnp.where(masked, plan[..., unmasked_begin], plan[..., unmasked_end])
+    return plan.at[..., unmasked_end].set(new_end)

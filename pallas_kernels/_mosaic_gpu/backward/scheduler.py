@@ -10,10 +10,12 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 
+from pallas_kernels._mosaic_gpu.backward.query_plans import FIRST_BLOCK
 from pallas_kernels._mosaic_gpu.backward.tasks import QUERY_TILE, BackwardSchedule
-from pallas_kernels._mosaic_gpu.primitives import fori
+from pallas_kernels._mosaic_gpu.primitives import Index, fori
+from pallas_kernels._tile_ranges import QueryColumns
 
 
 class ProgramSchedule:
@@ -34,7 +36,7 @@ class ProgramSchedule:
     def __init__(
         self,
         launch: BackwardSchedule,
-        index: Int[Array, ""],
+        index: Index,
         plan: Any,
         start: Any,
         last_block: Any = None,
@@ -46,11 +48,11 @@ class ProgramSchedule:
         self.row, self.kv_head = (f(batch_kv_head, num_kv_heads) for f in (lax.div, lax.rem))
         row = self.row if launch.packed else 0
         self.begin, self.unmasked_begin, self.unmasked_end, self.end = (
-            plan[row, self.key_block, n] for n in range(4)
+            plan[row, self.key_block, n] for n in QueryColumns.ALL
         )
         # The query tiles of consecutive tiles of keys begin and end in the same order. So this
         # program adds last to those that the tile of keys before it does not add to.
-        end_before = plan[row, jnp.maximum(self.key_block - 1, 0), 3]
+        end_before = plan[row, jnp.maximum(self.key_block - 1, 0), QueryColumns.END]
         self.adds_last_from = jnp.where(self.key_block > 0, end_before, 0)
         if self.part.parts is not None:
             first, tiles, part = self.begin, self.end - self.begin, self.part.part
@@ -61,16 +63,17 @@ class ProgramSchedule:
         # Whether the keys are a halo's that comes last, and the first tile of keys that any query
         # sees.
         self.in_last_halo = self.key_block < launch.halo_key_tiles if launch.halo_last else None
-        self.first_block = plan[row, self.key_block, 4] if launch.halo_last else None
+        self.first_block = plan[row, self.key_block, FIRST_BLOCK] if launch.halo_last else None
         self.diagonal_tiles = None
         if launch.packed and not launch.has_ends and launch.halo_key_tiles < launch.num_key_tiles:
             self.diagonal_tiles = self._diagonal_tiles(start, row)
 
-    def _diagonal_tiles(self, start: Any, row: int | Int[Array, ""]) -> Int[Array, ""]:
+    def _diagonal_tiles(self, start: Any, row: int | Index) -> Index:
         """Query tiles to begin with, for all heads: those on the diagonal, or 0.
 
-        They come first where the keys are of several documents: programs of the first of these
-        documents would else wait for this one until the end of each of its heads.
+        They come first where the keys are of several documents. The first of these documents has no
+        queries beyond the diagonal. So programs of its earlier keys would else wait, head by head,
+        while this one goes through the queries of the last document.
         """
         launch = self.launch
         own_block = self.key_block - launch.halo_key_tiles
@@ -80,22 +83,18 @@ class ProgramSchedule:
         return jnp.where((own_block >= 0) & several, launch.query_tiles_per_key_tile, 0)
 
     @property
-    def first_state(self) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    def first_state(self) -> tuple[Index, Index]:
         """The state of the first step."""
         return jnp.int32(0), jnp.int32(0)
 
-    def next_state(
-        self, member: Int[Array, ""], n: Int[Array, ""]
-    ) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    def next_state(self, member: Index, n: Index) -> tuple[Index, Index]:
         """The state of the step after this one."""
         if self.launch.longest_first:
             return next_state_heads_first(member, n, self.part.heads)
         tiles = self.end - self.begin
         return next_state_tiles_first(member, n, self.part.heads, tiles, self.diagonal_tiles)
 
-    def coordinates(
-        self, member: Int[Array, ""], n: Int[Array, ""]
-    ) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    def coordinates(self, member: Index, n: Index) -> tuple[Index, Index]:
         """(query head, tile of queries) of a state."""
         query_block = self.end - 1 - n if self.launch.longest_first else self.begin + n
         if self.in_last_halo is not None:
@@ -103,7 +102,7 @@ class ProgramSchedule:
         head = self.kv_head * self.launch.group_size + self.part.first_head + member
         return head, query_block
 
-    def is_unmasked(self, query_block: Int[Array, ""]) -> Bool[Array, ""] | None:
+    def is_unmasked(self, query_block: Index) -> Bool[Array, ""] | None:
         """Whether all queries of a tile see all keys of the program, so that no mask is needed.
 
         None: no tile of the launch needs one.
@@ -112,7 +111,7 @@ class ProgramSchedule:
             return None
         return (query_block >= self.unmasked_begin) & (query_block < self.unmasked_end)
 
-    def adders_before(self, query_block: Int[Array, ""]) -> Int[Array, ""]:
+    def adders_before(self, query_block: Index) -> Index:
         """How many programs add to a tile of queries before this one."""
         launch = self.launch
         if launch.longest_first:
@@ -130,7 +129,7 @@ class ProgramSchedule:
         before = self.key_block - self._first_block_seen(query_block)
         return jnp.where(self.in_last_halo, own + before, last_block - self.key_block)
 
-    def _first_block_seen(self, query_block: Int[Array, ""]) -> Int[Array, ""]:
+    def _first_block_seen(self, query_block: Index) -> Index:
         """The first tile of keys that a tile of queries sees."""
         launch = self.launch
         assert launch.window is not None and self.first_block is not None
@@ -138,7 +137,7 @@ class ProgramSchedule:
         block = lax.div(jnp.maximum(first_key, 0), jnp.int32(launch.key_tile))
         return jnp.maximum(block, self.first_block)
 
-    def adds_last(self, query_block: Int[Array, ""]) -> Bool[Array, ""]:
+    def adds_last(self, query_block: Index) -> Bool[Array, ""]:
         """Whether no program adds to a tile of queries after this one.
 
         Not where ``longest_first`` or ``halo_last``.
@@ -147,12 +146,12 @@ class ProgramSchedule:
 
 
 def next_state_tiles_first(
-    member: Int[Array, ""],
-    n: Int[Array, ""],
-    heads: int | Int[Array, ""],
-    tiles: int | Int[Array, ""],
-    diagonal_tiles: int | Int[Array, ""] | None = None,
-) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    member: Index,
+    n: Index,
+    heads: int | Index,
+    tiles: int | Index,
+    diagonal_tiles: int | Index | None = None,
+) -> tuple[Index, Index]:
     """The next state of a schedule that takes one head after the other.
 
     Args:
@@ -174,25 +173,23 @@ def next_state_tiles_first(
     return next_member, jnp.where(next_head, jnp.where(on_diagonal, n, diagonal_tiles), n + 1)
 
 
-def next_state_heads_first(
-    member: Int[Array, ""], n: Int[Array, ""], heads: int | Int[Array, ""]
-) -> tuple[Int[Array, ""], Int[Array, ""]]:
+def next_state_heads_first(member: Index, n: Index, heads: int | Index) -> tuple[Index, Index]:
     """The next state of a schedule that takes all heads at each tile of queries."""
     last = member == heads - 1
     return jnp.where(last, 0, member + 1), jnp.where(last, n + 1, n)
 
 
-def fold_steps(schedule: ProgramSchedule, step: Callable[..., Any], carry: Any) -> Any:
+def fold_steps(program: ProgramSchedule, step: Callable[..., Any], carry: Any) -> Any:
     """Folds ``step(head, query_block, number, carry)`` over a program's steps."""
 
     def visit(number, state):
         *position, carry = state
-        carry = step(*schedule.coordinates(*position), number, carry)
-        return *schedule.next_state(*position), carry
+        carry = step(*program.coordinates(*position), number, carry)
+        return *program.next_state(*position), carry
 
-    return fori(0, schedule.steps, visit, (*schedule.first_state, carry))[2]
+    return fori(0, program.steps, visit, (*program.first_state, carry))[2]
 
 
-def slot_of(number: Int[Array, ""], slots: int) -> Int[Array, ""]:
+def slot_of(number: Index, slots: int) -> Index:
     """Which of so many buffers in shared memory a step uses."""
     return lax.rem(number, jnp.int32(slots))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Float32, Int
+from jaxtyping import Float32
 
 from pallas_kernels._mosaic_gpu.backward.short_windows_schedule import (
     CONSUMERS,
@@ -25,8 +25,15 @@ from pallas_kernels._mosaic_gpu.backward.short_windows_schedule import (
     key_slot,
 )
 from pallas_kernels._mosaic_gpu.padding import zero_padding
-from pallas_kernels._mosaic_gpu.primitives import MATRIX, fori, load_as
-from pallas_kernels._spec import Spec
+from pallas_kernels._mosaic_gpu.primitives import MATRIX, Index, fori, load_as
+from pallas_kernels._spec import Spec, plus
+
+
+def step_arrays(schedule: ShortSchedule) -> tuple[str, ...]:
+    """The arrays that are copied at each step, all of which arrive on the barrier "query"."""
+    bounds = ("start", "padding") if schedule.packed else ()
+    ends = ("end",) if schedule.has_ends else ()
+    return ("query", "dout", "out", "shift", *bounds, *ends)
 
 
 class DqProducer:
@@ -77,7 +84,7 @@ class DqProducer:
         fori(0, self.steps, self._step, None)
         plgpu.wait_smem_to_gmem(0)
 
-    def _step(self, number: Int[Array, ""], _) -> None:
+    def _step(self, number: Index, _) -> None:
         """Computes dq of a step and delta of the next one; copies what later steps need."""
         barriers, chunk = self.barriers, self.chunk
         _, query_block, head = self._coordinates(number)
@@ -89,9 +96,10 @@ class DqProducer:
             self._compute_delta(number + 1)
 
         @pl.when(is_first_head & (query_block > chunk.first))
-        def wait_for_keys():
+        def wait_for_keys():  # the newest tile, copied since the tile of queries before
             plgpu.barrier_wait(barriers["key"].at[lax.rem(query_block, jnp.int32(CONSUMERS))])
 
+        # Until all consumers have stored the gradients of logits of this step.
         plgpu.barrier_wait(barriers["dlogits"].at[buffer])
 
         # All consumers are at this tile of queries. So the slot of the next tile of keys, which
@@ -110,16 +118,14 @@ class DqProducer:
         def write():
             self._write(dquery, self.schedule.query_tile(query_block), head)
 
-    def _coordinates(
-        self, number: Int[Array, ""]
-    ) -> tuple[Int[Array, ""], Int[Array, ""], Int[Array, ""]]:
+    def _coordinates(self, number: Index) -> tuple[Index, Index, Index]:
         """(slot, tile of queries, query head) of a step."""
         group_size = jnp.int32(self.schedule.group_size)
         query_block = self.chunk.first + lax.div(number, group_size)
         head = self.chunk.kv_head * self.schedule.group_size + lax.rem(number, group_size)
         return lax.rem(number, jnp.int32(SLOTS)), query_block, head
 
-    def _copy_keys(self, key_block: Int[Array, ""]) -> None:
+    def _copy_keys(self, key_block: Index) -> None:
         """Copies a tile of keys and values; one before the sequence stands for the first one."""
         consumer = lax.rem(key_block + CONSUMERS, jnp.int32(CONSUMERS))
         arrived = self.barriers["key"].at[consumer]
@@ -128,27 +134,26 @@ class DqProducer:
             src = self.refs[name].at[self.chunk.row, rows, self.chunk.kv_head]
             plgpu.copy_gmem_to_smem(src, self.smem[name].at[key_slot(key_block)], arrived)
 
-    def _copy_queries(self, number: Int[Array, ""]) -> None:
+    def _copy_queries(self, number: Index) -> None:
         """Copies what a step needs of its queries."""
         slot, query_block, head = self._coordinates(number)
         tile = self.schedule.copied_query_tile(query_block)
         arrived, rows = self.barriers["query"].at[slot], pl.ds(tile * TILE, TILE)
         row = self.chunk.row
-        for name in ("query", "dout", "out"):
-            src = self.refs[name].at[row, rows, head]
+        indices: dict[str, Any] = {
+            "query": (row, rows, head),
+            "dout": (row, rows, head),
+            "out": (row, rows, head),
+            "shift": (row, head, rows),
+            "start": (row, rows),
+            "padding": (row, tile),
+            "end": (row, rows),
+        }
+        for name in step_arrays(self.schedule):
+            src = self.refs[name].at[indices[name]]
             plgpu.copy_gmem_to_smem(src, self.smem[name].at[slot], arrived)
-        src = self.refs["shift"].at[row, head, rows]
-        plgpu.copy_gmem_to_smem(src, self.smem["shift"].at[slot], arrived)
-        if self.schedule.packed:
-            src = self.refs["start"].at[row, rows]
-            plgpu.copy_gmem_to_smem(src, self.smem["start"].at[slot], arrived)
-            src = self.refs["padding"].at[row, tile]
-            plgpu.copy_gmem_to_smem(src, self.smem["padding"].at[slot], arrived)
-        if self.schedule.has_ends:
-            src = self.refs["end"].at[row, rows]
-            plgpu.copy_gmem_to_smem(src, self.smem["end"].at[slot], arrived)
 
-    def _copy_queries_ahead(self, number: Int[Array, ""]) -> None:
+    def _copy_queries_ahead(self, number: Index) -> None:
         """Copies the queries of a later step to the slot of the step before this one."""
         ahead = number + SLOTS - 1
 
@@ -161,7 +166,7 @@ class DqProducer:
 
             self._copy_queries(ahead)
 
-    def _compute_delta(self, number: Int[Array, ""]) -> None:
+    def _compute_delta(self, number: Index) -> None:
         """Computes ``-delta`` of a step's queries, for the consumers and for the caller."""
         slot, query_block, head = self._coordinates(number)
         plgpu.barrier_wait(self.barriers["query"].at[slot])
@@ -179,7 +184,7 @@ class DqProducer:
             dst = self.refs["minus_delta"].at[self.chunk.row, head, rows]
             plgpu.copy_smem_to_gmem(minus_delta, dst)
 
-    def _zero_padding(self, slot: Int[Array, ""], query_block: Int[Array, ""]) -> None:
+    def _zero_padding(self, slot: Index, query_block: Index) -> None:
         """Zeros in the padding of a tile of queries; the consumers wait for delta, so for this."""
         if not self.schedule.packed:
             return
@@ -188,11 +193,11 @@ class DqProducer:
         def write():
             tiles = [self.smem[name].at[slot] for name in ("query", "dout")]
             first = self.schedule.copied_query_tile(query_block) * TILE
-            first = first + self.spec.first_key if self.spec.lookahead else first
+            first = plus(first, self.spec.first_key)
             zero_padding(tiles, self.smem["start"].at[slot], first)
 
     def _multiply_dlogits(
-        self, query_block: Int[Array, ""], buffer: Int[Array, ""], dquery: Any
+        self, query_block: Index, buffer: Index, dquery: Any
     ) -> Float32[Array, "64 H"]:
         """Products of the gradients of logits and the keys, summed over all consumers."""
         for consumer in range(CONSUMERS):
@@ -200,9 +205,7 @@ class DqProducer:
             plgpu.wgmma(dquery, self.smem["dlogits"].at[buffer, consumer].T, keys)
         return dquery[...]
 
-    def _write(
-        self, dquery: Float32[Array, "64 H"], query_block: Int[Array, ""], head: Int[Array, ""]
-    ) -> None:
+    def _write(self, dquery: Float32[Array, "64 H"], query_block: Index, head: Index) -> None:
         """Scales the gradients of a tile of queries, adds those of other launches, and writes."""
         row, result = self.chunk.row, dquery * self.spec.scale
         dst = (row, pl.ds(query_block * TILE, TILE), head)

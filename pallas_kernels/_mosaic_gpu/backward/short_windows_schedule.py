@@ -18,9 +18,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 
-from pallas_kernels._mosaic_gpu.primitives import ROWS
+from pallas_kernels._mosaic_gpu.primitives import ROWS, Index
+from pallas_kernels._spec import minus, plus
 
 TILE = ROWS
 """Queries of a tile, and keys."""
@@ -57,11 +58,11 @@ class Chunk(NamedTuple):
         stop: end of the tiles of queries that see these keys.
     """
 
-    row: Int[Array, ""]
-    kv_head: Int[Array, ""]
-    first: Int[Array, ""]
-    end: Int[Array, ""]
-    stop: Int[Array, ""]
+    row: Index
+    kv_head: Index
+    first: Index
+    end: Index
+    stop: Index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,24 +96,23 @@ class ShortSchedule:
         """Tiles that are counted before that of the first query."""
         return tiles_before_queries(self.offset)
 
-    def query_tile(self, query_block: Int[Array, ""]) -> Int[Array, ""]:
+    def query_tile(self, query_block: Index) -> Index:
         """The tile of queries of this number, counted from the first query's; negative: none."""
-        before = self.tiles_before_queries
-        return query_block - before if before else query_block
+        return minus(query_block, self.tiles_before_queries)
 
-    def copied_query_tile(self, query_block: Int[Array, ""]) -> Int[Array, ""]:
+    def copied_query_tile(self, query_block: Index) -> Index:
         """As `query_tile`, but the first query's tile stands for one that does not exist."""
         tile = self.query_tile(query_block)
         return jnp.maximum(tile, 0) if self.tiles_before_queries else tile
 
-    def is_written(self, query_block: Int[Array, ""], chunk: Chunk) -> Bool[Array, ""]:
+    def is_written(self, query_block: Index, chunk: Chunk) -> Bool[Array, ""]:
         """Whether the chunk's program writes the gradients of a tile of queries."""
         before, written = self.tiles_before_queries, query_block < chunk.end
         return written & (query_block >= before) if before else written
 
-    def first_key(self, key_block: Int[Array, ""]) -> Int[Array, ""]:
+    def first_key(self, key_block: Index) -> Index:
         """Position of the first key of a tile."""
-        return key_block * TILE + self.offset if self.offset else key_block * TILE
+        return plus(key_block * TILE, self.offset)
 
     @property
     def programs(self) -> int:
@@ -159,7 +159,7 @@ def chunk_tiles(num_tiles: int, batch_kv_heads: int, num_sms: int) -> int:
     return min(range(1, num_tiles + 1), key=cost)
 
 
-def key_block_of(query_block: Int[Array, ""], consumer: int | Int[Array, ""]) -> Int[Array, ""]:
+def key_block_of(query_block: Index, consumer: int | Index) -> Index:
     """Number of the tile of keys that a consumer has at a tile of queries.
 
     A consumer keeps a tile until no query sees it. Then it takes the tile `CONSUMERS` later, whose
@@ -169,6 +169,6 @@ def key_block_of(query_block: Int[Array, ""], consumer: int | Int[Array, ""]) ->
     return query_block - lax.rem(query_block - consumer + CONSUMERS, jnp.int32(CONSUMERS))
 
 
-def key_slot(key_block: Int[Array, ""]) -> Int[Array, ""]:
+def key_slot(key_block: Index) -> Index:
     """The slot in shared memory of a tile of keys."""
     return lax.rem(key_block + KEY_SLOTS, jnp.int32(KEY_SLOTS))

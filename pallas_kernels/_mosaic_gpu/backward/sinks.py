@@ -17,7 +17,7 @@ from pallas_kernels._kernels import Queries
 from pallas_kernels._mosaic_gpu.backward.dq_postprocess import DqSums
 from pallas_kernels._mosaic_gpu.backward.sinks_kernel import backward_by_chunks, chunk_length
 from pallas_kernels._mosaic_gpu.primitives import ROWS
-from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts
+from pallas_kernels._spec import KeyRun, SinkRun, Spec, Starts, plus
 
 MAX_SINKS = ROWS
 """Sinks of a sequence at most: a tile."""
@@ -32,6 +32,12 @@ def takes(spec: Spec) -> bool:
     window = spec.keys_before
     has_chunks = window is not None and window >= SHORTEST_WINDOW
     return has_chunks and spec.num_sinks <= MAX_SINKS
+
+
+def has_sinks_beyond_window(spec: Spec, runs: tuple[KeyRun, ...], sinks: SinkRun | None) -> bool:
+    """Whether queries may see sinks that their windows do not reach."""
+    own_sinks = any(spec.sinks_in(run.offset) > 0 for run in runs)
+    return spec.window is not None and (sinks is not None or own_sinks)
 
 
 def backward(
@@ -70,12 +76,11 @@ def backward(
     Returns:
         dquery, dkey, dvalue, and the gradients of the fetched sinks.
     """
-    start = queries.start + spec.lookahead if spec.lookahead else queries.start
+    start = plus(queries.start, spec.lookahead)
     queries = queries._replace(start=start, end=None)
     spec = dataclasses.replace(spec, window=spec.keys_before, lookahead=0)
     assert spec.window is not None
-    batch, length, heads, _ = queries.query.shape
-    num_kv_heads = run.key.shape[2]
+    batch, length = queries.query.shape[:2]
     chunk = chunk_length(spec.window)
     starts = start[:, ::chunk] if start.ndim else start
     starts = jnp.broadcast_to(starts, (batch, pl.cdiv(length, chunk)))
@@ -84,13 +89,9 @@ def backward(
         spec, queries, gathered, starts, sums, dquery, dquery_dtype, fetched=sinks is not None
     )
 
-    def by_kv_heads(x):
-        """[B, chunks, sinks, K, H]: the heads of a group share their sinks."""
-        x = x[..., : spec.num_sinks, :]
-        x = x.reshape(*x.shape[:2], num_kv_heads, heads // num_kv_heads, *x.shape[3:]).sum(3)
-        return jnp.moveaxis(x, 3, 2)
-
-    dkey_of_chunks, dvalue_of_chunks = map(by_kv_heads, by_query_heads)
+    dkey_of_chunks, dvalue_of_chunks = (
+        _by_kv_heads(x, spec.num_sinks, run.key.shape[2]) for x in by_query_heads
+    )
     dkey = add_to_own(dkey, dkey_of_chunks, starts, chunk)
     dvalue = add_to_own(dvalue, dvalue_of_chunks, starts, chunk)
     dsinks = None
@@ -99,6 +100,16 @@ def backward(
             sum_of_fetched(dkey_of_chunks, starts), sum_of_fetched(dvalue_of_chunks, starts)
         )
     return dquery, dkey, dvalue, dsinks
+
+
+def _by_kv_heads(
+    by_query_heads: Float32[Array, "B chunks N rows H"], num_sinks: int, num_kv_heads: int
+) -> Float32[Array, "B chunks sinks K H"]:
+    """Gradients of sinks, summed over the query heads that share a head of keys."""
+    x = by_query_heads[..., :num_sinks, :]
+    group_size = x.shape[2] // num_kv_heads
+    x = x.reshape(*x.shape[:2], num_kv_heads, group_size, *x.shape[3:]).sum(3)
+    return jnp.moveaxis(x, 3, 2)
 
 
 def sinks_of_chunks(

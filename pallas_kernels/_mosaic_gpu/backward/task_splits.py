@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import heapq
 
-from pallas_kernels._mosaic_gpu.backward.tasks import BackwardSchedule
+from pallas_kernels._mosaic_gpu.backward.tasks import QUERY_TILE, BackwardSchedule
 
 MAX_TASKS_PER_SM = 64
 """Above so many tasks for each multiprocessor none is split: the last ones take next to nothing of
@@ -36,10 +36,10 @@ def split_last_tasks(schedule: BackwardSchedule, num_sms: int) -> BackwardSchedu
     """
     if schedule.tasks > MAX_TASKS_PER_SM * num_sms:
         return schedule
-    devices = [schedule.steps_per_head()]
+    devices = [steps_per_head(schedule)]
     has_both = 0 < schedule.halo_key_tiles < schedule.num_key_tiles
     if has_both:  # the first device of a ring takes part in the mean, with a halo that is not seen
-        devices.append(schedule.steps_per_head(halo_is_seen=False))
+        devices.append(steps_per_head(schedule, halo_is_seen=False))
     # The programs of a halo's keys wait for those of the own keys of the same heads. So all tiles
     # of keys of a head are split, or none.
     counts = {schedule.num_key_tiles} if has_both else {num_sms // 2, num_sms}
@@ -52,6 +52,41 @@ def split_last_tasks(schedule: BackwardSchedule, num_sms: int) -> BackwardSchedu
         devices, schedule.group_size, num_sms, counts, by_queries=by_queries
     )
     return dataclasses.replace(schedule, split_tasks=split_tasks, parts=parts)
+
+
+def steps_per_head(schedule: BackwardSchedule, *, halo_is_seen: bool = True) -> list[int]:
+    """How many tiles of queries see each task's keys if there are no documents.
+
+    Args:
+        schedule: of the launch.
+        halo_is_seen: False for a ring's first device, whose halo belongs to no sequence.
+
+    Returns:
+        A number for each task, in their order.
+    """
+    key_tiles, heads = range(schedule.num_key_tiles), schedule.batch_kv_heads
+    steps = [_steps_of_key_tile(schedule, n, halo_is_seen=halo_is_seen) for n in key_tiles]
+    side = schedule.kv_heads_side_by_side
+    if schedule.halo_last:
+        halo, own = steps[: schedule.halo_key_tiles], steps[schedule.halo_key_tiles :]
+        return own[::-1] * heads + halo * heads
+    if side is None:
+        return steps[::-1] * heads
+    sides = [side] * (heads // side) + [heads % side]
+    steps = steps[::-1] if schedule.sees_documents else steps
+    return [n for side in sides for n in steps for _ in range(side)]
+
+
+def _steps_of_key_tile(schedule: BackwardSchedule, number: int, *, halo_is_seen: bool) -> int:
+    """How many tiles of queries see a tile of keys."""
+    begin = number * schedule.key_tile + schedule.offset
+    end = min((number + 1) * schedule.key_tile, schedule.num_keys) + schedule.offset
+    if end <= 0 and not halo_is_seen:
+        return 0
+    first, stop = max(begin, 0) // QUERY_TILE, schedule.num_query_tiles
+    if schedule.window is not None:
+        stop = min((end - 1 + schedule.window) // QUERY_TILE + 1, stop)
+    return max(stop - first, 0)
 
 
 def choose_split(
@@ -67,7 +102,7 @@ def choose_split(
     Splits only if the mean simulated time falls by at least 1%.
 
     Args:
-        devices: for each kind of device, `BackwardSchedule.steps_per_head`.
+        devices: for each kind of device, `steps_per_head`.
         group_size: heads of a task.
         num_sms: multiprocessors of the GPU.
         counts: how many tasks may be split; all of them may be too.

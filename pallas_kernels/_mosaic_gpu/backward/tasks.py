@@ -20,8 +20,8 @@ each other:
   shard's first queries, and wait for each other. These programs then start after those of the own
   keys of all heads, the first keys first. They go from the last queries to the first, so that they
   too come to a query tile one by one (`BackwardSchedule.halo_last`).
-- Where queries see all of their documents, all programs of a document begin at its first query. So
-  those of several heads are at work at once, and few of each.
+- Where queries see all of their documents, all programs of a document begin at its first query and
+  wait for each other there. So programs of several heads alternate: few of one head run at once.
 
 A program waits only for programs with lower indices, which the GPU has started before it.
 
@@ -37,7 +37,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Int
 
-from pallas_kernels._mosaic_gpu.primitives import ROWS
+from pallas_kernels._masks import sees_all_keys
+from pallas_kernels._mosaic_gpu.primitives import ROWS, Index
 
 QUERY_TILE = ROWS
 """Queries of a tile."""
@@ -61,13 +62,13 @@ class TaskPart(NamedTuple):
         parts: how many parts of the queries the task has; None: each part has all queries.
     """
 
-    task: Int[Array, ""]
-    first_head: Int[Array, ""]
-    heads: Int[Array, ""] | int
-    part: Int[Array, ""]
+    task: Index
+    first_head: Index
+    heads: Index | int
+    part: Index
     is_last: Bool[Array, ""]
-    number: Int[Array, ""]
-    parts: Int[Array, ""] | None = None
+    number: Index
+    parts: Index | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +112,12 @@ class BackwardSchedule:
     @property
     def sees_all(self) -> bool:
         """Whether every query sees every key, and tiles of keys hold nothing else."""
-        whole_tiles = self.num_keys % self.key_tile == 0
-        only_before = self.window is None and self.offset + self.num_keys <= 1
-        return only_before and whole_tiles and not self.packed and not self.has_ends
+        return self.num_keys % self.key_tile == 0 and sees_all_keys(
+            self.window,
+            first_query=0,
+            keys_end=self.offset + self.num_keys,
+            one_sequence=not self.packed and not self.has_ends,
+        )
 
     @property
     def longest_first(self) -> bool:
@@ -156,7 +160,7 @@ class BackwardSchedule:
         """How many there are: whole tasks, the first parts of all split tasks, the second ..."""
         return self.tasks + self.split_tasks * (self.parts - 1)
 
-    def task_part(self, index: Int[Array, ""]) -> TaskPart:
+    def task_part(self, index: Index) -> TaskPart:
         """What program ``index`` computes."""
         if not self.split_tasks:
             zero = jnp.int32(0)
@@ -193,52 +197,6 @@ class BackwardSchedule:
         in_own = head, tile + self.halo_key_tiles
         is_halo = task >= own_tasks
         return jnp.where(is_halo, in_halo[0], in_own[0]), jnp.where(is_halo, in_halo[1], in_own[1])
-
-    def steps_per_head(self, *, halo_is_seen: bool = True) -> list[int]:
-        """How many tiles of queries see each task's keys if there are no documents.
-
-        Args:
-            halo_is_seen: False for a ring's first device, whose halo belongs to no sequence.
-
-        Returns:
-            A number for each task, in their order.
-        """
-        tiles, offset = range(self.num_key_tiles), self.offset
-        ends = [min((n + 1) * self.key_tile, self.num_keys) + offset for n in tiles]
-        begins = [max(n * self.key_tile + offset, 0) // QUERY_TILE for n in tiles]
-        steps = [
-            0
-            if end <= 0 and not halo_is_seen
-            else self.num_query_tiles - begin
-            if self.window is None
-            else max(
-                min((end - 1 + self.window) // QUERY_TILE + 1, self.num_query_tiles) - begin, 0
-            )
-            for begin, end in zip(begins, ends, strict=True)
-        ]
-        side = self.kv_heads_side_by_side
-        if self.halo_last:
-            halo, own = steps[: self.halo_key_tiles], steps[self.halo_key_tiles :]
-            return own[::-1] * self.batch_kv_heads + halo * self.batch_kv_heads
-        if side is None:
-            return steps[::-1] * self.batch_kv_heads
-        sides = [side] * (self.batch_kv_heads // side) + [self.batch_kv_heads % side]
-        steps = steps[::-1] if self.sees_documents else steps
-        return [n for side in sides for n in steps for _ in range(side)]
-
-
-def halo_is_better_last(schedule: BackwardSchedule, num_sms: int) -> bool:
-    """Whether a launch takes less time where the tasks of a halo's keys come last.
-
-    On an H100 80GB with 32/4 heads of 128, forward and backward: 9% less with 8192 tokens and a
-    window of 4000, 11% with a window of 8000, 13% with 12288 tokens and a window of 12000, 3% with
-    16384 and 8000; but 2% more with 8192 and 2000. More own tiles than multiprocessors occupy all
-    of these at first, so that the halo's programs start one by one anyway.
-    """
-    own, halo = schedule.own_key_tiles, schedule.halo_key_tiles
-    if schedule.packed or schedule.window is None or not halo:
-        return False
-    return 2 * halo >= own and own < num_sms
 
 
 def task_coordinates(

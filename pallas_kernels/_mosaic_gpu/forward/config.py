@@ -48,12 +48,12 @@ class ForwardConfig:
     @property
     def out_in_query_smem(self) -> bool:
         """A tile's results take the shared memory of its queries."""
-        return self.is_whole and self.value_dim == self.dim and not self.tiles.apart
+        return self.is_whole and self.value_dim == self.dim and not self.tiles.separate_out
 
     @property
     def out_columns(self) -> int:
         """Columns of the output that are in shared memory at a time."""
-        if self.out_in_query_smem or (self.is_whole and self.tiles.apart):
+        if self.out_in_query_smem or (self.is_whole and self.tiles.separate_out):
             return self.value_dim
         return next(width for width in (64, 48, 32, 16) if self.value_dim % width == 0)
 
@@ -68,7 +68,7 @@ class ForwardConfig:
         }
         if not self.out_in_query_smem:
             smem["out"] = swizzled((consumers, ROWS, self.out_columns), self.out_dtype)
-        if tiles.lazy:
+        if tiles.lazy_rescale:
             smem["sums"] = plgpu.SMEM((consumers, ROWS, FOLD), jnp.float32)
         if size := self.scheduler.sink_tile:
             smem["sink_key"] = swizzled((size, self.dim), self.dtype)

@@ -1,6 +1,9 @@
 """A warpgroup of the forward kernel that computes: its part of the rows of each tile of queries.
 
-The softmax of a tile of keys runs beside the product of the weights and values of the tile before.
+The softmax of a tile of keys runs beside the product of the weights and values of the tile before::
+
+    tensor cores:  Q K0'                Q K1'  P0 V0 ........  Q K2'  P1 V1 ........        P2 V2
+    this warpgroup:      softmax of 0          softmax of 1           softmax of 2
 """
 
 from functools import partial
@@ -14,8 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels._logits import LOWEST
 from pallas_kernels._mosaic_gpu.forward.config import ForwardConfig
 from pallas_kernels._mosaic_gpu.forward.epilogue import Epilogue
-from pallas_kernels._mosaic_gpu.forward.scheduler import WorkTile
 from pallas_kernels._mosaic_gpu.forward.softmax import OnlineSoftmax, TileMask
+from pallas_kernels._mosaic_gpu.forward.work_tile import WorkTile
 from pallas_kernels._mosaic_gpu.primitives import (
     COLUMN,
     MATRIX,
@@ -26,11 +29,23 @@ from pallas_kernels._mosaic_gpu.primitives import (
 )
 from pallas_kernels._mosaic_gpu.tiles import FOLD
 
+_Sums = tuple[Array, Array, Array]
+"""(row_max, row_sum, accumulator): [ROWS], [ROWS], [ROWS, Hv], in float32.
+
+While a lazy softmax adds them up, row sums are [ROWS, FOLD].
+"""
+
 
 class Consumer:
-    """Computes a warpgroup's rows.
+    """Computes a warpgroup's rows of each tile of queries.
 
-    Row sums are [ROWS], or [ROWS, FOLD] while a lazy softmax adds them up.
+    Args:
+        config: static settings.
+        refs: arrays in global memory.
+        outputs: references to the output and to the log-sum-exp.
+        smem: buffers of `ForwardConfig.smem`.
+        barriers: those of `ForwardConfig.barriers`.
+        warpgroup: which of the consumers this is.
     """
 
     def __init__(
@@ -52,14 +67,14 @@ class Consumer:
         scheduler = self.config.scheduler
 
         def step(number, used):
-            tile = scheduler.work_tile(self.refs, number)
+            tile = WorkTile.of_program(scheduler, self.refs, number)
             self._tile(tile, number, used)
             return used + tile.num_key_tiles
 
         fori(0, scheduler.num_work_tiles(), step, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
-    def _tile(self, tile: WorkTile, number: Array, used: Array):
+    def _tile(self, tile: WorkTile, number: Array, used: Array) -> None:
         """A tile of queries; ``used`` counts the tiles of keys before its first one."""
         config = self.config
         stage = lax.rem(number, jnp.int32(config.tiles.query_slots))
@@ -81,7 +96,7 @@ class Consumer:
             return carry
 
         row_max, row_sum, acc = lax.cond(tile.num_key_tiles > 0, visit, skip, carry)
-        if config.tiles.lazy:
+        if config.tiles.lazy_rescale:
             row_sum = row_sum.sum(axis=1)
         sink_logits = None
         if config.has_sink_logits:
@@ -91,19 +106,20 @@ class Consumer:
             sink_logits = load_as(row, COLUMN)
         self.epilogue.write(tile, stage, row_max, row_sum, acc, sink_logits)
         if config.out_in_query_smem:
+            # Until the copies of the results have read the queries' memory.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(self.barriers["query_free"].at[stage])
 
-    def _initial(self) -> tuple[Array, Array, Array]:
+    def _initial(self) -> _Sums:
         """(row_max, row_sum, accumulator) before any key."""
         zeros = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), COLUMN)
         row_max, row_sum = zeros + LOWEST, zeros
-        if self.config.tiles.lazy:
+        if self.config.tiles.lazy_rescale:
             row_sum = broadcast_column(row_sum, FOLD)
         acc = jnp.zeros((ROWS, self.config.value_dim), jnp.float32)
         return row_max, row_sum, plgpu.layout_cast(acc, MATRIX)
 
-    def _sink_tile(self, queries, mask: TileMask, n, carry):
+    def _sink_tile(self, queries: Any, mask: TileMask, n: Array, carry: _Sums) -> _Sums:
         """A tile of sinks, all at once: there are few."""
         row_max, row_sum, acc = carry
         plgpu.barrier_wait(self.barriers["sinks"])
@@ -126,8 +142,10 @@ class Consumer:
         plgpu.barrier_arrive(self.barriers["sinks_free"])
         return row_max, row_sum, acc
 
-    def _key_tiles(self, tile: WorkTile, queries, mask: TileMask, used, carry):
-        """All tiles of keys but the product with the last one's values, whose weights are left."""
+    def _key_tiles(
+        self, tile: WorkTile, queries: Any, mask: TileMask, used: Array, carry: _Sums
+    ) -> tuple[Array, Array, Array, Array]:
+        """(sums, weights): all tiles of keys, but for the last one's weights times its values."""
         config = self.config
 
         def multiply_keys(logits):
@@ -147,7 +165,9 @@ class Consumer:
         step = partial(self._key_tile, queries, mask, used)
         return fori(1, tile.num_key_tiles, step, (row_max, row_sum, acc, weights))
 
-    def _key_tile(self, queries, mask: TileMask, used, n, carry):
+    def _key_tile(
+        self, queries: Any, mask: TileMask, used: Array, n: Array, carry: tuple[Array, ...]
+    ) -> tuple[Array, ...]:
         """The softmax of the ``n``-th tile of keys beside the product of the tile before."""
         row_max, row_sum, acc, weights = carry
         stage, before = self._stage(used, n), self._stage(used, n - 1)
@@ -160,10 +180,11 @@ class Consumer:
                 plgpu.wgmma(logits, queries, self.smem["key"].at[stage].T)
                 plgpu.barrier_wait(self.barriers["value"].at[before])
                 plgpu.wgmma(acc, weights, self.smem["value"].at[before])
+                # The logits are complete; the product with the values goes on beside the softmax.
                 products = plgpu.wgmma_accumulator_load(logits, wait_n=1)
                 plgpu.barrier_arrive(self.barriers["key_free"].at[stage])
                 found = self.softmax.update(products, row_max, row_sum, partial(mask.window, n))
-                if self.config.tiles.lazy:
+                if self.config.tiles.lazy_rescale:
                     # Nobody reads this. Without a store that needs the weights, ptxas moves the
                     # wait for the products to before the softmax.
                     self.smem["sums"].at[self.warpgroup][...] = found[1]
@@ -191,11 +212,11 @@ class Consumer:
         plgpu.barrier_arrive(self.barriers["value_free"].at[stage])
         return acc
 
-    def _stage(self, used, n) -> Array:
+    def _stage(self, used: Array, n: int | Array) -> Array:
         """The stage of the ``n``-th tile of keys after so many used ones."""
         return lax.rem(used + n, jnp.int32(self.config.tiles.slots))
 
-    def _free_queries(self, stage):
+    def _free_queries(self, stage: Array) -> None:
         """Lets the producer fetch the next queries, unless results go where these are."""
         if not self.config.out_in_query_smem:
             plgpu.barrier_arrive(self.barriers["query_free"].at[stage])

@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._logits import LOG2_E, LOWEST
 from pallas_kernels._mosaic_gpu.forward.config import ForwardConfig
-from pallas_kernels._mosaic_gpu.forward.scheduler import WorkTile
+from pallas_kernels._mosaic_gpu.forward.work_tile import WorkTile
 from pallas_kernels._mosaic_gpu.primitives import COLUMN, MATRIX, broadcast_column, load_as
 
 
@@ -37,20 +37,28 @@ class Epilogue:
         row_sum: Array,
         acc: Array,
         sink_logits: Array | None,
-    ):
+    ) -> None:
         """Writes ``acc / row_sum`` and the log-sum-exp, continued from what is there if asked to.
 
-        All copies of a warpgroup before have left shared memory when the new results go there,
-        except where these take the place of the tile's own queries.
+        Args:
+            tile: of queries.
+            stage: that of its queries, whose shared memory the results may take.
+            row_max: of each row, in base 2.
+            row_sum: of the weights relative to ``row_max``.
+            acc: sums of the weighted values.
+            sink_logits: the learned sink of each row, or None.
         """
         config = self.config
-        out_smem = self.smem["out"].at[self.warpgroup] if not config.out_in_query_smem else None
-        if out_smem is None:
+        if config.out_in_query_smem:
             out_smem = self.smem["query"].at[stage, self.warpgroup]
+        else:
+            out_smem = self.smem["out"].at[self.warpgroup]
         lse_smem = self.smem["lse"].at[self.warpgroup]
         rows = self._rows(tile)
         weight_before = row_sum
         if not config.out_in_query_smem:
+            # Until the copies of the tile before have read this memory. The queries' memory is
+            # free: `Consumer` waits for its copies before it lets the producer fill it.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         if config.resume:
             row_max, row_sum, acc, weight_before = self._resume(tile, rows, row_max, row_sum, acc)
@@ -71,16 +79,20 @@ class Epilogue:
                 result += load_as(out_smem, MATRIX) * broadcast_column(weight_before, width)
             out_smem[...] = (result * broadcast_column(inverse, width)).astype(config.out_dtype)
             plgpu.commit_smem()
-            for head, part in self._heads(out_smem):
-                there = _gmem(self.out, tile, rows, head, columns)
-                plgpu.copy_smem_to_gmem(part, there, commit_group=False)
+            self._copy(out_smem, self.out, tile, rows, columns)
             if not first:
-                for head, part in self._heads(lse_smem):
-                    there = _gmem(self.lse, tile, rows, head)
-                    plgpu.copy_smem_to_gmem(part, there, commit_group=False)
+                self._copy(lse_smem, self.lse, tile, rows)
             plgpu.commit_smem_to_gmem_group()
 
-    def _resume(self, tile: WorkTile, rows, row_max, row_sum, acc):
+    def _copy(self, smem: Any, ref: Any, tile: WorkTile, rows: Any, *columns: Any) -> None:
+        """Copies a warpgroup's rows of a tile, of all heads, to global memory."""
+        for head, part in self._heads(smem):
+            dst = _gmem(ref, tile, rows, head, *columns)
+            plgpu.copy_smem_to_gmem(part, dst, commit_group=False)
+
+    def _resume(
+        self, tile: WorkTile, rows: Any, row_max: Array, row_sum: Array, acc: Array
+    ) -> tuple[Array, Array, Array, Array]:
         """(row_max, row_sum, accumulator, weight of the output before) with the state before."""
         lse_smem = self.smem["lse"].at[self.warpgroup]
         self._fetch(self.lse, lse_smem, tile, rows)
@@ -94,20 +106,20 @@ class Epilogue:
         acc = acc * broadcast_column(correction, self.config.value_dim)
         return new_max, row_sum, acc, weight_before
 
-    def _fetch(self, ref, smem, tile: WorkTile, rows, *columns):
+    def _fetch(self, ref: Any, smem: Any, tile: WorkTile, rows: Any, *columns: Any) -> None:
         """Fetches a warpgroup's rows of a tile, of all heads, and waits for them."""
         barrier = self.barriers["state"].at[self.warpgroup]
         for head, part in self._heads(smem):
             plgpu.copy_gmem_to_smem(_gmem(ref, tile, rows, head, *columns), part, barrier)
         plgpu.barrier_wait(barrier)
 
-    def _heads(self, smem) -> Iterator[tuple[int, Any]]:
+    def _heads(self, smem: Any) -> Iterator[tuple[int, Any]]:
         """The rows of each head of a tile."""
         positions = self.config.scheduler.positions_per_warpgroup
         for head in range(self.config.tiles.heads):
             yield head, smem.at[pl.ds(head * positions, positions)]
 
-    def _rows(self, tile: WorkTile):
+    def _rows(self, tile: WorkTile) -> Any:
         """The positions of a warpgroup in a tile, of each head."""
         positions = self.config.scheduler.positions_per_warpgroup
         return pl.ds(tile.first_position(self.warpgroup), positions)
@@ -123,7 +135,7 @@ def _with_sink_logits(
     return new_max, row_sum * correction + jnp.exp2(sink_logits - new_max), correction
 
 
-def _gmem(ref, tile: WorkTile, rows, head: int, *columns):
+def _gmem(ref: Any, tile: WorkTile, rows: Any, head: int, *columns: Any) -> Any:
     """A head's rows of a tile: of [B, T, N, Hv] where columns are given, else of [B, N, T]."""
     index = (rows, tile.first_head + head)
     return ref.at[tile.batch_row, *(index if columns else index[::-1]), *columns]

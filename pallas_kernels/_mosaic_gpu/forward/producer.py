@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._mosaic_gpu.forward.config import ForwardConfig
-from pallas_kernels._mosaic_gpu.forward.scheduler import WorkTile
+from pallas_kernels._mosaic_gpu.forward.work_tile import WorkTile
 from pallas_kernels._mosaic_gpu.primitives import fori
 
 
@@ -29,7 +29,7 @@ class Producer:
         scheduler = self.config.scheduler
 
         def step(number, fetched):
-            tile = scheduler.work_tile(self.refs, number)
+            tile = WorkTile.of_program(scheduler, self.refs, number)
             self._queries(tile, number)
             keys, sinks = fetched
             if scheduler.sink_tile:
@@ -39,7 +39,7 @@ class Producer:
 
         fori(0, scheduler.num_work_tiles(), step, (jnp.int32(0), jnp.int32(0)))
 
-    def _queries(self, tile: WorkTile, number):
+    def _queries(self, tile: WorkTile, number: Array) -> None:
         """A tile of queries: for each consumer its positions of each head."""
         tiles, positions = self.config.tiles, self.config.scheduler.positions_per_warpgroup
         stage = lax.rem(number, jnp.int32(tiles.query_slots))
@@ -57,7 +57,7 @@ class Producer:
                     self.barriers["query"].at[stage],
                 )
 
-    def _keys(self, tile: WorkTile, fetched):
+    def _keys(self, tile: WorkTile, fetched: Array) -> Array:
         """All tiles of keys and values; ``fetched`` counts those of the tiles before."""
         tiles = self.config.tiles
         counts = tile.key_tiles_of_runs
@@ -77,14 +77,14 @@ class Producer:
             fetched = fori(0, counts[number], step, fetched)
         return fetched
 
-    def _into_stage(self, source, name: str, stage, fetched):
+    def _into_stage(self, source: Any, name: str, stage: Array, fetched: Array) -> None:
         @pl.when(fetched >= self.config.tiles.slots)
         def wait():  # until all consumers have read what the stage held
             plgpu.barrier_wait(self.barriers[name + "_free"].at[stage])
 
         plgpu.copy_gmem_to_smem(source, self.smem[name].at[stage], self.barriers[name].at[stage])
 
-    def _sinks(self, tile: WorkTile, fetched):
+    def _sinks(self, tile: WorkTile, fetched: Array) -> None:
         """Tiles of sinks into their one stage: the shard's own ones, then those of other shards."""
         size = self.config.scheduler.sink_tile
 

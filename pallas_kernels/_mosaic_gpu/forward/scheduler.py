@@ -1,4 +1,7 @@
-"""Which tiles of queries a program of the forward kernel takes, and which keys these tiles see."""
+"""Which tiles of queries each program of the forward kernel takes.
+
+`work_tile` says what such a tile is, and which keys it sees.
+"""
 
 from typing import Any
 
@@ -7,31 +10,40 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels._kernels import ForwardInputs
+from pallas_kernels._masks import sees_all_keys
 from pallas_kernels._mosaic_gpu.primitives import ROWS
 from pallas_kernels._mosaic_gpu.tiles import MOSAIC_SINKS, MosaicTiles
 from pallas_kernels._spec import Spec
-from pallas_kernels._tile_ranges import fetched_sink_count, key_span
+from pallas_kernels._tile_ranges import key_span
 
 LONG_WINDOW = 2048
 """Window from which on packed documents have their longest tiles first. On an H100 that took up to
 4% off launches at 4095 and without a window, and added 3% at 1000, where tiles hardly differ."""
 
 
-def sees_all(spec: Spec, inputs: ForwardInputs, rows: tuple[int, int]) -> bool:
-    """Whether every query of a launch sees every key, so that no tile needs a mask."""
-    one_sequence = not inputs.start.ndim and inputs.end is None
-    if spec.window is not None or not one_sequence or len(inputs.runs) > 1:
-        return False
-    (run,) = inputs.runs
-    return run.offset + run.key.shape[1] <= rows[0] + 1
-
-
 class TileScheduler:
     """A launch over the queries ``rows``, whose tiles so many ``programs`` share.
 
     A warpgroup has `ROWS` rows of a tile: ``positions_per_warpgroup`` positions of each of
-    ``tiles.heads`` heads of a group, one head after the other. ``operands`` are the arrays that
-    the scheduler reads. ``sees_all`` says that every query sees every key.
+    ``tiles.heads`` heads of a group, one head after the other.
+
+    Attributes:
+        runs: (position of the first key, number of keys) of each run.
+        query_tiles: tiles of queries, by positions.
+        head_tiles: tiles of heads.
+        group: query heads of a head of keys.
+        num_tiles: tiles of queries of all heads and rows of the batch, which programs take.
+        grid: how many programs there are.
+        packed: whether each query has a start of its own.
+        has_ends_by_row: whether each query has an end of its own.
+        has_halo: whether some keys are not at the positions of the shard's queries.
+        sees_all: whether every query sees every key.
+        own: which run has the shard's own keys.
+        num_sinks: sinks to look for in that run.
+        num_fetched_sinks: how many there are.
+        sink_tile: rows of a tile of sinks; 0 where none is taken apart from the windows' keys.
+        longest_first: whether tiles are taken in the order ``operands["order"]``.
+        operands: the arrays that the scheduler reads, keys and values among them.
     """
 
     def __init__(
@@ -57,7 +69,12 @@ class TileScheduler:
         self.packed = start.ndim > 0
         self.has_ends_by_row = end is not None and end.ndim > 0
         self.has_halo = any(run.offset for run in runs)
-        self.sees_all = sees_all(spec, inputs, rows)
+        self.sees_all = len(runs) == 1 and sees_all_keys(
+            spec.window,
+            first_query=rows[0],
+            keys_end=runs[0].offset + runs[0].key.shape[1],
+            one_sequence=not self.packed and end is None,
+        )
         # The sinks of the shard itself are in this run, if it is here.
         offsets = [run.offset for run in runs]
         self.own = offsets.index(spec.first_key) if spec.first_key in offsets else len(runs) - 1
@@ -113,175 +130,3 @@ class TileScheduler:
         """How many tiles this program takes."""
         left = self.num_tiles - lax.axis_index("program")
         return lax.div(left + self.grid - 1, jnp.int32(self.grid))
-
-    def work_tile(self, refs, number) -> "WorkTile":
-        """The ``number``-th tile of this program."""
-        return WorkTile(self, refs, lax.axis_index("program") + number * self.grid)
-
-
-class WorkTile:
-    """A tile of queries: its row of the batch, heads, positions, and the keys that it sees.
-
-    Tiles of heads come one after the other, then tiles of queries, then rows of the batch. The
-    last queries, which see most under a causal mask, come first; where ``longest_first``, the tiles
-    of all rows that see most. Where all queries see all keys, tiles of queries come first, so that
-    the keys of few heads are in use, which the L2 cache holds; and the last tile of keys comes
-    first, so that no later one has rows beyond the last key.
-
-    TMA fetches keys from multiples of 8 on, so a run's first key is counted in eights.
-
-    Attributes:
-        batch_row: row of the batch.
-        head_tile: number of the tile of heads.
-        first_head: its first query head.
-        kv_head: the key/value head of all its heads.
-        start: where the sequence of the tile's first query starts.
-        end: where the sequence of the last query ends; None: no key is behind that.
-        num_key_tiles: tiles of keys in the windows of its queries, in all runs.
-        num_sink_tiles: tiles of sinks, the shard's own before the fetched ones.
-    """
-
-    def __init__(self, scheduler: TileScheduler, refs, index):
-        self.scheduler = scheduler
-        heads, queries = jnp.int32(scheduler.head_tiles), jnp.int32(scheduler.query_tiles)
-        if scheduler.sees_all:
-            self.query_tile, index = lax.rem(index, queries), lax.div(index, queries)
-            self.head_tile, self.batch_row = lax.rem(index, heads), lax.div(index, heads)
-        else:
-            self.head_tile, index = lax.rem(index, heads), lax.div(index, heads)
-            if scheduler.longest_first:
-                index = refs["order"][index]
-            self.query_tile = lax.rem(index, queries)
-            if not scheduler.longest_first:
-                self.query_tile = scheduler.query_tiles - 1 - self.query_tile
-            self.batch_row = lax.div(index, queries)
-        self.first_head = self.head_tile * scheduler.tiles.heads
-        self.kv_head = lax.div(self.first_head, jnp.int32(scheduler.group))
-        self.refs = refs
-        first = self.first_position(0)
-        last = jnp.minimum(first + scheduler.positions_per_tile, scheduler.rows[1]) - 1
-        self.start = refs["start"][0, 0, 0]
-        if scheduler.packed:
-            self.start = refs["start"][self.batch_row, self.row_group(0), 0]
-        spec, key_tile = scheduler.spec, scheduler.tiles.key
-        self.end = None
-        if scheduler.has_ends_by_row:
-            last_group = self.row_group(scheduler.tiles.warpgroups - 1)
-            self.end = refs["end"][self.batch_row, last_group, ROWS - 1]
-        elif "end" in refs:
-            self.end = refs["end"][0, 0, 0]
-        self.begins_in_eights, self.key_tiles_of_runs = [], []
-        for offset, length in scheduler.runs:
-            low, high = key_span(
-                first, last, self.start, spec.window,
-                offset=offset, length=length, last_end=self.end,
-            )  # fmt: skip
-            begin = lax.div(low, jnp.int32(8))
-            self.begins_in_eights.append(begin)
-            count = lax.div(high - begin * 8 + key_tile, jnp.int32(key_tile))
-            self.key_tiles_of_runs.append(jnp.where(high < low, 0, count))
-        self.num_key_tiles = sum(self.key_tiles_of_runs[1:], self.key_tiles_of_runs[0])
-        if scheduler.sink_tile:
-            self._find_sinks(last)
-
-    def _find_sinks(self, last):
-        scheduler, spec, own = self.scheduler, self.scheduler.spec, self.scheduler.own
-        self.num_own_sink_tiles = jnp.int32(0)
-        if scheduler.num_sinks:
-            start = self.start - spec.first_key if spec.lookahead else self.start
-            begin, length = jnp.maximum(start, 0), scheduler.runs[own][1]
-            stop = jnp.minimum(start + spec.num_sinks, self.begins_in_eights[own] * 8)
-            self.own_sinks_end = jnp.minimum(stop, length)
-            self.own_sinks_begin_in_eights = lax.div(jnp.minimum(begin, length), jnp.int32(8))
-            wanted = self.own_sinks_end - self.own_sinks_begin_in_eights * 8
-            count = lax.div(wanted + scheduler.sink_tile - 1, jnp.int32(scheduler.sink_tile))
-            self.num_own_sink_tiles = jnp.where(self.own_sinks_end > begin, count, 0)
-        self.num_sink_tiles = self.num_own_sink_tiles
-        if scheduler.num_fetched_sinks:
-            assert spec.window is not None
-            crossing = self.refs["start"][self.batch_row if scheduler.packed else 0, 0, 0]
-            self.crossing = crossing
-            slots = fetched_sink_count(
-                last, self.start, crossing, spec.window,
-                length=scheduler.num_fetched_sinks, first_key=spec.first_key,
-            )  # fmt: skip
-            count = lax.div(slots + scheduler.sink_tile - 1, jnp.int32(scheduler.sink_tile))
-            self.num_sink_tiles = self.num_own_sink_tiles + count
-
-    def row_group(self, warpgroup):
-        """Number of the positions that a warpgroup has, counted from the shard's first ones."""
-        first = self.scheduler.rows[0] // self.scheduler.positions_per_warpgroup
-        return first + self.query_tile * self.scheduler.tiles.warpgroups + warpgroup
-
-    def first_position(self, warpgroup):
-        """Position of a warpgroup's first query, a multiple of 8."""
-        return self.row_group(warpgroup) * (self.scheduler.positions_per_warpgroup // 8) * 8
-
-    def fetched_tile(self, run: int, n):
-        """Which tile of keys of a run, counted from the first one that is seen, comes ``n``-th."""
-        return self.key_tiles_of_runs[run] - 1 - n if self.scheduler.sees_all else n
-
-    def key_range(self, n):
-        """Position of the first key of the ``n``-th tile of keys, and the end of its run."""
-        n = self.fetched_tile(0, n)
-        begin: Any = None
-        stop: Any = None
-        before: Any = 0
-        for (offset, length), eights, count in zip(
-            self.scheduler.runs, self.begins_in_eights, self.key_tiles_of_runs, strict=True
-        ):
-            of_run = eights * 8 + offset - before * self.scheduler.tiles.key
-            end = jnp.int32(offset + length)
-            begin = of_run if begin is None else jnp.where(n >= before, of_run, begin)
-            stop = end if stop is None else jnp.where(n >= before, end, stop)
-            before = before + count
-        if self.end is not None and not self.scheduler.has_ends_by_row:
-            stop = jnp.minimum(stop, self.end)
-        return begin + n * self.scheduler.tiles.key, stop
-
-    def first_key_of_all(self, warpgroup):
-        """First position that the windows of all queries of the warpgroup reach; None: any."""
-        scheduler = self.scheduler
-        low = None
-        if scheduler.spec.window is not None:
-            last = self.first_position(warpgroup) + scheduler.positions_per_warpgroup
-            last = jnp.minimum(last, scheduler.rows[1]) - 1
-            low = last - scheduler.spec.window
-        if scheduler.packed:
-            start = self.refs["start"][self.batch_row, self.row_group(warpgroup), ROWS - 1]
-            low = start if low is None else jnp.maximum(low, start)
-        return low
-
-    def first_end(self, warpgroup):
-        """Where the sequence of a warpgroup's first query ends; None: no row has an end."""
-        if not self.scheduler.has_ends_by_row:
-            return None
-        return self.refs["end"][self.batch_row, self.row_group(warpgroup), 0]
-
-    def is_unmasked(self, first_query, low, n, first_end=None):
-        """Every query from ``first_query`` on sees every key of the ``n``-th tile of keys.
-
-        ``low`` and ``first_end`` are what `first_key_of_all` and `first_end` say of the warpgroup.
-        """
-        first, stop = self.key_range(n)
-        causal = first_query + 1
-        if first_end is not None:
-            causal = jnp.minimum(causal, first_end)
-        stop = jnp.minimum(stop, causal) if self.scheduler.has_halo else causal
-        unmasked = first + self.scheduler.tiles.key <= stop
-        return unmasked if low is None else unmasked & (first >= low)
-
-    def sink_range(self, n):
-        """(position of the first key, end, whether fetched) of the ``n``-th tile of sinks."""
-        size = self.scheduler.sink_tile
-        fetched = n >= self.num_own_sink_tiles
-        begin = stop = jnp.int32(0)
-        if self.scheduler.num_sinks:
-            begin, stop = self.own_sinks_begin_in_eights * 8 + n * size, self.own_sinks_end
-            if first_key := self.scheduler.spec.first_key:
-                begin, stop = begin + first_key, stop + first_key
-        if self.scheduler.num_fetched_sinks:
-            fetched_begin = self.crossing + (n - self.num_own_sink_tiles) * size
-            begin = jnp.where(fetched, fetched_begin, begin)
-            stop = jnp.where(fetched, self.crossing + self.scheduler.num_fetched_sinks, stop)
-        return begin, stop, fetched

@@ -130,7 +130,7 @@ APART = {
 def test_a_halo_in_a_launch_of_its_own(name, monkeypatch):
     """As where a kernel for both is not the fastest one."""
     _, case = CASES[name]
-    monkeypatch.setattr(choice, "_can_join", lambda spec, runs, key_tile: len(runs) == 1)
+    monkeypatch.setattr(choice, "can_join", lambda spec, runs, key_tile: len(runs) == 1)
     inputs, dout = repeated_ring.arrays(case)
     function = with_gradients(repeated_ring.last_chunk(case, "mosaic_gpu"))
     with simulated():

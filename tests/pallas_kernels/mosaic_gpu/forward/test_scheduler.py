@@ -11,7 +11,8 @@ import pytest
 
 from pallas_kernels import _masks
 from pallas_kernels._kernels import ForwardInputs
-from pallas_kernels._mosaic_gpu.forward.scheduler import TileScheduler, WorkTile
+from pallas_kernels._mosaic_gpu.forward.scheduler import TileScheduler
+from pallas_kernels._mosaic_gpu.forward.work_tile import WorkTile
 from pallas_kernels._mosaic_gpu.primitives import ROWS
 from pallas_kernels._mosaic_gpu.tiles import SHARED_MEMORY, MosaicTiles, mosaic_tiles
 from pallas_kernels._spec import KeyRun, SinkRun, Spec
