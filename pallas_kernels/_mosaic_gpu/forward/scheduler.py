@@ -7,6 +7,11 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels._kernels import ForwardInputs
+from pallas_kernels._mosaic_gpu.forward.padding import (
+    has_padding,
+    padding_operands,
+    zeroes_in_kernel,
+)
 from pallas_kernels._mosaic_gpu.primitives import ROWS
 from pallas_kernels._mosaic_gpu.tiles import MOSAIC_SINKS, MosaicTiles
 from pallas_kernels._spec import Spec
@@ -72,6 +77,10 @@ class TileScheduler:
         }
         if end is not None:
             self.operands["end"] = self._by_rows(end, batch, length)
+        has_own_keys = spec.first_key in offsets
+        self.zeroes_padding = has_own_keys and zeroes_in_kernel(spec, start, tiles)
+        if self.zeroes_padding:
+            self.operands |= padding_operands(start, spec.first_key, tiles)
         self.longest_first = self.packed and (spec.window is None or spec.window >= LONG_WINDOW)
         if self.longest_first:
             self.operands["order"] = self._longest_first(start, end)
@@ -139,6 +148,7 @@ class WorkTile:
         end: where the sequence of the last query ends; None: no key is behind that.
         num_key_tiles: tiles of keys in the windows of its queries, in all runs.
         num_sink_tiles: tiles of sinks, the shard's own before the fetched ones.
+        has_padding: whether there is padding in its tiles of own keys, where the kernel zeroes it.
     """
 
     def __init__(self, scheduler: TileScheduler, refs, index):
@@ -181,6 +191,11 @@ class WorkTile:
             count = lax.div(high - begin * 8 + key_tile, jnp.int32(key_tile))
             self.key_tiles_of_runs.append(jnp.where(high < low, 0, count))
         self.num_key_tiles = sum(self.key_tiles_of_runs[1:], self.key_tiles_of_runs[0])
+        if scheduler.zeroes_padding:
+            own = scheduler.own
+            eights = self.key_tiles_of_runs[own] * (key_tile // 8)
+            begin = self.begins_in_eights[own]
+            self.has_padding = has_padding(refs, self.batch_row, begin, eights)
         if scheduler.sink_tile:
             self._find_sinks(last)
 
