@@ -24,7 +24,7 @@ CASES = {
     "short": (SHORT, Case(272, 1, 100, 0, ROWS, dims=(64, 32), **SETTINGS)),
     "no_window": (FUSED, Case(272, 1, None, 0, ROWS, dims=(32, 64), **SETTINGS)),
     # Keys of a halo have no NaN: padding travels as zeros.
-    "halo": (FUSED, Case(272, 2, 150, 0, HALO_ROWS, dims=(64, 64), **SETTINGS)),
+    "halo": (FUSED, Case(272, 2, 150, 0, HALO_ROWS, dims=(96, 64), **SETTINGS)),
     # The first sequence has fewer tokens than there are sinks.
     "sinks": (
         SINKS,
