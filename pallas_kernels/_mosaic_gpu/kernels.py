@@ -13,6 +13,7 @@ from pallas_kernels import _device, _support
 from pallas_kernels._kernels import BackwardInputs, ForwardInputs, Gradients, Kernels, PartialSums
 from pallas_kernels._mosaic_gpu.backward import choice
 from pallas_kernels._mosaic_gpu.forward.kernel import forward
+from pallas_kernels._mosaic_gpu.forward.padding import zeroes_in_kernel
 from pallas_kernels._mosaic_gpu.padding import with_zero_padding
 from pallas_kernels._mosaic_gpu.tiles import MosaicTiles, mosaic_tiles
 from pallas_kernels._spec import KeyRun, Spec, State
@@ -57,10 +58,11 @@ class MosaicKernels:
         out_dtype: jnp.dtype,
     ) -> State:
         """As `Kernels.forward`."""
-        query, runs = inputs.query, inputs.runs
-        if inputs.start.ndim:
-            # Masks take care of keys and queries. A value of padding has weight 0, but may be NaN.
-            runs = with_zero_padding(spec, runs, inputs.start, ("value",))
+        query, runs, start = inputs.query, inputs.runs, inputs.start
+        whole = not resume and out_dtype == query.dtype
+        tiles = _tiles_for(spec, query, runs[0], whole=whole)
+        if start.ndim and not zeroes_in_kernel(spec, start, tiles):
+            runs = with_zero_padding(spec, runs, start, ("value",))
         return forward(
             spec,
             inputs._replace(runs=runs),
@@ -68,7 +70,7 @@ class MosaicKernels:
             rows=rows,
             resume=resume,
             out_dtype=out_dtype,
-            tiles=_tiles_for(spec, query, runs[0], whole=not resume and out_dtype == query.dtype),
+            tiles=tiles,
             programs=_programs(spec),
         )
 

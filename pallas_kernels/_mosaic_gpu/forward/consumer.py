@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels._logits import LOWEST
 from pallas_kernels._mosaic_gpu.forward.config import ForwardConfig
 from pallas_kernels._mosaic_gpu.forward.epilogue import Epilogue
+from pallas_kernels._mosaic_gpu.forward.padding import zero_values
 from pallas_kernels._mosaic_gpu.forward.softmax import OnlineSoftmax, TileMask
 from pallas_kernels._mosaic_gpu.forward.work_tile import WorkTile
 from pallas_kernels._mosaic_gpu.primitives import (
@@ -88,7 +89,7 @@ class Consumer:
         def visit(carry):
             row_max, row_sum, acc, weights = self._key_tiles(tile, queries, mask, used, carry)
             self._free_queries(stage)
-            acc = self._last_values(self._stage(used, tile.num_key_tiles - 1), acc, weights)
+            acc = self._last_values(tile, used, acc, weights)
             return row_max, row_sum, acc
 
         def skip(carry):
@@ -176,9 +177,13 @@ class Consumer:
             acc, *results = refs
 
             def multiply(logits):
+                if self.config.scheduler.zeroes_padding:
+                    # Before a product is under way. The values were fetched before these keys.
+                    self._wait_for_values(mask.tile, n - 1, before)
                 plgpu.barrier_wait(self.barriers["key"].at[stage])
                 plgpu.wgmma(logits, queries, self.smem["key"].at[stage].T)
-                plgpu.barrier_wait(self.barriers["value"].at[before])
+                if not self.config.scheduler.zeroes_padding:
+                    self._wait_for_values(mask.tile, n - 1, before)
                 plgpu.wgmma(acc, weights, self.smem["value"].at[before])
                 # The logits are complete; the product with the values goes on beside the softmax.
                 products = plgpu.wgmma_accumulator_load(logits, wait_n=1)
@@ -201,11 +206,25 @@ class Consumer:
         )
         return row_max, row_sum, self.softmax.rescale(acc, correction), weights
 
-    def _last_values(self, stage: Array, acc: Array, weights: Array) -> Array:
+    def _wait_for_values(self, tile: WorkTile, n: Array, stage: Array) -> None:
+        """Waits until the ``n``-th tile's values are in a stage, and zeroes those of padding."""
+        plgpu.barrier_wait(self.barriers["value"].at[stage])
+        if not self.config.scheduler.zeroes_padding:
+            return
+        spec, (first_key, _) = self.config.spec, tile.key_range(n)
+
+        @pl.when(tile.has_padding & (first_key >= spec.first_key))
+        def zero():
+            values = self.smem["value"].at[stage]
+            zero_values(self.refs, values, tile.batch_row, first_key, spec)
+
+    def _last_values(self, tile: WorkTile, used: Array, acc: Array, weights: Array) -> Array:
         """Adds the product with the values of the last tile of keys."""
+        last = tile.num_key_tiles - 1
+        stage = self._stage(used, last)
 
         def multiply(acc):
-            plgpu.barrier_wait(self.barriers["value"].at[stage])
+            self._wait_for_values(tile, last, stage)
             plgpu.wgmma(acc, weights, self.smem["value"].at[stage])
 
         acc = pl.run_state(multiply)(plgpu.ACC.init(acc))

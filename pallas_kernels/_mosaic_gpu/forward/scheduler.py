@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels._kernels import ForwardInputs
 from pallas_kernels._masks import sees_all_keys
+from pallas_kernels._mosaic_gpu.forward.padding import padding_operands, zeroes_in_kernel
 from pallas_kernels._mosaic_gpu.primitives import ROWS
 from pallas_kernels._mosaic_gpu.tiles import MOSAIC_SINKS, MosaicTiles
 from pallas_kernels._spec import Spec
@@ -89,6 +90,10 @@ class TileScheduler:
         }
         if end is not None:
             self.operands["end"] = self._by_rows(end, batch, length)
+        has_own_keys = spec.first_key in offsets
+        self.zeroes_padding = has_own_keys and zeroes_in_kernel(spec, start, tiles)
+        if self.zeroes_padding:
+            self.operands |= padding_operands(start, spec.first_key, tiles)
         self.longest_first = self.packed and (spec.window is None or spec.window >= LONG_WINDOW)
         if self.longest_first:
             self.operands["order"] = self._longest_first(start, end)

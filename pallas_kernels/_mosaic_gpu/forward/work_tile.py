@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels._mosaic_gpu.forward.padding import has_padding
 from pallas_kernels._mosaic_gpu.forward.scheduler import TileScheduler
 from pallas_kernels._mosaic_gpu.primitives import ROWS
 from pallas_kernels._sink_ranges import fetched_sink_count
@@ -35,6 +36,7 @@ class WorkTile:
         end: where the sequence of the last query ends; None: no key is behind that.
         num_key_tiles: tiles of keys in the windows of its queries, in all runs.
         num_sink_tiles: tiles of sinks, the shard's own before the fetched ones.
+        has_padding: whether its tiles of own keys hold padding, where the kernel zeroes that.
     """
 
     def __init__(self, scheduler: TileScheduler, refs: dict[str, Any], index: Array):
@@ -44,6 +46,10 @@ class WorkTile:
         last = jnp.minimum(first + scheduler.positions_per_tile, scheduler.rows[1]) - 1
         self._find_bounds()
         self._find_keys(first, last)
+        if scheduler.zeroes_padding:
+            eights = self.key_tiles_of_runs[scheduler.own] * (scheduler.tiles.key // 8)
+            begin = self.begins_in_eights[scheduler.own]
+            self.has_padding = has_padding(refs, self.batch_row, begin, eights)
         if scheduler.sink_tile:
             self._find_sinks(last)
 

@@ -118,8 +118,14 @@ VARIED = {
 
 
 def run(chunk, implementation, dtype):
-    """(out, dq, dk, dv) of the chunk's queries; keys outside the rows must not matter."""
+    """(out, dq, dk, dv) of the chunk's queries; keys outside the rows must not matter.
+
+    Nor does the chunk's own padding, which is NaN.
+    """
     q, k, v, dout = chunk.arrays(dtype)
+    if chunk.documents is not None:
+        padding = jnp.asarray(chunk.case.segment_ids() < 0)[..., None, None]
+        q, k, v, dout = (jnp.where(padding, jnp.nan, x) for x in (q, k, v, dout))
     left, right = Window.of(chunk.window).reach(chunk.whole)
     window = None if left is None else left + right
     spec = Spec(window, chunk.sinks, 0.1, chunk.softcap, "highest", lookahead=right)

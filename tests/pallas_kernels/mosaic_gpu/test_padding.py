@@ -16,12 +16,15 @@ FUSED, SHORT = "ring_swa_backward_fused", "ring_swa_backward_short"
 SINKS = "ring_swa_backward_sinks"
 # Padding, whose length is negative: within a tile, over several tiles, and at the end.
 ROWS = ((30, -7, 60, -130, 45), (200, -72))
+HALO_ROWS = ((300, -50, 194), (272, -100, 172))
 SETTINGS = dict(batch=2, heads=(2, 1), dtype="bfloat16", scale=0.1)
 CASES = {
     "window": (FUSED, Case(272, 1, 150, 0, ROWS, dims=(96, 64), softcap=3.0, **SETTINGS)),
     "wide": (FUSED, Case(272, 1, 150, 0, ROWS, dims=(192, 64), **SETTINGS)),
     "short": (SHORT, Case(272, 1, 100, 0, ROWS, dims=(64, 32), **SETTINGS)),
     "no_window": (FUSED, Case(272, 1, None, 0, ROWS, dims=(32, 64), **SETTINGS)),
+    # Keys of a halo have no NaN: padding travels as zeros.
+    "halo": (FUSED, Case(272, 2, 150, 0, HALO_ROWS, dims=(96, 64), **SETTINGS)),
     # The first sequence has fewer tokens than there are sinks.
     "sinks": (
         SINKS,

@@ -1,0 +1,73 @@
+"""Zeroes the values of padding in shared memory, before the forward kernel multiplies by them.
+
+Masks give padding the weight 0, but its values may be NaN. Only tiles that hold padding are
+written; a tile of queries whose keys have none pays one comparison for each tile of keys.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jaxtyping import Bool, Int
+
+from pallas_kernels._mosaic_gpu.padding import is_padding, zero_padding
+from pallas_kernels._mosaic_gpu.primitives import ROWS
+from pallas_kernels._mosaic_gpu.tiles import MosaicTiles
+from pallas_kernels._spec import Spec
+
+EIGHT = 8
+"""Tiles of keys begin at multiples of it."""
+
+
+def zeroes_in_kernel(spec: Spec, start: Array, tiles: MosaicTiles) -> bool:
+    """Whether the kernel zeroes the values of padding itself.
+
+    A warpgroup writes `ROWS` rows at a time, so neither shorter tiles of keys nor those of sinks.
+    Three warpgroups have no registers left for it: ptxas would spill three times as many bytes.
+    """
+    fits = tiles.key % ROWS == 0 and tiles.warpgroups < 3
+    return start.ndim > 0 and fits and not spec.num_sinks
+
+
+def padding_operands(
+    start: Int[Array, "B T"], first_key: int, tiles: MosaicTiles
+) -> dict[str, Int[Array, "B _"]]:
+    """What the kernel reads of padding; arguments as those of `is_padding`.
+
+    "key_starts" are the rows' starts, for a tile more than there is. "eights_with_padding_before"
+    counts, for each eight rows, those before them that hold padding.
+    """
+    batch, length = start.shape
+    more = -length % EIGHT
+    padding = jnp.pad(is_padding(start, first_key), ((0, 0), (0, more)))
+    eights = padding.reshape(batch, -1, EIGHT).any(-1)
+    before = jnp.pad(jnp.cumsum(eights, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+    # Rows behind the last one count as no padding: TMA fetches zeros for them.
+    more += tiles.key
+    starts = jnp.pad(start, ((0, 0), (0, more)), constant_values=first_key)
+    return {"key_starts": starts, "eights_with_padding_before": before}
+
+
+def has_padding(
+    refs: dict[str, Any], batch_row: Int[Array, ""], begin: Int[Array, ""], count: Int[Array, ""]
+) -> Bool[Array, ""]:
+    """Whether so many eights of own keys, from the eight ``begin`` on, hold padding."""
+    before = refs["eights_with_padding_before"]
+    last = jnp.int32(before.shape[1] - 1)
+    first, stop = jnp.minimum(begin, last), jnp.minimum(begin + count, last)
+    return before[batch_row, stop] > before[batch_row, first]
+
+
+def zero_values(
+    refs: dict[str, Any],
+    values: Any,
+    batch_row: Int[Array, ""],
+    first_key: Int[Array, ""],
+    spec: Spec,
+) -> None:
+    """Overwrites the padding of a tile of values; its first key has the position ``first_key``."""
+    row = first_key - spec.first_key
+    for part in range(0, values.shape[0], ROWS):
+        starts = refs["key_starts"].at[batch_row, pl.ds(row + part, ROWS)]
+        zero_padding([values.at[pl.ds(part, ROWS)]], starts, first_key + part)
