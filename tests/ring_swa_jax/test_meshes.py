@@ -124,10 +124,7 @@ STAGED = {
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[] if name in ("window", "ids") else pytest.mark.slow)
-        for name in STAGED
-    ],
+    [pytest.param(name, marks=[] if name == "ids" else pytest.mark.slow) for name in STAGED],
 )
 def test_vmap_with_a_mesh_axis(name):
     """Pipeline stages: the mapped axis is cut over a mesh axis, and nobody is warned of it."""

@@ -72,7 +72,7 @@ def test_rejected_drafts_leave_no_trace(window, sinks, relative):
         np.testing.assert_allclose(got, whole[ROWS, at[:, None] + np.arange(2)], atol=1e-5)
 
 
-@pytest.mark.parametrize("window", [None, 30])
+@pytest.mark.parametrize("window", [None, pytest.param(30, marks=pytest.mark.slow)])
 def test_a_cache_of_all_tokens_gives_back_any_number(window):
     speculate(window, 0, 1, False, prompt=2, rounds=ROUNDS[:4], max_length=30)
     cache = rsj.prefill_cache(K[:, :8], V[:, :8], window_size=window, max_length=30)

@@ -2,5 +2,6 @@
 
 To read in this order: `kernel` (the launch), `scheduler` and `work_tile` (which program takes which
 tiles of queries, and which keys these see), `config` (shared memory and barriers), `producer` (the
-warpgroup that copies), `consumer` (one that computes), `softmax` (with the masks), `epilogue`.
+warpgroup that copies), `consumer` (one that computes), `softmax` (with the masks), `padding` (zeros
+among the values), `epilogue`.
 """
