@@ -6,6 +6,7 @@ FlashAttention-3 (``flash_attn3_jax``), tokamax and torch's flex_attention.
 """
 
 import argparse
+import datetime
 import importlib.metadata
 import importlib.util
 import json
@@ -191,8 +192,8 @@ def device_rates() -> Callable[[], dict[str, float]]:
 
 
 def machine() -> dict[str, Any]:
-    """Device and versions."""
-    versions = {"jax": jax.__version__}
+    """Device, versions and day."""
+    versions = {"jax": jax.__version__, "date": datetime.date.today().isoformat()}
     for name in ("flash_attn3_jax", "tokamax", "torch"):
         if importlib.util.find_spec(name) is not None:
             versions[name] = importlib.metadata.version(name)

@@ -17,7 +17,7 @@ def tables(page: str) -> list[str]:
 
 
 PLAIN, DETERMINISTIC, VARIED, BOTH_SIDES, RING, SCALING, *_ = tables("performance.md")
-_, RING_H200 = tables("measuring.md")
+*_, RING_H200 = tables("measuring.md")
 
 PEERS = ("mosaic_gpu", "triton", "fa3", "cudnn", "tokamax", "torch-flex")
 MODES = ("mosaic_gpu", "mosaic_gpu_nondeterministic", "fa3-deterministic", "fa3")
