@@ -39,9 +39,9 @@ def programs(shape: RingShape, devices: int, implementation: str | None):
         kernels = kernels_of(pallas_kernels.choose(implementation, spec, query, keys[1][1]))
         places = (-halo, 0, chunk)
         runs = tuple(
-            spec.moved_run(KeyRun(*pair, place))
-            for pair, place in zip(keys, places, strict=True)
-            if pair[0].shape[1]
+            spec.moved_run(KeyRun(key, value, place))
+            for (key, value), place in zip(keys, places, strict=True)
+            if key.shape[1]
         )
         inputs = ForwardInputs(query, runs, sinks, None, *spec.moved(start, end))
         state = kernels.forward(
@@ -52,8 +52,8 @@ def programs(shape: RingShape, devices: int, implementation: str | None):
     def forward(*inputs):
         return launch(*inputs)[2].out
 
-    def both(*arrays):
-        *arrays, dout = arrays
+    def both(*inputs_and_dout):
+        *arrays, dout = inputs_and_dout
         kernels, given, state = launch(*arrays)
         query, runs, sinks, _, start, end = given
 

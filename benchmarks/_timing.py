@@ -35,13 +35,24 @@ def calls_within(seconds: float, function, *args, wait=jax.block_until_ready) ->
     return int(min(max(seconds / (time.perf_counter() - begin), 1), 50))
 
 
+def _sample(calls: int, program: Callable[..., Any], *args: Any) -> float:
+    if calls > 1:
+        jax.block_until_ready(program(*args))
+    begin = time.perf_counter()
+    for _ in range(calls):
+        result = program(*args)
+    jax.block_until_ready(result)
+    return (time.perf_counter() - begin) / calls
+
+
 def in_turns(
     programs: dict[Key, tuple[Callable[..., Any], tuple[Any, ...]]], *, rounds: int, seconds: float
 ) -> tuple[dict[Key, list[float]], dict[Key, Exception]]:
     """Seconds of a call of each program in each round, and what those raised that have none.
 
     Each round has another order: a GPU's clock depends on what it has just done. A round takes
-    about ``seconds`` for each program; a program is given with its arguments.
+    about ``seconds`` for each program; a program is given with its arguments. One that takes longer
+    by itself is not called to warm up.
     """
     times: dict[Key, list[float]] = {}
     raised: dict[Key, Exception] = {}
@@ -58,7 +69,7 @@ def in_turns(
     for key, (program, args) in programs.items():
         calls = attempt(key, partial(calls_within, seconds, program, *args))
         if calls is not None:
-            samples[key] = partial(median_seconds, program, *args, calls=calls, repeats=1)
+            samples[key] = partial(_sample, calls, program, *args)
             times[key] = []
     order = random.Random(0)
     for _ in range(rounds):
@@ -67,6 +78,11 @@ def in_turns(
             if sample is not None:
                 times[key].append(sample)
     return times, raised
+
+
+def median_of(times: list[float] | None) -> float | None:
+    """None where there are no times."""
+    return statistics.median(times) if times else None
 
 
 def ratio_quartiles(times: list[float], base: list[float]) -> tuple[float, float, float] | None:

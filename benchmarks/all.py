@@ -126,9 +126,10 @@ class Output:
 def main() -> None:
     """Exits with 1 if a row has no result."""
     parser = argparse.ArgumentParser(description=__doc__)
-    names = ", ".join(BENCHMARKS)
     parser.add_argument(
-        "--only", type=lambda text: text.split(","), help=f"in this order, of: {names}"
+        "--only",
+        type=lambda text: text.split(","),
+        help=f"in this order, of: {', '.join(BENCHMARKS)}",
     )
     parser.add_argument("--seconds", type=float, default=3600, help="after which it ends")
     parser.add_argument("--output", type=Path, required=True, help="folder for all that is found")

@@ -10,7 +10,6 @@ import datetime
 import importlib.metadata
 import importlib.util
 import json
-import statistics
 import subprocess
 import sys
 import threading
@@ -30,7 +29,7 @@ from benchmarks._peers import CONTENDERS, Contender
 from benchmarks._report import KINDS, Row
 from benchmarks._results import RESULTS, path_in, write
 from benchmarks._shapes import ALL, Shape
-from benchmarks._timing import in_turns, median_seconds
+from benchmarks._timing import in_turns, median_of, median_seconds
 
 TORCH = "torch-flex"
 IMPORTS = threading.Lock()
@@ -93,8 +92,8 @@ def build(shape: Shape, contender: Contender):
 
 @jax.jit
 def _relative(x, y):
-    x, y = (z.astype(jnp.float32).ravel() for z in (x, y))
-    return jnp.linalg.norm(x - y) / jnp.linalg.norm(y)
+    x, y = (z.astype(jnp.float32) for z in (x, y))
+    return jnp.sqrt(jnp.square(x - y).sum() / jnp.square(y).sum())
 
 
 def difference(results, expected) -> float:
@@ -135,8 +134,9 @@ def measure(
 
     def row(name):
         found = {kind: times[name, kind] for kind in KINDS if (name, kind) in times}
-        medians = (statistics.median(found[kind]) if kind in found else None for kind in KINDS)
-        return Row(shape, name, CONTENDERS[name].ours, *medians, reasons.get(name), found)
+        forward, both = (median_of(found.get(kind)) for kind in KINDS)
+        ours, reason = CONTENDERS[name].ours, reasons.get(name)
+        return Row(shape, name, ours, forward, both, reason, found)
 
     return [row(name) for name in built]
 
@@ -175,8 +175,8 @@ def device_rates() -> Callable[[], dict[str, float]]:
         jax.ShapeDtypeStruct((8192, 8192), jnp.bfloat16),
         jax.ShapeDtypeStruct((2**28,), jnp.float32),
     )
-    random = jax.jit(partial(jax.random.normal, shape=matrix.shape, dtype=matrix.dtype))
-    random = random.lower(jax.random.key(0)).compile()
+    normal = jax.jit(partial(jax.random.normal, shape=matrix.shape, dtype=matrix.dtype))
+    random = normal.lower(jax.random.key(0)).compile()
     product = jax.jit(lambda x: x @ x).lower(matrix).compile()
     copy = jax.jit(lambda x: x + 1).lower(long).compile()
 
@@ -262,7 +262,7 @@ def main() -> None:
     readings: dict[str, Any] = {}
     shapes = [ALL[name] for name in arguments.shapes]
     shapes = [shape.tiny() for shape in shapes] if arguments.quick else shapes
-    settings = {"rounds": arguments.rounds, "seconds": 0.001 if arguments.quick else 0.1}
+    settings = {"rounds": arguments.rounds, "seconds": 0.001 if arguments.quick else 0.05}
     for found in compare(shapes, names, **settings, lock=arguments.lock):
         if not rows and not arguments.quick:  # nobody else is on the GPU by now
             where |= rates()

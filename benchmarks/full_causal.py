@@ -125,10 +125,12 @@ def measure(
     }
     times, raised = in_turns(timed, rounds=rounds, seconds=seconds)
     reasons |= {name: reason_of(error) for (name, _), error in raised.items()}
-    return [
-        Found(shape.name, name, *(times.get((name, kind), []) for kind in KINDS), reasons.get(name))
-        for name in programs
-    ]
+
+    def found(name: str) -> Found:
+        forward, both = (times.get((name, kind), []) for kind in KINDS)
+        return Found(shape.name, name, forward, both, reasons.get(name))
+
+    return [found(name) for name in programs]
 
 
 def table(shape: RingShape, devices: int, found: list[Found]) -> str:

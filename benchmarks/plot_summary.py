@@ -191,8 +191,8 @@ def main() -> None:
     ]
     figure = plt.figure(figsize=(8, 11.4), layout="constrained")
     heights = [panel.height for panel in panels]
-    parts = figure.subfigures(len(panels), 1, height_ratios=heights)
-    for part, panel in zip(parts, panels, strict=True):
+    parts = figure.subfigures(len(panels), 1, height_ratios=heights, squeeze=False)
+    for part, panel in zip(parts[:, 0], panels, strict=True):
         both = part.subplots(1, 2, sharey=True)
         for axes, (title, groups) in zip(both, panel.columns.items(), strict=True):
             draw(axes, panel, title, groups)

@@ -14,7 +14,6 @@ Then the memory of a device against the formula of `benchmarks._ring_memory`; JS
 
 import argparse
 import dataclasses
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +32,7 @@ from benchmarks._gpus import clocks, connect, hold, share_memory
 from benchmarks._results import RESULTS, path_in, write
 from benchmarks._ring_report import KINDS, ONE_RANK, RING, Row
 from benchmarks._ring_shapes import SHAPES, RingShape
-from benchmarks._timing import in_turns
+from benchmarks._timing import in_turns, median_of
 from benchmarks.attention import difference, machine, reason_of
 
 NAMES = (RING, ONE_RANK, *list(OVER_MESH)[1:])
@@ -183,9 +182,9 @@ def measure(
     rows = []
     for name, x in built.items():
         found = {kind: times[name, kind] for kind in KINDS if (name, kind) in times}
-        medians = (statistics.median(found[kind]) if kind in found else None for kind in KINDS)
+        forward, both = (median_of(found.get(kind)) for kind in KINDS)
         saved = memory(shape, mesh.size, x) if name == RING and isinstance(x, Built) else {}
-        rows.append(Row(shape.name, name, *medians, reasons.get(name), saved, found))
+        rows.append(Row(shape.name, name, forward, both, reasons.get(name), saved, found))
     return rows
 
 

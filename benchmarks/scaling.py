@@ -11,7 +11,6 @@ bfloat16; JSON and a chart.
 import argparse
 import dataclasses
 import json
-import statistics
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from benchmarks._gpus import connect, hold, share_memory
 from benchmarks._results import RESULTS, path_in, write
 from benchmarks._ring_report import ONE_RANK, RING
 from benchmarks._ring_shapes import LONG_SHAPES, RingShape
-from benchmarks._timing import in_turns, ratio_quartiles
+from benchmarks._timing import in_turns, median_of, ratio_quartiles
 from benchmarks.attention import machine, reason_of
 from benchmarks.ring import Built, arrays, build
 
@@ -83,7 +82,8 @@ def measured(
     except Exception as error:  # out of memory, say; the others go on
         return dataclasses.replace(point, reason=reason_of(error))
     ring, one_rank = (
-        statistics.median(times[name]) * 1e3 if name in times else None for name in (RING, ONE_RANK)
+        None if (time := median_of(times.get(name))) is None else 1e3 * time
+        for name in (RING, ONE_RANK)
     )
     quartiles = ratio_quartiles(times.get(ONE_RANK, []), times[RING])
     return dataclasses.replace(point, ring=ring, one_rank=one_rank, quartiles=quartiles)
@@ -105,9 +105,9 @@ def measure(row: str, most: int, arguments: argparse.Namespace) -> list[Point]:
     """The points of a row: compiles all, waits for the GPUs, times."""
     kind, shape = ROWS[row]
     counts = [n for n in (1, 2, 4, 8, 16) if n <= most]
-    names = (RING,)
+    names = [RING]
     if kind == "weak":
-        counts, names = counts[1:], (RING, ONE_RANK)
+        counts, names = counts[1:], [RING, ONE_RANK]
     jobs = []
     for n in counts:
         whole = dataclasses.replace(shape, length=A_GPU * n) if kind == "weak" else shape
@@ -169,7 +169,8 @@ def chart(path: Path) -> None:
         axis.axhline(0.95, color="0.7", linewidth=0.8)
         axis.set(title=title, xlabel="GPUs", ylim=(0, 1.1))
         axis.set_xticks(sorted({x["devices"] for x in points}))
-        axis.legend(fontsize="small", loc="lower left")
+        if axis.lines[:-1]:
+            axis.legend(fontsize="small", loc="lower left")
     axes[0].set_ylabel("efficiency, forward + backward")
     figure.suptitle(f"{where['device']}, jax {where['jax']}, bfloat16", fontsize="medium")
     figure.savefig(path.with_suffix(".png"), dpi=120)
