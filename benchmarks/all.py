@@ -46,16 +46,18 @@ class Benchmark:
         flag: the option that names rows; empty: one process measures all.
         rows: their names, the most important first.
         chart: draws the picture beside a JSON.
+        options: of all its processes.
     """
 
     several: bool
     flag: str = ""
     rows: tuple[str, ...] = ("",)
     chart: Callable[[Path], None] | None = None
+    options: tuple[str, ...] = ()
 
 
 BENCHMARKS = {
-    "attention": Benchmark(False, "--shapes", tuple(ALL), _report.chart),
+    "attention": Benchmark(False, "--shapes", tuple(ALL), _report.chart, ("--deterministic",)),
     "decoding": Benchmark(False, "--steps", tuple(x.name for x in decoding.STEPS)),
     "lengths": Benchmark(False, "--rows", lengths.ROWS, lengths.chart),
     "small_plans": Benchmark(False),
@@ -72,7 +74,7 @@ def jobs_of(name: str, folder: Path, arguments: argparse.Namespace) -> list[Job]
     benchmark, jobs = BENCHMARKS[name], []
     for n, row in enumerate(benchmark.rows):
         part = folder / f"{name}-{n}.json"
-        flags = [f"--output={part}", f"--lock={folder}"]
+        flags = [f"--output={part}", f"--lock={folder}", *benchmark.options]
         flags += [benchmark.flag, row] if benchmark.flag else []
         flags += [f"--devices={arguments.devices}"] if benchmark.several else []
         flags += ["--quick"] if arguments.quick else []
