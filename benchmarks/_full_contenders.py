@@ -114,7 +114,7 @@ FULL: dict[str, Full] = {
     "all_to_all, 1 launch": Full(_launches(1)),
     "all_to_all, 4 launches": Full(_launches(4)),
     "all_to_all, dual_chunk": Full(_dual_chunk("all_to_all")),
-    "ring": Full(partial(ring, exchange="ring")),
+    "ring": Full(partial(ring, exchange="ring"), windows=True),
     "ring, dual_chunk": Full(_dual_chunk("ring")),
     "all_to_all, any order": Full(_any_order(ring, exchange="all_to_all")),
     "ring, any order": Full(_any_order(ring, exchange="ring")),

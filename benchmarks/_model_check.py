@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 
+from benchmarks._gpus import hold
 from benchmarks._model_contenders import CONTENDERS
-from benchmarks._model_jobs import Job, hold
+from benchmarks._model_jobs import Job
 from benchmarks.attention import difference, reason_of
 
 MOST_OFF = 0.2
@@ -18,7 +19,7 @@ MOST_OFF = 0.2
 that of the gradient."""
 
 
-def check(job: Job, folder: Path, gpus: range, *, quick: bool) -> dict[str, Any]:
+def check(job: Job, lock: Path, gpus: range, *, quick: bool) -> dict[str, Any]:
     """Loss and gradients by all contenders, against those of ours.
 
     Returns:
@@ -37,7 +38,7 @@ def check(job: Job, folder: Path, gpus: range, *, quick: bool) -> dict[str, Any]
         programs = dict(zip(programs, pool.map(compiled, programs.values()), strict=True))
     init = training.compile_init()
     found: dict[str, Any] = {}
-    hold(folder, gpus)
+    hold(lock, gpus)
     parameters, _ = init()
     words = training.words(job.batch, job.length)
     expected = None

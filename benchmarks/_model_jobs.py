@@ -1,9 +1,7 @@
 """What the whole-model benchmark runs, and in which order."""
 
 import dataclasses
-import fcntl
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 from jax.sharding import AxisType
@@ -93,17 +91,3 @@ def plan(models: list[str], devices: int) -> list[Job]:
         jobs += over(every, 1, 2, 1, 64 * k)
     jobs += over(every, 1, devices, 1, 32 * k) + over(alone, 1, 1, 1, 32 * k)
     return list(dict.fromkeys(jobs))
-
-
-_HELD: list[IO[str]] = []
-
-
-def hold(folder: Path, gpus: range) -> None:
-    """Waits until no other job is on these GPUs; they are this process's until it ends.
-
-    Until then, as only the end of the process gives its memory back.
-    """
-    for gpu in gpus:  # always in the same order
-        lock = (folder / f"gpu-{gpu}").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        _HELD.append(lock)

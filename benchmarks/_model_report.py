@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks import _results
 from benchmarks._model_contenders import CONTENDERS, OURS
 from benchmarks._model_jobs import Job
 from benchmarks._model_sizes import MODELS
@@ -70,10 +71,8 @@ def line(row: Row, rows: list[Row], *, quick: bool) -> str:
 
 def write(path: Path, where: Row, rows: list[Row], checks: Row, *, quick: bool) -> None:
     """The JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     entries = [row | derived(row, rows, quick=quick) for row in rows]
-    document = {"machine": where, "checks": checks, "rows": entries}
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    _results.write(path, {"machine": where, "checks": checks, "rows": entries})
 
 
 def markdown(rows: list[Row]) -> str:
@@ -106,14 +105,16 @@ def _cell(row: Row | None) -> str:
     return f"{row['tokens_per_second']:,.0f}, {100 * row['mfu']:.1f}%, {memory}{ratio}"
 
 
-def chart(path: Path, where: Row, rows: list[Row], *, quick: bool) -> None:
-    """Model FLOPs utilisation of every model at every length on all devices, as bars."""
+def chart(path: Path) -> None:
+    """Tokens a second on all devices, by model and length, beside the JSON at ``path``."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = [row for row in rows if "seconds" in row and "reason" not in row]
+    document = json.loads(path.read_text())
+    where = document["machine"]
+    rows = [row for row in document["rows"] if "seconds" in row and "reason" not in row]
     if not rows:
         return
     devices = where["devices"]
@@ -145,5 +146,5 @@ def chart(path: Path, where: Row, rows: list[Row], *, quick: bool) -> None:
         f"A training step on {devices} x {where['device']}, jax {where['jax']}, one sequence",
         fontsize="medium",
     )
-    figure.savefig(path, dpi=120)
+    figure.savefig(path.with_suffix(".png"), dpi=120)
     plt.close(figure)

@@ -3,35 +3,23 @@
 import json
 import os
 import statistics
+import tempfile
 import time
 import traceback
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
+from benchmarks._gpus import connect, hold
 from benchmarks._model_check import check
-from benchmarks._model_jobs import Job, hold
+from benchmarks._model_jobs import Job
 from benchmarks._model_profile import summary
-from benchmarks._model_sharding import AXES
-from benchmarks._model_step import Training
 from benchmarks.attention import reason_of
 
 DOES_NOT_FIT = "does not fit"
 FRACTION = 0.92
 """Of a GPU's memory that a program may have; the rest is NCCL's, cuBLAS's and the kernels'."""
-
-
-def _connect(training: Training) -> None:
-    """Lets the devices meet before anything is timed."""
-    with jax.set_mesh(training.mesh):
-        cut = NamedSharding(training.mesh, P(AXES))
-        ones = jax.device_put(np.ones(training.mesh.size, np.float32), cut)
-        jax.block_until_ready(jax.jit(jnp.sum)(ones))
 
 
 def memory_limit() -> int | None:
@@ -40,7 +28,7 @@ def memory_limit() -> int | None:
     return found.get("bytes_limit")
 
 
-def run(job: Job, folder: Path, gpus: range, *, quick: bool) -> dict[str, Any]:
+def run(job: Job, lock: Path, gpus: range, *, quick: bool) -> dict[str, Any]:
     """Compiles a job, and times it where it fits: what was found."""
     training = job.training(quick=quick)
     step = training.lower(job.contender, job.batch, job.length).compile()
@@ -52,9 +40,9 @@ def run(job: Job, folder: Path, gpus: range, *, quick: bool) -> dict[str, Any]:
     if job.steps == 0:
         return found
     init = training.compile_init()
-    _connect(training)
+    connect(training.mesh)
     words = training.words(job.batch, job.length)
-    hold(folder, gpus)
+    hold(lock, gpus)
     state = init()
     *state, loss, norm = step.call(*state, *words)
     found |= {"loss": float(loss), "gradient_norm": float(norm)}
@@ -72,29 +60,29 @@ def run(job: Job, folder: Path, gpus: range, *, quick: bool) -> dict[str, Any]:
         "peak": max(x.get("peak_bytes_in_use", 0) for x in stats),
     }
     if job.profile:
-        found["profile"] = _profile(lambda: step.call(*state, *words), folder)
+        found["profile"] = _profile(lambda: step.call(*state, *words))
     return found
 
 
-def _profile(call: Any, folder: Path) -> dict[str, Any]:
+def _profile(call: Any) -> dict[str, Any]:
     """Where the time of a call goes; a reason where the profiler fails."""
     settings = jax.profiler.ProfileOptions()
     settings.python_tracer_level = 0
-    trace = folder / f"trace-{os.getpid()}"
     try:
-        with jax.profiler.trace(str(trace), profiler_options=settings):
-            jax.block_until_ready(call())
-        return summary(trace)
+        with tempfile.TemporaryDirectory() as trace:
+            with jax.profiler.trace(trace, profiler_options=settings):
+                jax.block_until_ready(call())
+            return summary(Path(trace))
     except Exception as error:  # the times are worth having without it
         traceback.print_exc()
         return {"reason": reason_of(error)}
 
 
-def in_this_process(text: str, folder: Path, gpus: range, output: Path, *, quick: bool) -> None:
+def in_this_process(text: str, lock: Path, gpus: range, output: Path, *, quick: bool) -> None:
     """Runs the job that the parent wrote as JSON, and writes what was found."""
     job = Job(**json.loads(text))
     try:
-        found = (check if job.check else run)(job, folder, gpus, quick=quick)
+        found = (check if job.check else run)(job, lock, gpus, quick=quick)
     except Exception as error:  # a contender may fail in any way; the table says how
         traceback.print_exc()
         found = {"reason": reason_of(error)}

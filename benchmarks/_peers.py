@@ -28,12 +28,14 @@ class Contender:
         ours: whether it is one of this library's implementations.
         deterministic: a peer's slower mode that gives the same bits on every run, as all of ours
             do but the one that is named for it.
+        special: whether it runs only where it is named.
         options: XLA options to compile it with.
     """
 
     build: Callable[[Shape], Attend]
     ours: bool = False
     deterministic: bool = False
+    special: bool = False
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -170,6 +172,8 @@ def _tokamax(shape: Shape) -> Attend:
 
 CONTENDERS = {
     **{name: Contender(_ours(name), ours=True) for name in pallas_kernels.IMPLEMENTATIONS[1:]},
+    # What differs between these two is noise.
+    "mosaic_gpu again": Contender(_ours("mosaic_gpu"), ours=True),
     "cudnn": Contender(_cudnn),
     "fa3": Contender(_flash_attention_3),
     "tokamax": Contender(_tokamax),
@@ -177,4 +181,5 @@ CONTENDERS = {
         _cudnn, deterministic=True, options={"xla_gpu_exclude_nondeterministic_ops": True}
     ),
     "fa3-deterministic": Contender(_flash_attention_3_deterministic, deterministic=True),
+    "xla": Contender(_ours("xla"), ours=True, special=True),
 }

@@ -1,35 +1,107 @@
-"""Runs `benchmarks.attention` in several processes, one shape each: compiling takes most time."""
+"""Runs commands in processes, so many at a time: compiling takes most of a benchmark's time."""
 
-import argparse
-import json
+import dataclasses
+import os
+import signal
 import subprocess
 import sys
-import tempfile
+import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
-from benchmarks._report import Row
 
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A command of Python that writes a JSON document.
 
-def rows_by_shape(
-    shapes: list[str], names: list[str], arguments: argparse.Namespace
-) -> Iterator[list[Row]]:
-    """The rows of each shape, in the order of ``shapes``; ``names`` are those of the contenders.
-
-    At most ``arguments.processes`` run at once. They time in turns, under one lock.
+    Attributes:
+        benchmark: whose rows it measures.
+        row: which; empty for all.
+        arguments: of Python.
+        part: the JSON.
     """
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.processes) as pool:
 
-        def run(shape: str) -> list[Row]:
-            output = Path(folder) / f"{shape}.json"
-            options = ["--shapes", shape, "--output", str(output), "--lock", f"{folder}/lock"]
-            if arguments.quick:
-                options.append("--quick")
-            command = [sys.executable, "-m", "benchmarks.attention", *options, "--only", *names]
-            subprocess.run(command, check=True, stdout=subprocess.PIPE)
-            entries = json.loads(output.read_text())["rows"]
-            fields = ("shape", "name", "ours", "forward", "both", "reason")
-            return [Row(**{field: entry[field] for field in fields}) for entry in entries]
+    benchmark: str
+    row: str
+    arguments: tuple[str, ...]
+    part: Path
 
-        yield from pool.map(run, shapes)
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"{self.benchmark} {self.row}".strip()
+
+
+@dataclasses.dataclass
+class Ended:
+    """How a job's process ended.
+
+    Attributes:
+        status: of the process; None where the time was up.
+        text: what it said, on both streams where it failed.
+        seconds: from its start.
+    """
+
+    job: Job
+    status: int | None
+    text: str
+    seconds: float
+
+
+class _Started:
+    """A job's process and those that it starts, which end together."""
+
+    def __init__(self, job: Job):
+        self.job, self.begin = job, time.monotonic()
+        self.files = [self._file("out"), self._file("err")]
+        self.process = subprocess.Popen(
+            [sys.executable, *job.arguments],
+            stdout=self.files[0],
+            stderr=self.files[1],
+            start_new_session=True,
+        )
+
+    def _file(self, suffix: str) -> IO[str]:
+        return self.job.part.with_suffix(f".{suffix}").open("w+")
+
+    def kill(self) -> None:
+        """Ends the process and those that it has started."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def ended(self, *, status: int | None) -> Ended:
+        """What is left of it."""
+        texts = []
+        for file in self.files:
+            file.seek(0)
+            texts.append(file.read())
+            file.close()
+        text = texts[0] if status == 0 else f"{texts[0]}{texts[1][-3000:]}"
+        return Ended(self.job, status, text, time.monotonic() - self.begin)
+
+
+def run(jobs: list[Job], *, at_once: int, seconds: float) -> Iterator[Ended]:
+    """Starts the jobs in their order and yields each one that has ended.
+
+    When the time is up, kills those that run and yields them too; the others are not started.
+    Nothing runs any more once this ends, in whatever way.
+    """
+    end = time.monotonic() + seconds
+    waiting, started = list(jobs), list[_Started]()
+    try:
+        while started or (waiting and time.monotonic() < end):
+            while waiting and len(started) < at_once and time.monotonic() < end:
+                started.append(_Started(waiting.pop(0)))
+            for each in list(started):
+                status = each.process.poll()
+                if status is None and time.monotonic() >= end:
+                    each.kill()
+                elif status is None:
+                    continue
+                started.remove(each)
+                yield each.ended(status=status)
+            time.sleep(0.1)
+    finally:
+        for each in started:
+            each.kill()

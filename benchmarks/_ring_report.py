@@ -5,18 +5,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks._report import KINDS, TITLES
+from benchmarks._results import Document
 from benchmarks._ring_memory import Memory
 from benchmarks._ring_shapes import ORIGINAL, RingShape
+from benchmarks._timing import ratio_quartiles
 
 RING, ONE_RANK = "ring", "one rank"
-KINDS = ("forward", "both")
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """Seconds of a contender on a shape; None and a reason where it did not run.
 
-    ``memory`` holds pairs of what the compiler says and the formula's, by kind of program.
+    ``memory`` holds pairs of what the compiler says and the formula's, by kind of program;
+    ``rounds`` the times whose medians these are.
     """
 
     shape: str
@@ -25,6 +28,7 @@ class Row:
     both: float | None = None
     reason: str | None = None
     memory: dict[str, tuple[Memory, Memory | None]] = dataclasses.field(default_factory=dict)
+    rounds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
     def milliseconds(self, kind: str) -> float | None:
         """Of the kind "forward" or "both"."""
@@ -48,7 +52,8 @@ def ratios(rows: list[Row]) -> dict[str, dict[str, float]]:
         for kind in KINDS:
             time, base = getattr(row, kind), getattr(ring, kind)
             if row is not ring and time is not None and base is not None:
-                found.setdefault(row.name, {})[kind] = time / base
+                by_round = ratio_quartiles(row.rounds.get(kind, []), ring.rounds.get(kind, []))
+                found.setdefault(row.name, {})[kind] = by_round[1] if by_round else time / base
     return found
 
 
@@ -56,7 +61,7 @@ def table(shape: RingShape, devices: int, rows: list[Row]) -> str:
     """Lines of one shape."""
     lines = [
         f"\n{shape.name}: B {shape.batch}, S {shape.length} over {devices}, heads "
-        f"{shape.heads}/{shape.kv_heads}, H {shape.dim}, window {shape.window}, sinks "
+        f"{shape.heads}/{shape.kv_heads}, H {shape.dim}, window {shape.window_size}, sinks "
         f"{shape.sinks}, {len(shape.documents) or 1} sequences, busiest rank "
         f"{shape.busiest(devices)}",
         f"  {'':20s} {'forward':>17s} {'forward+backward':>19s}",
@@ -81,51 +86,51 @@ def _mib(memory: Memory) -> str:
     return f"{memory.peak / 2**20:.1f} MiB ({memory.temporary / 2**20:.1f} temporary)"
 
 
-def write(path: Path, machine: dict[str, Any], shapes: list[RingShape], rows: list[Row]) -> None:
-    """The JSON, and beside it the chart. Ratios are times over the ring's."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    entries = []
-    for shape in shapes:
-        found = [row for row in rows if row.shape == shape.name]
-        over = ratios(found)
-        entries.append(
-            {
-                "shape": dataclasses.asdict(shape),
-                "busiest_rank": shape.busiest(machine["devices"]),
-                "rows": [
-                    dataclasses.asdict(row)
-                    | {f"{kind}_ms": row.milliseconds(kind) for kind in KINDS}
-                    | {"over_ring": over.get(row.name)}
-                    for row in found
-                ],
-            }
-        )
-    document = {"machine": machine, "original": ORIGINAL, "shapes": entries}
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    _chart(path.with_suffix(".png"), machine, shapes, rows)
-    print(f"\nwrote {path} and {path.with_suffix('.png')}")
+def entry(shape: RingShape, devices: int, rows: list[Row]) -> dict[str, Any]:
+    """A shape's part of the JSON. Ratios are times over the ring's."""
+    over = ratios(rows)
+    return {
+        "shape": dataclasses.asdict(shape),
+        "busiest_rank": shape.busiest(devices),
+        "rows": [
+            dataclasses.asdict(row)
+            | {f"{kind}_ms": row.milliseconds(kind) for kind in KINDS}
+            | {"over_ring": over.get(row.name)}
+            for row in rows
+        ],
+    }
 
 
-def _chart(path: Path, machine: dict[str, Any], shapes: list[RingShape], rows: list[Row]) -> None:
+def document(machine: dict[str, Any], entries: list[dict[str, Any]]) -> Document:
+    """For JSON."""
+    return {"machine": machine, "original": ORIGINAL, "shapes": entries}
+
+
+def chart(path: Path) -> None:
+    """Ratios as bars, in a picture beside the JSON at ``path``."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    over = {s.name: ratios([row for row in rows if row.shape == s.name]) for s in shapes}
-    names = list(dict.fromkeys(name for found in over.values() for name in found))
+    found = json.loads(path.read_text())
+    machine = found["machine"]
+    shapes = [x["shape"]["name"] for x in found["shapes"]]
+    rows = {(row["shape"], row["name"]): row for x in found["shapes"] for row in x["rows"]}
+    names = [name for name in dict.fromkeys(name for _, name in rows) if name != RING]
     width = 0.8 / max(len(names), 1)
     figure, axes = plt.subplots(2, 1, figsize=(15, 8), sharex=True)
-    refused = {(row.shape, row.name) for row in rows if row.reason is not None}
-    for axis, kind, title in zip(axes, KINDS, ("forward", "forward + backward"), strict=True):
+    refused = {key for key, row in rows.items() if row["reason"] is not None}
+    over = {key: row["over_ring"] or {} for key, row in rows.items()}
+    for axis, kind in zip(axes, KINDS, strict=True):
         for n, name in enumerate(names):
-            heights = [over[s.name].get(name, {}).get(kind, 0) for s in shapes]
+            heights = [over.get((shape, name), {}).get(kind, 0) for shape in shapes]
             places = [x + (n - (len(names) - 1) / 2) * width for x in range(len(shapes))]
             axis.bar(places, heights, width, label=name)
-            none = [x for x, s in zip(places, shapes, strict=True) if (s.name, name) in refused]
+            none = [x for x, s in zip(places, shapes, strict=True) if (s, name) in refused]
             axis.plot(none, [0.06] * len(none), "x", color=f"C{n}", markersize=5)
         axis.axhline(1, color="black", linewidth=1)
-        axis.set_ylabel(f"{title}: time / the ring's")
+        axis.set_ylabel(f"{TITLES[kind]}: time / the ring's")
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
         axis.margins(x=0.01)
@@ -135,8 +140,8 @@ def _chart(path: Path, machine: dict[str, Any], shapes: list[RingShape], rows: l
         fontsize="small",
     )
     axes[0].legend(ncols=4, fontsize="small")
-    labels = [s.name.replace("-varlen", "\nvarlen") for s in shapes]
+    labels = [shape.replace("-varlen", "\nvarlen") for shape in shapes]
     axes[1].set_xticks(range(len(shapes)), labels, fontsize="small")
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path.with_suffix(".png"), dpi=120)
     plt.close(figure)

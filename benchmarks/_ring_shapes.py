@@ -1,6 +1,7 @@
 """The shapes of the ring's benchmark, and what the PyTorch original took on them."""
 
 import dataclasses
+from typing import Self
 
 import numpy as np
 
@@ -14,13 +15,9 @@ class RingShape(Shape):
     """One attention call over a ring; ``length`` is that of the whole sequence.
 
     Attributes:
-        batch: rows of the batch.
-        learned: whether there are learned sinks, which only our functions take.
         original: milliseconds of the original on two H200, forward and forward+backward.
     """
 
-    batch: int = 1
-    learned: bool = False
     original: tuple[float, float] | None = None
 
     def chunk(self, devices: int) -> int:
@@ -38,6 +35,11 @@ class RingShape(Shape):
         most = self.length - self.chunk(devices)
         return most if self.window is None else min(self.window, most)
 
+    def halo_after(self, devices: int) -> int:
+        """Keys behind the chunk that the windows of the busiest device reach."""
+        most = self.length - (self.busiest(devices) + 1) * self.chunk(devices)
+        return most if self.after is None else min(self.after, most)
+
     def ends(self) -> np.ndarray:
         """cu_seqlens."""
         return np.cumsum([0, *(self.documents or (self.length,))]).astype(np.int32)
@@ -49,26 +51,12 @@ class RingShape(Shape):
 
     def busiest(self, devices: int) -> int:
         """The device with the most attended pairs, the last of these."""
-        i = np.arange(self.length, dtype=np.int64) - self.starts()
-        window = i if self.window is None else np.minimum(i, self.window)
-        pairs = window + 1 + np.minimum(i - window, self.sinks)
-        work = pairs.reshape(devices, self.chunk(devices)).sum(1)
+        work = self.keys_seen().reshape(devices, self.chunk(devices)).sum(1)
         return devices - 1 - int(work[::-1].argmax())
 
-    def tiny(self) -> "RingShape":
-        """A shape of the same kind for a smoke test: a 64th of the tokens, few and small heads."""
-        documents = tuple(length // 64 // 8 * 8 for length in self.documents)
-        length = sum(documents) or self.length // 64
-        return dataclasses.replace(
-            self,
-            length=length,
-            documents=documents,
-            window=None if self.window is None else self.window // 64,
-            heads=8,
-            kv_heads=4,
-            dim=16,
-            original=None,
-        )
+    def tiny(self) -> Self:
+        """As of any shape; the original's figures are of the whole one."""
+        return dataclasses.replace(super().tiny(), original=None)
 
 
 PACK = (512, 2000, 4000, 16000)
@@ -122,6 +110,7 @@ LONG_SHAPES = {
         RingShape("window-8k", 65536, 32, 8, 128, 8191),
         RingShape("window-16k", 65536, 32, 8, 128, 16383),
         RingShape("window-32k", 65536, 32, 8, 128, 32767),
+        RingShape("window-64k", 65536, 32, 8, 128, 65535),
     )
 }
-"""Layers without a window, and windows of half a chunk, one and two chunks on four devices."""
+"""Layers without a window, and windows of a half, one, two and four chunks on four devices."""

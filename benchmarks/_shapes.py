@@ -1,6 +1,7 @@
 """The shapes that are measured, and the useful work of each."""
 
 import dataclasses
+from typing import Self
 
 import numpy as np
 
@@ -38,16 +39,20 @@ class Shape:
         """What our functions take."""
         return self.window if self.after == 0 else (self.window, self.after)
 
-    def pairs(self) -> int:
-        """How many (query, key) pairs of one head are attended, in all rows."""
-        total = 0
+    def keys_seen(self) -> np.ndarray:
+        """How many keys each query of a row attends."""
+        seen = []
         for length in self.documents or (self.length,):
             i = np.arange(length, dtype=np.int64)
             window = i if self.window is None else np.minimum(i, self.window)
             sinks = np.minimum(np.maximum(i - window, 0), self.sinks)
             after = i[::-1] if self.after is None else np.minimum(i[::-1], self.after)
-            total += int((window + 1 + sinks + after).sum())
-        return self.batch * total
+            seen.append(window + 1 + sinks + after)
+        return np.concatenate(seen)
+
+    def pairs(self) -> int:
+        """How many (query, key) pairs of one head are attended, in all rows."""
+        return self.batch * int(self.keys_seen().sum())
 
     def forward_flops(self) -> float:
         """Of the two products of the forward pass over attended pairs."""
@@ -56,6 +61,26 @@ class Shape:
     def backward_flops(self) -> float:
         """Of the five products of the backward pass."""
         return 2.0 * self.pairs() * self.heads * (3 * self.dim + 2 * self.dim_of_values)
+
+    def tiny(self) -> Self:
+        """A shape of the same kind for a smoke test: a 64th of the tokens, few and small heads."""
+
+        def short(bound: int | None) -> int | None:
+            return None if bound is None else bound // 64
+
+        documents = tuple(max(length // 64 // 8, 1) * 8 for length in self.documents)
+        return dataclasses.replace(
+            self,
+            length=sum(documents) or self.length // 64,
+            documents=documents,
+            window=short(self.window),
+            after=short(self.after),
+            batch=min(self.batch, 2),
+            heads=8,
+            kv_heads=4,
+            dim=16,
+            value_dim=None,
+        )
 
 
 SHAPES = {
@@ -123,4 +148,13 @@ MODELS = {
     )
 }
 
-ALL = SHAPES | VARIED | BOTH_SIDES | MODELS
+# Lengths that no tile divides.
+ODD = {
+    shape.name: shape
+    for shape in (
+        Shape("long-gqa-odd", 32763, 32, 4, 128, 1000),
+        Shape("full16k-odd", 16379, 16, 16, 128, None),
+    )
+}
+
+ALL = SHAPES | VARIED | BOTH_SIDES | MODELS | ODD

@@ -6,19 +6,16 @@ FlashAttention-3 (``flash_attn3_jax``), tokamax and torch's flex_attention.
 """
 
 import argparse
-import contextlib
-import fcntl
+import datetime
 import importlib.metadata
 import importlib.util
 import json
-import os
-import random
-import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import _processes, _report
+from benchmarks import _report
+from benchmarks._gpus import clocks, hold, share_memory
 from benchmarks._peers import CONTENDERS, Contender
-from benchmarks._report import Row
+from benchmarks._report import KINDS, Row
+from benchmarks._results import RESULTS, path_in, write
 from benchmarks._shapes import ALL, Shape
-from benchmarks._timing import calls_within, median_seconds
+from benchmarks._timing import in_turns, median_of, median_seconds
 
 TORCH = "torch-flex"
 IMPORTS = threading.Lock()
@@ -91,60 +90,53 @@ def build(shape: Shape, contender: Contender):
         return reason_of(error)
 
 
+@jax.jit
+def _relative(x, y):
+    x, y = (z.astype(jnp.float32) for z in (x, y))
+    return jnp.sqrt(jnp.square(x - y).sum() / jnp.square(y).sum())
+
+
 def difference(results, expected) -> float:
     """The largest relative norm of a difference among output and gradients."""
-
-    def relative(x, y):
-        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
-        return jnp.linalg.norm((x - y).ravel()) / jnp.linalg.norm(y.ravel())
-
-    return max(map(float, jax.tree.leaves(jax.tree.map(jax.jit(relative), results, expected))))
+    return max(map(float, jax.tree.leaves(jax.tree.map(_relative, results, expected))))
 
 
-def measure(shape: Shape, built: dict[str, Any], inputs: tuple[Any, ...], repeats: int):
-    """Times what was compiled: a row for each name.
-
-    All take turns, every time in another order: a GPU's clock depends on what it has just done.
-    """
-    arguments = inputs[:-1], inputs
-    reasons: dict[str, str] = {}
-    calls: dict[tuple[str, int], int] = {}
+def check(built: dict[str, Any], inputs: tuple[Any, ...]) -> Iterator[tuple[str, str]]:
+    """(name, reason) of those that fail, or are off the first one of them."""
     expected = None
     for name, programs in built.items():
         if isinstance(programs, str):
-            reasons[name] = programs
+            yield name, programs
             continue
         try:
-            for phase, args in enumerate(arguments):
-                calls[name, phase] = calls_within(0.1, programs[phase], *args)
             results = programs[1](*inputs)
-            if expected is None:
-                expected = results
-            elif (far := difference(results, expected)) > 0.03:
-                reasons[name] = f"wrong: off the first implementation by {far:.2g}"
-                del calls[name, 0], calls[name, 1]
-            del results
+            expected = results if expected is None else expected
+            far = difference(results, expected)
+            if not far <= 0.03:  # NaN too
+                yield name, f"wrong: off the first implementation by {far:.2g}"
         except Exception as error:  # a peer may fail in any way; the table says how
-            reasons[name] = reason_of(error)
-    del expected
-    times: dict[tuple[str, int], list[float]] = {key: [] for key in calls}
-    order = random.Random(0)
-    for _ in range(repeats):
-        for name, phase in order.sample(list(calls), len(calls)):
-            program, args = built[name][phase], arguments[phase]
-            try:
-                seconds = median_seconds(program, *args, calls=calls[name, phase], repeats=1)
-                times[name, phase].append(seconds)
-            except Exception as error:  # as above
-                reasons[name] = reason_of(error)
-                del calls[name, phase]
+            yield name, reason_of(error)
+
+
+def measure(
+    shape: Shape, built: dict[str, Any], inputs: tuple[Any, ...], rounds: int, seconds: float
+) -> list[Row]:
+    """Times what was compiled, in turns: a row for each name."""
+    reasons = dict(check(built, inputs))
+    programs = {
+        (name, kind): (program, args)
+        for name in built
+        if name not in reasons
+        for kind, program, args in zip(KINDS, built[name], (inputs[:-1], inputs), strict=True)
+    }
+    times, raised = in_turns(programs, rounds=rounds, seconds=seconds)
+    reasons |= {name: reason_of(error) for (name, _), error in raised.items()}
 
     def row(name):
-        forward, both = (
-            statistics.median(times[name, phase]) if (name, phase) in calls else None
-            for phase in range(2)
-        )
-        return Row(shape.name, name, CONTENDERS[name].ours, forward, both, reasons.get(name))
+        found = {kind: times[name, kind] for kind in KINDS if (name, kind) in times}
+        forward, both = (median_of(found.get(kind)) for kind in KINDS)
+        ours, reason = CONTENDERS[name].ours, reasons.get(name)
+        return Row(shape, name, ours, forward, both, reason, found)
 
     return [row(name) for name in built]
 
@@ -174,59 +166,64 @@ class TorchPeer:
             answer = json.loads(self.read())
         except (BrokenPipeError, json.JSONDecodeError):
             answer = {"reason": f"torch's process exited with {self.process.wait()}"}
-        return Row(shape.name, TORCH, False, **answer)
+        return Row(shape, TORCH, False, **answer)
 
 
-def device_rates() -> dict[str, float]:
-    """What the device reaches: a large matrix product, and a copy."""
-    matrix = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
-    product = median_seconds(jax.jit(lambda x: x @ x), matrix)
-    long = jnp.zeros(2**28, jnp.float32)
-    copy = median_seconds(jax.jit(lambda x: x + 1), long)
-    return {"matmul_tflops": 2 * 8192**3 / product / 1e12, "copy_tbps": 2 * 2**30 / copy / 1e12}
+def device_rates() -> Callable[[], dict[str, float]]:
+    """Compiled: what the device reaches in a large matrix product, and in a copy."""
+    matrix, long = (
+        jax.ShapeDtypeStruct((8192, 8192), jnp.bfloat16),
+        jax.ShapeDtypeStruct((2**28,), jnp.float32),
+    )
+    normal = jax.jit(partial(jax.random.normal, shape=matrix.shape, dtype=matrix.dtype))
+    random = normal.lower(jax.random.key(0)).compile()
+    product = jax.jit(lambda x: x @ x).lower(matrix).compile()
+    copy = jax.jit(lambda x: x + 1).lower(long).compile()
+
+    def rates():
+        seconds = median_seconds(product, random(jax.random.key(0)))
+        copied = median_seconds(copy, jnp.zeros(long.shape, long.dtype))
+        return {
+            "matmul_tflops": 2 * 8192**3 / seconds / 1e12,
+            "copy_tbps": 2 * 2**30 / copied / 1e12,
+        }
+
+    return rates
 
 
 def machine() -> dict[str, Any]:
-    """Device and versions."""
-    versions = {"jax": jax.__version__}
+    """Device, versions and day."""
+    versions = {"jax": jax.__version__, "date": datetime.date.today().isoformat()}
     for name in ("flash_attn3_jax", "tokamax", "torch"):
         if importlib.util.find_spec(name) is not None:
             versions[name] = importlib.metadata.version(name)
     return {"device": jax.devices()[0].device_kind} | versions
 
 
-@contextlib.contextmanager
-def alone(lock: Path | None) -> Iterator[None]:
-    """Keeps other processes that hold the same lock from using the GPU meanwhile."""
-    if lock is None:
-        yield
-        return
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def compare(
-    shapes: list[Shape], names: list[str], repeats: int, lock: Path | None
+    shapes: list[Shape], names: list[str], *, rounds: int, seconds: float, lock: Path | None
 ) -> Iterator[list[Row]]:
-    """Compiles all, then times one shape after the other."""
+    """Compiles all, waits for the GPU, then times one shape after the other."""
     torch = None
     if TORCH in names and importlib.util.find_spec("torch") is not None:
-        torch = TorchPeer(shapes, repeats)
+        torch = TorchPeer(shapes, rounds)
     jobs = [(shape, name) for shape in shapes for name in names if name != TORCH]
     with ThreadPoolExecutor(16) as pool:
         futures = {job: pool.submit(build, job[0], CONTENDERS[job[1]]) for job in jobs}
+        inputs = {
+            shape: pool.submit(jax.jit(partial(arrays, shape)).lower().compile) for shape in shapes
+        }
     if torch is not None:
         torch.read()
+    hold(lock, range(1))
     for shape in shapes:
         built = {name: futures.pop((shape, name)).result() for name in names if name != TORCH}
-        with alone(lock):
-            found = measure(shape, built, arrays(shape), repeats)
+        found = measure(shape, built, inputs.pop(shape).result()(), rounds, seconds)
         del built
         if torch is not None:
             found.append(torch.measure(shape))
         elif TORCH in names:
-            found.append(Row(shape.name, TORCH, False, reason="torch is not installed"))
+            found.append(Row(shape, TORCH, False, reason="torch is not installed"))
         yield found
 
 
@@ -235,54 +232,47 @@ def main() -> None:
     everyone = [*CONTENDERS, TORCH]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", choices=list(ALL), default=list(ALL))
-    parser.add_argument("--only", nargs="+", choices=everyone, help="default: all")
+    parser.add_argument("--only", nargs="+", choices=everyone, help="default: the usual ones")
     parser.add_argument(
         "--deterministic", action="store_true", help="add the peers' deterministic backward passes"
     )
-    parser.add_argument("--quick", action="store_true", help="two repeats instead of five")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: a smoke test")
     parser.add_argument(
         "--output", type=Path, help="JSON to write; default, for a whole run: benchmarks/results/"
     )
-    parser.add_argument(
-        "--processes", type=int, default=1, help="that compile, a shape each; timings take turns"
-    )
-    parser.add_argument("--lock", type=Path, help="file that processes lock while they time")
+    parser.add_argument("--lock", type=Path, help="folder of locks, one for each GPU")
     parser.add_argument("--compare", type=Path, help="an earlier JSON on the same device")
     arguments = parser.parse_args()
-    names = arguments.only or [
+    usual = [
         name
-        for name in everyone
-        if name == TORCH or arguments.deterministic or not CONTENDERS[name].deterministic
+        for name, x in CONTENDERS.items()
+        if not x.special and (arguments.deterministic or not x.deterministic)
     ]
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
-    where = machine()
+    names = arguments.only or [*usual, TORCH]
+    share_memory()  # torch needs memory too
+    where, rates = machine(), device_rates()
     print(where, flush=True)
-    with alone(arguments.lock):
-        where |= device_rates()
-    print(
-        f"an 8192^3 matrix product: {where['matmul_tflops']:.0f} TFLOP/s, "
-        f"a copy: {where['copy_tbps']:.2f} TB/s (read and written)"
-    )
     whole = not arguments.only and not arguments.quick and arguments.shapes == list(ALL)
     output = arguments.output
     if output is None and whole:
-        slug = "-".join(where["device"].lower().split())
-        output = Path(__file__).parent / "results" / f"attention-{slug}.json"
+        output = path_in(RESULTS, "attention", where)
     before = None if arguments.compare is None else _report.read(arguments.compare, where)
     rows: list[Row] = []
+    readings: dict[str, Any] = {}
     shapes = [ALL[name] for name in arguments.shapes]
-    if arguments.processes > 1:
-        found_rows = _processes.rows_by_shape(arguments.shapes, names, arguments)
-    else:
-        found_rows = compare(shapes, names, 2 if arguments.quick else 5, arguments.lock)
-    for found in found_rows:
-        print(_report.table(found[0].shape, found), flush=True)
+    shapes = [shape.tiny() for shape in shapes] if arguments.quick else shapes
+    settings = {"rounds": arguments.rounds, "seconds": 0.001 if arguments.quick else 0.05}
+    for found in compare(shapes, names, **settings, lock=arguments.lock):
+        if not rows and not arguments.quick:  # nobody else is on the GPU by now
+            where |= rates()
+        print(_report.table(found), flush=True)
         rows += found
-        if arguments.output is not None:  # so that a run that is cut off leaves something
-            _report.write(arguments.output, where, rows)
+        readings[found[0].shape.name] = clocks()
+        if output is not None:  # after each, so that a run that is cut off leaves something
+            write(output, _report.document(where, rows, readings))
     if output is not None:
-        _report.write(output, where, rows)
-        _report.chart(output, where, rows)
+        _report.chart(output)
         print(f"\nwrote {output} and its picture")
     slower = [] if before is None else _report.slower(before, rows)
     if before is not None:

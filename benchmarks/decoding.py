@@ -7,8 +7,9 @@ many, a row has its useful TFLOP/s (attended pairs only). Prints a table and wri
 
 import argparse
 import dataclasses
-import json
 import statistics
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 
 import ring_swa_jax
-from benchmarks._timing import calls_within, median_seconds
+from benchmarks._gpus import hold, share_memory
+from benchmarks._results import write
+from benchmarks._timing import in_turns
 from benchmarks.attention import machine, reason_of
 
 
@@ -107,28 +110,35 @@ def cudnn(step: Step, count: int):
     return run
 
 
-def measure(step: Step, count: int, repeats: int) -> dict[str, float | str]:
-    """Microseconds of a step by each contender, which take turns; a reason where one failed."""
-    inputs = arrays(step)
+def build(step: Step, count: int) -> tuple[Any, dict[str, Any]]:
+    """What makes the inputs, and each contender compiled, or the reason why not."""
+    make = jax.jit(partial(arrays, step))
+    inputs = jax.eval_shape(make)
     builders = {
         "ours": ours(step, None, count),
         "xla": ours(step, "xla", count),
         "cudnn": cudnn(step, count),
     }
-    programs: dict[str, Any] = {}
-    found: dict[str, float | str] = {}
-    for name, function in builders.items():
+
+    def compiled(function):
         try:
-            program = jax.jit(function).lower(*inputs).compile()
-            programs[name] = program, calls_within(0.1, program, *inputs)
+            return jax.jit(function).lower(*inputs).compile()
         except Exception as error:  # a peer may fail in any way; the table says how
-            found[name] = reason_of(error)
-    times: dict[str, list[float]] = {name: [] for name in programs}
-    for _ in range(repeats):
-        for name, (program, calls) in programs.items():
-            seconds = median_seconds(program, *inputs, calls=calls, repeats=1)
-            times[name].append(1e6 * seconds / count)
-    return found | {name: statistics.median(values) for name, values in times.items()}
+            return reason_of(error)
+
+    programs = {name: compiled(function) for name, function in builders.items()}
+    return make.lower().compile(), programs
+
+
+def measure(
+    inputs: tuple[Any, ...], built: dict[str, Any], count: int, rounds: int
+) -> dict[str, float | str]:
+    """Microseconds of a step by each contender, which take turns; a reason where one failed."""
+    found = {name: x for name, x in built.items() if isinstance(x, str)}
+    programs = {name: (x, inputs) for name, x in built.items() if name not in found}
+    times, raised = in_turns(programs, rounds=rounds, seconds=0.1)
+    medians = {name: 1e6 * statistics.median(x) / count for name, x in times.items()}
+    return found | {name: reason_of(error) for name, error in raised.items()} | medians
 
 
 def line(step: Step, found: dict[str, float | str]) -> str:
@@ -150,16 +160,22 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", choices=[x.name for x in STEPS])
     parser.add_argument("--count", type=int, default=64, help="steps of a scan")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="few steps: a smoke test")
     parser.add_argument("--output", type=Path, help="JSON to write")
+    parser.add_argument("--lock", type=Path, help="folder of locks, one for each GPU")
     arguments = parser.parse_args()
+    share_memory()
+    count, rounds = (2, 1) if arguments.quick else (arguments.count, arguments.repeats)
+    steps = [x for x in STEPS if arguments.steps is None or x.name in arguments.steps]
+    with ThreadPoolExecutor(8) as pool:
+        built = list(pool.map(lambda step: build(step, count), steps))
+    hold(arguments.lock, range(1))
     results = {}
-    for step in STEPS:
-        if arguments.steps is None or step.name in arguments.steps:
-            results[step.name] = measure(step, arguments.count, arguments.repeats)
-            print(line(step, results[step.name]), flush=True)
-    if arguments.output is not None:
-        text = json.dumps({"machine": machine(), "microseconds": results}, indent=1)
-        arguments.output.write_text(text + "\n")
+    for step, (make, programs) in zip(steps, built, strict=True):
+        results[step.name] = measure(make(), programs, count, rounds)
+        print(line(step, results[step.name]), flush=True)
+        if arguments.output is not None:
+            write(arguments.output, {"machine": machine(), "microseconds": results})
 
 
 if __name__ == "__main__":

@@ -1,24 +1,16 @@
 """Times layers without a window, and long windows, on the GPUs that are here.
 
-``python -m benchmarks.full_causal``: every row (`benchmarks._ring_shapes.LONG_SHAPES`) is compiled
-in a process of its own, all at the same time; they take turns on the GPUs by a file lock. Within a
-row the contenders (`benchmarks._full_contenders`) take turns too, every round in another order, and
-ratios are taken round by round: the median and the quartiles, forward and forward+backward.
-Efficiency is the time of one GPU with the same arrays and kernels, over the devices' number and
-their time. Writes JSON and a chart.
+``python -m benchmarks.full_causal``. Within a row (`benchmarks._ring_shapes.LONG_SHAPES`) the
+contenders (`benchmarks._full_contenders`) take turns, every round in another order, and ratios are
+taken round by round: the median and the quartiles, forward and forward+backward. Efficiency is the
+time of one GPU with the same arrays and kernels, over the devices' number and their time. Writes
+JSON and a chart.
 """
 
 import argparse
 import dataclasses
-import fcntl
 import json
-import os
-import random
-import shutil
 import statistics
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,12 +22,13 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks._exchanges import AXIS
 from benchmarks._full_contenders import FULL, ONE_GPU, OURS, names_for, specs_of_whole
+from benchmarks._gpus import clocks, connect, hold, share_memory
+from benchmarks._report import KINDS, TITLES
+from benchmarks._results import RESULTS, path_in, write
 from benchmarks._ring_shapes import LONG_SHAPES, RingShape
-from benchmarks._timing import calls_within, median_seconds
+from benchmarks._timing import in_turns, ratio_quartiles
 from benchmarks.attention import IMPORTS, difference, machine, reason_of
 from benchmarks.ring import arrays, specs
-
-KINDS = ("forward", "both")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +43,7 @@ class Found:
 
     def over(self, base: "Found", kind: str) -> tuple[float, float, float] | None:
         """Quartiles of its times over another's, round by round."""
-        mine, others = getattr(self, kind), getattr(base, kind)
-        if len(mine) < 2 or len(others) < 2:
-            return None
-        ratios = [x / y for x, y in zip(mine, others, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        return low, middle, high
+        return ratio_quartiles(getattr(self, kind), getattr(base, kind))
 
 
 def compiled(shape: RingShape, mesh: Mesh, name: str, implementation: str | None):
@@ -99,45 +87,50 @@ def on_first(mesh: Mesh, whole: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
+def check(
+    programs: dict[str, Any], inputs: dict[str, tuple[Any, ...]]
+) -> Iterator[tuple[str, str]]:
+    """(name, reason) of those that fail, or are off ours."""
+    expected = None
+    for name, program in programs.items():
+        if isinstance(program, str):
+            yield name, program
+            continue
+        try:
+            results = program[1](*inputs[name])
+            expected = results if name == OURS else expected
+            # A sequence in another order has other results; a whole one is on another device.
+            if expected is not None and "dual_chunk" not in name and name != ONE_GPU:
+                far = difference(results, expected)
+                if not far <= 0.03:  # NaN too
+                    yield name, f"off ours by {far:.2g}"
+        except Exception as error:  # a peer may fail in any way; the table says how
+            yield name, reason_of(error)
+
+
 def measure(
     shape: RingShape, mesh: Mesh, programs: dict[str, Any], rounds: int, seconds: float
 ) -> list[Found]:
     """Times what was compiled, in turns."""
     whole = arrays(shape, mesh)
     inputs = {name: on_first(mesh, whole) if name == ONE_GPU else whole for name in programs}
-    reasons = {name: x for name, x in programs.items() if isinstance(x, str)}
-    calls: dict[tuple[str, int], int] = {}
-    expected = None
-    for name in programs:
-        if name in reasons:
-            continue
-        try:
-            for n, program in enumerate(programs[name]):
-                args = inputs[name] if n else inputs[name][:-1]
-                calls[name, n] = calls_within(seconds, program, *args)
-            results = programs[name][1](*inputs[name])
-            expected = results if name == OURS else expected
-            # A sequence in another order has other results; a whole one is on another device.
-            if expected is not None and "dual_chunk" not in name and name != ONE_GPU:
-                far = difference(results, expected)
-                if not far <= 0.03:  # NaN too
-                    raise ArithmeticError(f"off ours by {far:.2g}")
-        except Exception as error:  # a peer may fail in any way; the table says how
-            reasons[name] = reason_of(error)
-            calls = {key: count for key, count in calls.items() if key[0] != name}
-    results = expected = None
-    times: dict[tuple[str, int], list[float]] = {key: [] for key in calls}
-    order = random.Random(0)
-    for _ in range(rounds):
-        for name, n in order.sample(list(calls), len(calls)):
-            args = inputs[name] if n else inputs[name][:-1]
-            once = median_seconds(programs[name][n], *args, calls=calls[name, n], repeats=1)
-            times[name, n].append(once)
-    return [
-        Found(shape.name, name, times.get((name, 0), []), times.get((name, 1), []),
-              reasons.get(name))
+    reasons = dict(check(programs, inputs))
+    timed = {
+        (name, kind): (program, args)
         for name in programs
-    ]  # fmt: skip
+        if name not in reasons
+        for kind, program, args in zip(
+            KINDS, programs[name], (inputs[name][:-1], inputs[name]), strict=True
+        )
+    }
+    times, raised = in_turns(timed, rounds=rounds, seconds=seconds)
+    reasons |= {name: reason_of(error) for (name, _), error in raised.items()}
+
+    def found(name: str) -> Found:
+        forward, both = (times.get((name, kind), []) for kind in KINDS)
+        return Found(shape.name, name, forward, both, reasons.get(name))
+
+    return [found(name) for name in programs]
 
 
 def table(shape: RingShape, devices: int, found: list[Found]) -> str:
@@ -167,13 +160,8 @@ def table(shape: RingShape, devices: int, found: list[Found]) -> str:
     return "\n".join(lines)
 
 
-def measure_row(arguments: argparse.Namespace) -> None:
-    """One row in this process: compiles, waits for the GPUs, times, writes its part."""
-    shape = LONG_SHAPES[arguments.row]
-    shape = shape.tiny() if arguments.quick else shape
-    mesh = jax.make_mesh(
-        (arguments.devices,), (AXIS,), (AxisType.Auto,), devices=jax.devices()[: arguments.devices]
-    )
+def measure_row(shape: RingShape, mesh: Mesh, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One row: compiles, waits for the GPUs, times, prints."""
     names = [name for name in names_for(shape) if name in (arguments.only or FULL)]
     names = list(dict.fromkeys([OURS, *names, ONE_GPU]))
     with ThreadPoolExecutor(len(names)) as pool:
@@ -181,66 +169,33 @@ def measure_row(arguments: argparse.Namespace) -> None:
             pool.submit(compiled, shape, mesh, name, arguments.implementation) for name in names
         ]
         programs = {name: x.result() for name, x in zip(names, futures, strict=True)}
-    with arguments.lock.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        before = clocks()
-        seconds = 0.001 if arguments.quick else 0.08
-        found = measure(shape, mesh, programs, arguments.rounds, seconds)
-        print(table(shape, mesh.size, found), flush=True)
-        entry = {
-            "shape": dataclasses.asdict(shape),
-            "before": before,
-            "after": clocks(),
-            "rows": [dataclasses.asdict(x) for x in found],
-        }
-        arguments.output.write_text(json.dumps(entry))
-        # The memory goes back before the next process has its turn.
-        os._exit(0)
+    hold(arguments.lock, range(mesh.size))
+    before = clocks()
+    seconds = 0.001 if arguments.quick else 0.08
+    found = measure(shape, mesh, programs, arguments.rounds, seconds)
+    print(table(shape, mesh.size, found), flush=True)
+    return {
+        "shape": dataclasses.asdict(shape),
+        "before": before,
+        "after": clocks(),
+        "rows": [dataclasses.asdict(x) for x in found],
+    }
 
 
-def clocks() -> list[str]:
-    """Clock, temperature and power of each NVIDIA GPU."""
-    if shutil.which("nvidia-smi") is None:
-        return []
-    query = "--query-gpu=clocks.sm,temperature.gpu,power.draw"
-    command = ["nvidia-smi", query, "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
-
-
-def measure_all(arguments: argparse.Namespace, devices: int) -> Iterator[dict[str, Any]]:
-    """All rows, each in a process."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "benchmarks.full_causal", f"--devices={devices}"]
-        command += [f"--lock={arguments.lock or folder + '/lock'}", f"--rounds={arguments.rounds}"]
-        command += ["--quick"] if arguments.quick else []
-        command += ["--only", *arguments.only] if arguments.only else []
-        if arguments.implementation:
-            command.append(f"--implementation={arguments.implementation}")
-        started = {}
-        for name in arguments.rows:
-            part = Path(folder) / f"{name}.json"
-            row = [*command, f"--row={name}", f"--output={part}"]
-            started[name] = (subprocess.Popen(row), part)
-        for name, (process, part) in started.items():
-            process.wait()
-            if part.exists():
-                yield json.loads(part.read_text())
-            else:
-                print(f"{name}: the process ended with {process.returncode}", flush=True)
-
-
-def chart(path: Path, where: dict[str, Any], entries: list[dict[str, Any]]) -> None:
-    """Times over ours, as bars."""
+def chart(path: Path) -> None:
+    """Times over ours as bars, in a picture beside the JSON at ``path``."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
+    document = json.loads(path.read_text())
+    where, entries = document["machine"], document["rows"]
     found = {e["shape"]["name"]: {x["name"]: Found(**x) for x in e["rows"]} for e in entries}
     names = [n for n in FULL if n not in (OURS, ONE_GPU) and any(n in x for x in found.values())]
-    width = 0.8 / len(names)
+    width = 0.8 / max(len(names), 1)
     figure, axes = plt.subplots(2, 1, figsize=(15, 8), sharex=True, layout="constrained")
-    for axis, kind, title in zip(axes, KINDS, ("forward", "forward + backward"), strict=True):
+    for axis, kind in zip(axes, KINDS, strict=True):
         for n, name in enumerate(names):
             heights = []
             for rows in found.values():
@@ -249,7 +204,7 @@ def chart(path: Path, where: dict[str, Any], entries: list[dict[str, Any]]) -> N
             places = [x + (n - (len(names) - 1) / 2) * width for x in range(len(found))]
             axis.bar(places, heights, width, label=name, color=f"C{n}" if n < 10 else str(n / 20))
         axis.axhline(1, color="black", linewidth=1)
-        axis.set_ylabel(f"{title}: time / ours")
+        axis.set_ylabel(f"{TITLES[kind]}: time / ours")
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
     axes[0].set_title(
@@ -259,7 +214,7 @@ def chart(path: Path, where: dict[str, Any], entries: list[dict[str, Any]]) -> N
     )
     axes[0].legend(ncols=6, fontsize="x-small")
     axes[1].set_xticks(range(len(found)), list(found), fontsize="small")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path.with_suffix(".png"), dpi=120)
     plt.close(figure)
 
 
@@ -273,30 +228,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="tiny shapes: a smoke test")
     parser.add_argument("--output", type=Path, help="JSON to write; default: benchmarks/results/")
-    parser.add_argument("--lock", type=Path, help="file that who times on these GPUs holds")
-    parser.add_argument("--row", help=argparse.SUPPRESS)
+    parser.add_argument("--lock", type=Path, help="folder of locks, one for each GPU")
     arguments = parser.parse_args()
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    share_memory()
     jax.config.update("jax_num_cpu_devices", arguments.devices or 2)
-    if arguments.row:
-        measure_row(arguments)
-        return
     if jax.default_backend() == "cpu" and not arguments.quick:
         parser.error("on a CPU there is only --quick")
     devices = arguments.devices or jax.device_count()
     where = machine() | {"devices": devices}
     print(where, flush=True)
-    slug = "-".join(where["device"].lower().split())
-    results = Path(__file__).parent / "results"
-    output = arguments.output or results / f"full-causal-{devices}x-{slug}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
+    mesh = jax.make_mesh((devices,), (AXIS,), (AxisType.Auto,), devices=jax.devices()[:devices])
+    connect(mesh)
+    output = arguments.output or path_in(RESULTS, "full_causal", where)
     entries = []
-    for entry in measure_all(arguments, devices):
-        entries.append(entry)
+    for name in arguments.rows:
+        shape = LONG_SHAPES[name].tiny() if arguments.quick else LONG_SHAPES[name]
+        entries.append(measure_row(shape, mesh, arguments))
         # After each, so that a run that is cut off leaves something.
-        output.write_text(json.dumps({"machine": where, "rows": entries}, indent=1) + "\n")
-    chart(output.with_suffix(".png"), where, entries)
-    print(f"wrote {output} and {output.with_suffix('.png')}")
+        write(output, {"machine": where, "rows": entries})
+    chart(output)
+    print(f"wrote {output} and its picture")
 
 
 if __name__ == "__main__":

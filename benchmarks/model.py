@@ -23,10 +23,12 @@ from typing import Any
 import jax
 
 from benchmarks import _model_profile, _model_report
+from benchmarks._gpus import share_memory
 from benchmarks._model_contenders import CONTENDERS
 from benchmarks._model_jobs import Job, plan
 from benchmarks._model_run import DOES_NOT_FIT, FRACTION, in_this_process
 from benchmarks._model_sizes import MODELS
+from benchmarks._results import RESULTS, path_in
 from benchmarks.attention import machine
 
 
@@ -60,7 +62,8 @@ class Runner:
         gpus = range(first, first + job.devices)
         output = self.folder / f"{self.count}.json"
         self.count += 1
-        command = [sys.executable, "-m", "benchmarks.model", f"--folder={self.folder}"]
+        command = [sys.executable, "-m", "benchmarks.model"]
+        command += [f"--lock={self.arguments.lock or self.folder}"]
         command += [f"--job={json.dumps(dataclasses.asdict(job))}"]
         command += ["--gpus", str(gpus.start), str(gpus.stop), f"--output={output}"]
         command += ["--quick"] if self.arguments.quick else []
@@ -68,7 +71,6 @@ class Runner:
         names = known.split(",") if known else [str(n) for n in range(self.devices)]
         environment = os.environ | {
             "CUDA_VISIBLE_DEVICES": ",".join(names[n] for n in gpus),
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             "XLA_PYTHON_CLIENT_MEM_FRACTION": str(FRACTION),
         }
         if job.profile:  # kernels of a CUDA graph would be one event
@@ -159,9 +161,9 @@ def compare(arguments: argparse.Namespace, devices: int, where: dict[str, Any]) 
             for each in runner.finished():
                 results.add(each.job, each.found())
             time.sleep(0.1)
-    picture = arguments.output.with_suffix(".png")
-    _model_report.chart(picture, where, results.rows, quick=arguments.quick)
-    print(f"wrote {arguments.output} and {picture}")
+    if arguments.output.exists():
+        _model_report.chart(arguments.output)
+        print(f"wrote {arguments.output} and its picture")
 
 
 def main() -> None:
@@ -183,19 +185,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny models: a smoke test")
     parser.add_argument("--output", type=Path, help="JSON to write; default: benchmarks/results/")
     parser.add_argument("--table", type=Path, help="only print an earlier JSON as Markdown")
-    for name in ("--job", "--folder"):
-        parser.add_argument(name, help=argparse.SUPPRESS)
+    parser.add_argument("--lock", type=Path, help="folder of locks, one for each GPU")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--gpus", type=int, nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.table:
         print(_model_report.markdown(json.loads(arguments.table.read_text())["rows"]))
         return
     # This process only counts the GPUs; the memory is for those that it starts.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    share_memory()
     jax.config.update("jax_num_cpu_devices", arguments.devices or 4)
     if arguments.job:
         in_this_process(
-            arguments.job, Path(arguments.folder), range(*arguments.gpus), arguments.output,
+            arguments.job, arguments.lock, range(*arguments.gpus), arguments.output,
             quick=arguments.quick,
         )  # fmt: skip
     if jax.default_backend() == "cpu" and not arguments.quick:
@@ -204,8 +206,7 @@ def main() -> None:
     where = machine() | {"devices": devices}
     print(where, flush=True)
     if arguments.output is None:
-        slug = "-".join(where["device"].lower().split())
-        arguments.output = Path(__file__).parent / "results" / f"model-{devices}x-{slug}.json"
+        arguments.output = path_in(RESULTS, "model", where)
     compare(arguments, devices, where)
 
 

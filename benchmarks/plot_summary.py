@@ -1,11 +1,11 @@
 """Draws the README's picture from the results: ``python -m benchmarks.plot_summary``.
 
-One H100 beside the peers above, a sequence over two below; forward left, forward and backward
-right. A bar is a time divided by ours; the milliseconds stand at its end.
+Training steps of whole models above, then one layer on one H100 beside the peers, and one layer of
+a sequence over two. A bar is a time divided by ours; what it stands for is written at its end.
 """
 
 import argparse
-import json
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,58 +16,67 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from benchmarks import _results as results
+from benchmarks._model_report import job_of
+from benchmarks._model_sizes import MODELS
+from benchmarks._report import KINDS, TITLES
 from benchmarks._ring_shapes import SHAPES as RING_SHAPES
 from benchmarks._shapes import SHAPES, Shape
 
-RESULTS = Path(__file__).parent / "results"
 OUTPUT = Path(__file__).parent.parent / "docs" / "summary.png"
-ATTENTION, RING = "attention-nvidia-h100-80gb-hbm3", "ring-2x-nvidia-h100-80gb-hbm3"
+DEVICE = "nvidia-h100-80gb-hbm3"
 RING_ROWS = ("sliding-1000", "sliding-4000", "streaming-1000", "mistral", "gptoss")
-KINDS = {"forward_ms": "forward", "both_ms": "forward + backward"}
+STEPS = ((4, 65536), (1, 16384))
+"""GPUs that share one sequence, and its tokens."""
 LONGEST = 3.2
 """Bars end here; their number goes on."""
 
-Times = dict[str, dict[str, dict[str, float | None]]]
-"""{shape: {bar: {kind: milliseconds}}}."""
-
-# A colour is one program in both halves.
-OURS = "#4477aa"
+# A colour is one program in all panels.
+OURS, CUDNN, GATHERED, EXCHANGED = "#4477aa", "#ccbb44", "#ee8866", "#997700"
 PEERS = {
     "mosaic_gpu": ("this library", OURS),
     "triton": ('this library, implementation="triton"', "#66ccee"),
     "fa3": ("FlashAttention-3", "#228833"),
-    "cudnn": ("cuDNN", "#ccbb44"),
+    "cudnn": ("cuDNN", CUDNN),
     "tokamax": ("tokamax", "#ee6677"),
 }
 RINGS = {
     "ring": ("this library", OURS),
     "all-gather + ours": ("all-gather, then this library's kernels", "#aa3377"),
-    "all-gather + cuDNN": ("all-gather, then cuDNN", "#ee8866"),
-    "all-to-all + cuDNN": ("all-to-all of heads around cuDNN", "#997700"),
+    "all-gather + cuDNN": ("all-gather, then cuDNN", GATHERED),
+    "all-to-all + cuDNN": ("all-to-all of heads around cuDNN", EXCHANGED),
     "original (copied)": ("PyTorch original (two H200, copied)", "#777777"),
 }
+TRAINED = {
+    "ours": ("this library", OURS),
+    "all-gather + cuDNN": ("all-gather, then cuDNN", GATHERED),
+    "all-to-all + cuDNN": ("all-to-all of heads around cuDNN", EXCHANGED),
+    "cudnn": ("cuDNN", CUDNN),
+}
+
+Group = dict[str, tuple[float, str] | None]
+"""{bar: (its time, what is written at its end)}; None for what cannot be done."""
 
 
-def one_gpu() -> tuple[dict[str, Any], Times]:
-    """The machine and the times of the plain shapes."""
-    document = json.loads((RESULTS / f"{ATTENTION}.json").read_text())
-    times: Times = {shape: {} for shape in SHAPES}
-    for row in document["rows"]:
-        if row["shape"] in times:
-            times[row["shape"]][row["name"]] = {kind: row.get(kind) for kind in KINDS}
-    return document["machine"], times
+@dataclasses.dataclass
+class Panel:
+    """Two pictures side by side, of the same groups of bars.
 
+    Attributes:
+        title: above both.
+        bars: name in the results to name in the picture and colour; the first is divided by.
+        labels: of the groups.
+        columns: title and groups of each picture.
+        written: what stands at the bars.
+        height: of the panel, relative to the others.
+    """
 
-def two_gpus() -> tuple[dict[str, Any], Times]:
-    """The machine and the times of some shapes."""
-    document = json.loads((RESULTS / f"{RING}.json").read_text())
-    times = {
-        entry["shape"]["name"]: {
-            row["name"]: {kind: row[kind] for kind in KINDS} for row in entry["rows"]
-        }
-        for entry in document["shapes"]
-    }
-    return document["machine"], {shape: times[shape] for shape in RING_ROWS}
+    title: str
+    bars: dict[str, tuple[str, str]]
+    labels: list[str]
+    columns: dict[str, list[Group]]
+    written: str = "milliseconds"
+    height: float = 1.0
 
 
 def label(shape: Shape) -> str:
@@ -78,72 +87,123 @@ def label(shape: Shape) -> str:
     return f"{window}{sinks}\n{shape.length} tokens\n{heads}"
 
 
-def draw(
-    axes: Axes, times: Times, bars: dict[str, tuple[str, str]], base: str, kind: str
-) -> list[Any]:
-    """Bars of one kind of program, a group a shape."""
+def of_layers(
+    title: str, rows: dict[str, list[dict[str, Any]]], shapes: dict[str, Any], bars: dict[str, Any]
+) -> Panel:
+    """The panel of layers; ``rows`` are those of each shape in a JSON."""
+
+    def cell(row: dict[str, Any], kind: str) -> tuple[float, str] | None:
+        time = row.get(f"{kind}_ms")
+        return time and (time, f"{time:.2f}" if time < 100 else f"{time:.0f}")
+
+    columns = {
+        TITLES[kind]: [
+            {row["name"]: cell(row, kind) for row in found if row["name"] in bars}
+            for found in rows.values()
+        ]
+        for kind in KINDS
+    }
+    return Panel(f"One layer on {title}", bars, [label(shapes[name]) for name in rows], columns)
+
+
+def one_gpu(document: results.Document) -> Panel:
+    """The plain shapes."""
+    machine = document["machine"]
+    rows = {x: [row for row in document["rows"] if row["shape"] == x] for x in SHAPES}
+    ran = {row["name"] for found in rows.values() for row in found if row["forward"]}
+    bars = {name: style for name, style in PEERS.items() if name in ran}
+    return of_layers(f"one {said(machine)}", rows, SHAPES, bars)
+
+
+def two_gpus(document: results.Document) -> Panel:
+    """Some shapes."""
+    machine = document["machine"]
+    found = {entry["shape"]["name"]: entry["rows"] for entry in document["shapes"]}
+    rows = {name: found[name] for name in RING_ROWS}
+    title = f"{machine['devices']} {said(machine, ' that share a sequence')}"
+    return of_layers(title, rows, RING_SHAPES, RINGS)
+
+
+def models(document: results.Document) -> Panel:
+    """Training steps of whole models."""
+    columns = {}
+    for devices, length in STEPS:
+        groups = []
+        for model in MODELS:
+            group: Group = {}
+            for row in document["rows"]:
+                job = job_of(row)
+                same = (job.model, job.data, job.seq, job.batch, job.length)
+                if same == (model, 1, devices, 1, length) and "tokens_per_second" in row:
+                    name = "cudnn" if devices == 1 and job.contender != "ours" else job.contender
+                    group[name] = row["seconds"], f"{row['tokens_per_second']:,.0f}"
+            groups.append(group)
+        title = f"one sequence of {length} tokens on {devices} GPU{'s' if devices > 1 else ''}"
+        columns[title] = groups
+    title = f"Training steps of whole models on {said(document['machine'])}"
+    return Panel(title, TRAINED, list(MODELS), columns, "tokens a second", 0.72)
+
+
+def said(machine: dict[str, Any], more: str = "") -> str:
+    """The device and how it was measured."""
+    return f"{machine['device']}{more}\njax {machine['jax']}, bfloat16, {machine['date']}"
+
+
+def draw(axes: Axes, panel: Panel, title: str, groups: list[Group]) -> None:
+    """One picture. A bar that no group of it has takes no room."""
+    bars = [name for name in panel.bars if any(name in group for group in groups)]
     height = 0.84 / len(bars)
-    handles = []
-    for n, (name, (title, color)) in enumerate(bars.items()):
-        offset = (n - (len(bars) - 1) / 2) * height
-        for place, rows in enumerate(times.values()):
-            time, ours = rows.get(name, {}).get(kind), rows[base][kind]
-            y = place + offset
-            if time is None or ours is None:
-                axes.text(
-                    0.03,
-                    y,
-                    "cannot" if name in rows else "not run",
-                    va="center",
-                    fontsize=6,
-                    color=color,
-                )
+    for n, name in enumerate(bars):
+        color = panel.bars[name][1]
+        for place, group in enumerate(groups):
+            y = place + (n - (len(bars) - 1) / 2) * height
+            cell, base = group.get(name), group.get(bars[0])
+            if cell is None or base is None:
+                missing = "cannot" if name in group else "not run"
+                axes.text(0.03, y, missing, va="center", fontsize=6, color=color)
                 continue
-            over = time / ours
+            over = cell[0] / base[0]
             axes.barh(y, min(over, LONGEST), height * 0.9, color=color)
-            shown = f"{time:.2f}" if time < 100 else f"{time:.0f}"
             far = f"  ({over:.0f}x)" if over > LONGEST else ""
-            axes.text(min(over, LONGEST) + 0.03, y, shown + far, va="center", fontsize=6.5)
-        handles.append(axes.barh([0], [0], color=color, label=title))
+            axes.text(min(over, LONGEST) + 0.03, y, cell[1] + far, va="center", fontsize=6.5)
     axes.axvline(1, color="0.75", linewidth=0.7, zorder=0)
-    axes.set(xlim=(0, LONGEST * 1.28), ylim=(len(times) - 0.5, -0.5))
+    axes.set(xlim=(0, LONGEST * 1.28), ylim=(len(groups) - 0.5, -0.5))
     axes.set_xticks([0, 1, 2, 3])
     axes.tick_params(labelsize=7, length=0)
-    axes.set_title(KINDS[kind], fontsize=8)
-    axes.set_xlabel("time / time of this library (at the bars: milliseconds)", fontsize=7)
+    axes.set_title(title, fontsize=8)
+    axes.set_xlabel(f"time / time of this library (at the bars: {panel.written})", fontsize=7)
     axes.spines[["top", "right"]].set_visible(False)
-    return handles
 
 
 def main() -> None:
     """Writes the picture."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--date", required=True, help="the day of the measurements, as 2026-11-23")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
 
-    alone, alone_times = one_gpu()
-    ring, ring_times = two_gpus()
-    ran = {name for rows in alone_times.values() for name, row in rows.items() if any(row.values())}
-    peers = {name: style for name, style in PEERS.items() if name in ran}
-    figure = plt.figure(figsize=(8, 8.4), layout="constrained")
-    halves = figure.subfigures(2, 1, squeeze=False)[:, 0]
-    for panel, machine, times, bars, base, title, shapes in (
-        (halves[0], alone, alone_times, peers, "mosaic_gpu", f"one {alone['device']}", SHAPES),
-        (halves[1], ring, ring_times, RINGS, "ring",
-         f"{ring['devices']} {ring['device']} that share a sequence", RING_SHAPES),
-    ):  # fmt: skip
-        left, right = panel.subplots(1, 2, sharey=True)
-        for axes, kind in zip((left, right), KINDS, strict=True):
-            handles = draw(axes, times, bars, base, kind)
-        left.set_yticks(range(len(times)), [label(shapes[name]) for name in times], fontsize=7)
-        panel.suptitle(
-            f"One layer on {title}: shorter is faster\n"
-            f"jax {machine['jax']}, bfloat16, {arguments.date}",
-            fontsize=9,
+    panels = [
+        draw_from(results.read(results.RESULTS / f"{name}-{DEVICE}.json"))
+        for name, draw_from in (
+            ("model-4x", models),
+            ("attention", one_gpu),
+            ("ring-2x", two_gpus),
         )
-        panel.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=7)
-    figure.savefig(arguments.output, dpi=200)
+    ]
+    figure = plt.figure(figsize=(8, 11.4), layout="constrained")
+    heights = [panel.height for panel in panels]
+    parts = figure.subfigures(len(panels), 1, height_ratios=heights, squeeze=False)
+    for part, panel in zip(parts[:, 0], panels, strict=True):
+        both = part.subplots(1, 2, sharey=True)
+        for axes, (title, groups) in zip(both, panel.columns.items(), strict=True):
+            draw(axes, panel, title, groups)
+        both[0].set_yticks(range(len(panel.labels)), panel.labels, fontsize=7)
+        title, _, settings = panel.title.partition("\n")
+        part.suptitle(f"{title}: shorter is faster\n{settings}", fontsize=9)
+        handles = [
+            mpl.patches.Patch(color=color, label=name) for name, color in panel.bars.values()
+        ]
+        part.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=7)
+    figure.savefig(arguments.output, dpi=150)
     print(f"wrote {arguments.output}")
 
 

@@ -1,6 +1,7 @@
 """Times the ring on the GPUs that are here: ``python -m benchmarks.ring``.
 
-Milliseconds forward and forward+backward, each with its ratio to the ring's, of:
+Milliseconds forward and forward+backward, the contenders in turns, each with its ratio to the
+ring's, round by round, of:
 
 * ring: our per-shard functions inside `jax.shard_map`;
 * one rank: one GPU that does the work of the ring's busiest device with the keys before it already
@@ -27,9 +28,11 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import _one_rank, _ring_memory, _ring_report
 from benchmarks._exchanges import AXIS, OVER_MESH
-from benchmarks._ring_report import ONE_RANK, RING, Row
+from benchmarks._gpus import clocks, connect, hold, share_memory
+from benchmarks._results import RESULTS, path_in, write
+from benchmarks._ring_report import KINDS, ONE_RANK, RING, Row
 from benchmarks._ring_shapes import SHAPES, RingShape
-from benchmarks._timing import calls_within, median_seconds
+from benchmarks._timing import in_turns, median_of
 from benchmarks.attention import difference, machine, reason_of
 
 NAMES = (RING, ONE_RANK, *list(OVER_MESH)[1:])
@@ -143,28 +146,46 @@ def memory(shape: RingShape, devices: int, built: Built) -> dict[str, Any]:
     }
 
 
-def measure(shape: RingShape, mesh: Mesh, name: str, built, inputs, repeats: int, expected):
-    """(row, results): times, the results compared with the ring's where there are these."""
-    if isinstance(built, str):
-        return Row(shape.name, name, reason=built), None
-    times: list[float] = []
-    reason = results = None
-    try:
-        mine = built.inputs(*inputs)
-        for program, args in ((built.forward, mine[:-1]), (built.both, mine)):
-            calls = calls_within(0.06, program, *args)
-            times.append(median_seconds(program, *args, calls=calls, repeats=repeats))
-        results = built.both(*mine)
-        if expected is not None:
-            far = off(shape, mesh, name, results, expected)
-            if not far <= 0.03:  # NaN too
-                times = []
-                reason = f"wrong: off the ring by {far:.2g}"
-    except Exception as error:  # a peer may fail in any way; the table says how
-        reason = reason_of(error)
-    forward, both = [*times, None, None][:2]
-    saved = memory(shape, mesh.size, built) if name == RING else {}
-    return Row(shape.name, name, forward, both, reason, saved), results
+def check(
+    shape: RingShape, mesh: Mesh, built: dict[str, Any], inputs: dict[str, tuple[Any, ...]]
+) -> Iterator[tuple[str, str]]:
+    """(name, reason) of those that fail, or are off the ring."""
+    expected = None
+    for name, mine in inputs.items():
+        try:
+            results = built[name].both(*mine)
+            expected = results if name == RING else expected
+            if (
+                expected is not None
+                and not (far := off(shape, mesh, name, results, expected)) <= 0.03
+            ):
+                yield name, f"wrong: off the ring by {far:.2g}"  # NaN too
+        except Exception as error:  # a peer may fail in any way; the table says how
+            yield name, reason_of(error)
+
+
+def measure(
+    shape: RingShape, mesh: Mesh, built: dict[str, Any], rounds: int, seconds: float
+) -> list[Row]:
+    """Times what was compiled, in turns."""
+    reasons = {name: x for name, x in built.items() if isinstance(x, str)}
+    whole = arrays(shape, mesh)
+    inputs = {name: x.inputs(*whole) for name, x in built.items() if name not in reasons}
+    reasons |= dict(check(shape, mesh, built, inputs))
+    programs = {}
+    for name, mine in inputs.items():
+        if name not in reasons:
+            programs[name, "forward"] = built[name].forward, mine[:-1]
+            programs[name, "both"] = built[name].both, mine
+    times, raised = in_turns(programs, rounds=rounds, seconds=seconds)
+    reasons |= {name: reason_of(error) for (name, _), error in raised.items()}
+    rows = []
+    for name, x in built.items():
+        found = {kind: times[name, kind] for kind in KINDS if (name, kind) in times}
+        forward, both = (median_of(found.get(kind)) for kind in KINDS)
+        saved = memory(shape, mesh.size, x) if name == RING and isinstance(x, Built) else {}
+        rows.append(Row(shape.name, name, forward, both, reasons.get(name), saved, found))
+    return rows
 
 
 def off(shape: RingShape, mesh: Mesh, name: str, results, expected) -> float:
@@ -178,23 +199,22 @@ def off(shape: RingShape, mesh: Mesh, name: str, results, expected) -> float:
 
 
 def compare(
-    shapes: list[RingShape], names: list[str], mesh: Mesh, repeats: int, implementation: str | None
+    shapes: list[RingShape], names: list[str], mesh: Mesh, arguments: argparse.Namespace
 ) -> Iterator[list[Row]]:
-    """Compiles a shape's contenders, times one after the other and prints its table."""
+    """Compiles a shape's contenders, times them in turns and prints its table."""
+    connect(mesh)
     for shape in shapes:
         begin = time.perf_counter()
         with ThreadPoolExecutor(len(names)) as pool:
             futures = {
-                name: pool.submit(build, shape, mesh, name, implementation) for name in names
+                name: pool.submit(build, shape, mesh, name, arguments.implementation)
+                for name in names
             }
+            built = {name: future.result() for name, future in futures.items()}
         print(f"compiled {len(names)} contenders in {time.perf_counter() - begin:.0f} s")
-        inputs, expected, results, found = arrays(shape, mesh), None, None, []
-        for name in names:
-            built = futures.pop(name).result()
-            row, results = measure(shape, mesh, name, built, inputs, repeats, expected)
-            expected = results if name == RING else expected
-            found.append(row)
-        del inputs, expected, results
+        hold(arguments.lock, range(mesh.size))
+        seconds = 0.001 if arguments.quick else 0.06
+        found = measure(shape, mesh, built, arguments.rounds, seconds)
         if (copied := _ring_report.original(shape, mesh.size)) is not None:
             found.append(copied)
         print(_ring_report.table(shape, mesh.size, found), flush=True)
@@ -210,11 +230,14 @@ def main() -> None:
     )
     parser.add_argument("--devices", type=int, help="how many; default: all GPUs, or 2 CPU devices")
     parser.add_argument("--implementation", help="of ours; default: the best for the device")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="tiny shapes: a smoke test")
     parser.add_argument(
         "--output", type=Path, help="JSON to write; default, for a whole run: benchmarks/results/"
     )
+    parser.add_argument("--lock", type=Path, help="folder of locks, one for each GPU")
     arguments = parser.parse_args()
+    share_memory()
     jax.config.update("jax_num_cpu_devices", arguments.devices or 2)
     devices = arguments.devices or jax.device_count()
     if devices < 2 or devices > jax.device_count():
@@ -229,18 +252,17 @@ def main() -> None:
     mesh = jax.make_mesh((devices,), (AXIS,), (AxisType.Auto,), devices=jax.devices()[:devices])
     where = machine() | {"devices": devices}
     print(where, flush=True)
-    repeats = 2 if arguments.quick else 5
-    rows: list[Row] = []
-    for found in compare(shapes, names, mesh, repeats, arguments.implementation):
-        rows += found
-        if arguments.output is not None:  # so that a run that is cut off leaves something
-            done = shapes[: len({row.shape for row in rows})]
-            _ring_report.write(arguments.output, where, done, rows)
     output = arguments.output
     if output is None and not arguments.quick and not arguments.only and len(shapes) == len(SHAPES):
-        slug = "-".join(where["device"].lower().split())
-        output = Path(__file__).parent / "results" / f"ring-{devices}x-{slug}.json"
-        _ring_report.write(output, where, shapes, rows)
+        output = path_in(RESULTS, "ring", where)
+    entries = []
+    for shape, found in zip(shapes, compare(shapes, names, mesh, arguments), strict=True):
+        entries.append(_ring_report.entry(shape, devices, found) | {"clocks": clocks()})
+        if output is not None:  # after each, so that a run that is cut off leaves something
+            write(output, _ring_report.document(where, entries))
+    if output is not None:
+        _ring_report.chart(output)
+        print(f"\nwrote {output} and its picture")
 
 
 if __name__ == "__main__":

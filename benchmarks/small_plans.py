@@ -10,9 +10,7 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import json
 import statistics
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +21,10 @@ import jax
 import jax.numpy as jnp
 
 import ring_swa_jax
+from benchmarks._gpus import hold, share_memory
+from benchmarks._results import write
+from benchmarks._timing import in_turns
+from benchmarks.attention import reason_of
 from pallas_kernels import _device
 from pallas_kernels._triton.plans import Shapes, triton_plan
 
@@ -105,7 +107,7 @@ def build(lowered: Any) -> Any:
     try:
         return lowered.compile()
     except Exception as error:  # the table says how a plan or a peer fails
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+        return reason_of(error)
 
 
 def try_lower(job: Job, length: int) -> Any:
@@ -113,39 +115,23 @@ def try_lower(job: Job, length: int) -> Any:
     try:
         return lower(job, length)
     except Exception as error:  # the table says how a plan or a peer fails
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
-
-
-def interleaved(programs: dict[Job, Any], arrays: tuple[Any, ...], rounds: int) -> dict[Job, float]:
-    """Median milliseconds of each program's call, the programs taking turns."""
-    calls = {}
-    for job, program in programs.items():
-        jax.block_until_ready(program(*arrays))
-        begin = time.perf_counter()
-        jax.block_until_ready(program(*arrays))
-        calls[job] = int(min(max(0.03 / (time.perf_counter() - begin), 1), 30))
-    times: dict[Job, list[float]] = {job: [] for job in programs}
-    for _ in range(rounds):
-        for job, program in programs.items():
-            begin = time.perf_counter()
-            for _ in range(calls[job]):
-                result = program(*arrays)
-            jax.block_until_ready(result)
-            times[job].append((time.perf_counter() - begin) / calls[job] * 1e3)
-    return {job: statistics.median(found) for job, found in times.items()}
+        return reason_of(error)
 
 
 def main() -> None:
     """Prints the table and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, default=Path("small_plans.json"))
+    parser.add_argument("--output", type=Path, default=Path("small_plans.json"))
     parser.add_argument("--length", type=int, default=16384)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--quick", action="store_true", help="one tiny row: a smoke test")
+    parser.add_argument("--lock", type=Path, help="folder of locks, one for each GPU")
     arguments = parser.parse_args()
-    length = arguments.length
+    share_memory()
+    length, rounds = (128, 1) if arguments.quick else (arguments.length, arguments.rounds)
     device = jax.devices()[0].device_kind
     print(f"jax {jax.__version__} on {device}, T {length}, heads {HEADS}/{KV_HEADS}", flush=True)
-    settings = list(itertools.product(DIMS, WINDOWS))
+    settings = list(itertools.product(DIMS, WINDOWS))[: 1 if arguments.quick else None]
     jobs = [
         Job(dims, window, contender, both)
         for dims, window in settings
@@ -156,25 +142,28 @@ def main() -> None:
     with ThreadPoolExecutor(16) as pool:
         built = dict(zip(jobs, pool.map(build, lowered), strict=True))
     print(f"{len(jobs)} programs built", flush=True)
+    hold(arguments.lock, range(1))
     records = []
     for dims, window in settings:
         mine = [job for job in jobs if (job.dims, job.window) == (dims, window)]
-        programs = {job: built[job] for job in mine if not isinstance(built[job], str)}
+        compiled = [job for job in mine if not isinstance(built[job], str)]
         seeds = jax.random.split(jax.random.key(0), 4)
         arrays = tuple(
             jax.random.normal(seed, x.shape, x.dtype)
             for seed, x in zip(seeds, types(mine[0], length), strict=True)
         )
-        found = interleaved(programs, arrays, arguments.rounds)
+        programs = {job: (built[job], arrays) for job in compiled}
+        times, raised = in_turns(programs, rounds=rounds, seconds=0.03)
+        found = {job: 1e3 * statistics.median(x) for job, x in times.items()}
+        reasons = built | {job: reason_of(error) for job, error in raised.items()}
         for job in mine:
-            reason = built[job] if job not in found else None
+            reason = None if job in found else reasons[job]
             records.append({**dataclasses.asdict(job), "ms": found.get(job), "reason": reason})
             name = f"{dims[0]}-{dims[1]} W {window} {'both' if job.both else 'forward'}"
             shown = f"{found[job]:9.3f} ms" if job in found else reason
             print(f"{name:<24}{job.contender:<8}{shown}", flush=True)
-    machine = {"device": device, "jax": jax.__version__}
-    report = {"machine": machine, "length": length, "rows": records}
-    arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        machine = {"device": device, "jax": jax.__version__}
+        write(arguments.output, {"machine": machine, "length": length, "rows": records})
 
 
 if __name__ == "__main__":

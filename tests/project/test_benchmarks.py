@@ -1,23 +1,156 @@
 """Benchmarks run on CPU devices, as trials, and write what they found."""
 
+import argparse
+import dataclasses
+import fcntl
 import json
 
+import jax
 import pytest
+from jax.sharding import AxisType
 
+from benchmarks import _processes, _results, lengths, ring
+from benchmarks import all as every
+from benchmarks._ring_report import ONE_RANK, RING
+from benchmarks._ring_shapes import RingShape
+from benchmarks._timing import in_turns
 from tests.helpers.processes import CPU, start, succeed
 
-pytestmark = pytest.mark.slow
+MACHINE = {"device": "NVIDIA H100 80GB HBM3", "jax": "0.0"}
+
+
+def test_programs_take_turns():
+    calls = []
+
+    def program(name):
+        def run(x):
+            calls.append(name)
+            if name == "bad" or (name == "tires" and calls.count("tires") > 5):
+                raise RuntimeError(name)
+            return x
+
+        return run, (1,)
+
+    names = ["a", "b", "bad", "tires"]
+    times, raised = in_turns({n: program(n) for n in names}, rounds=4, seconds=1e-9)
+    assert {name: len(found) for name, found in times.items()} == {"a": 4, "b": 4}
+    assert {name: str(error) for name, error in raised.items()} == {"bad": "bad", "tires": "tires"}
+    rounds = "".join(x for x in calls if x in "ab")[4:]  # two calls each say how long one takes
+    assert {rounds[n : n + 2] for n in range(0, 8, 2)} == {"ab", "ba"}
+
+
+def test_documents_merge(tmp_path):
+    parts = [
+        {"machine": MACHINE | {"devices": 4}, "clocks": {name: 1}, "rows": [name]} for name in "ab"
+    ]
+    whole = _results.merged(parts)
+    assert whole == {"machine": MACHINE | {"devices": 4}, "clocks": {"a": 1, "b": 1},
+                     "rows": ["a", "b"]}  # fmt: skip
+    path = _results.path_in(tmp_path, "full_causal", whole["machine"])
+    assert path.name == "full-causal-4x-nvidia-h100-80gb-hbm3.json"
+    _results.write(path, whole)
+    assert _results.read(path) == whole
+
+
+WRITES = "import json, sys; open(sys.argv[1], 'w').write(json.dumps({'machine': %r, 'rows': [1]}))"
+
+
+def test_a_run_survives_failing_and_late_jobs(tmp_path, monkeypatch, capsys):
+    """Stand-ins: one job writes, one fails, one is late with a child of its own, one must wait."""
+    lock = tmp_path / "lock"
+    child = f"exec 9> {lock}; flock 9; echo held >&9; sleep 60"
+    late = f"import subprocess; subprocess.run(['sh', '-c', {child!r}])"
+    codes = {
+        "good": WRITES % MACHINE,
+        "bad": "raise SystemExit('no such GPU')",
+        "late": f"{WRITES % MACHINE}; {late}",
+        "waits": WRITES % MACHINE,
+    }
+    jobs = [
+        _processes.Job("stand_in", name, ("-c", code, str(tmp_path / f"{name}.json")),
+                       tmp_path / f"{name}.json")
+        for name, code in codes.items()
+    ]  # fmt: skip
+    monkeypatch.setitem(every.BENCHMARKS, "stand_in", every.Benchmark(several=False))
+    output = every.Output(tmp_path / "found", jobs)
+    for ended in _processes.run(jobs, at_once=1, seconds=4):
+        output.add(ended)
+    assert output.missing == ["stand_in bad", "stand_in late", "stand_in waits"]
+    (path,) = (tmp_path / "found").glob("*.json")
+    assert _results.read(path)["rows"] == [1, 1]
+    assert "bad: ENDED with 1: no such GPU" in capsys.readouterr().out
+    assert "no such GPU" in (tmp_path / "found" / "stand_in.log").read_text()
+    with lock.open("r+") as file:  # what a late job has started has ended too
+        assert file.read() == "held\n"
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_pictures_of_lengths(tmp_path):
+    rows = [
+        {"shape": f"{row}-{length}", "name": name, "forward_tflops": 5e-3 * length,
+         "both_tflops": 400.0}
+        for row in ("causal-64", "packed-64")
+        for length in lengths.LENGTHS
+        for name in ("mosaic_gpu", "fa3")
+    ]  # fmt: skip
+    path = tmp_path / "lengths.json"
+    _results.write(
+        path, {"machine": MACHINE, "rows": [*rows, {"shape": "causal-64-1", "name": "x"}]}
+    )
+    points = lengths.series(rows, "packed-64", "fa3", "forward")
+    assert points == [(length, 5e-3 * length) for length in lengths.LENGTHS]
+    lengths.chart(path)
+    assert [x.name for x in tmp_path.glob("*.png")] == ["lengths-64.png"]
+
+
+def test_lengths_have_as_many_tokens():
+    for row in lengths.ROWS:
+        found = lengths.shapes(row, quick=False)
+        assert {shape.batch * shape.length for shape in found} == {lengths.TOKENS}
+        assert {shape.heads * shape.dim for shape in found} == {lengths.FEATURES}
+        assert [len(shape.documents) or shape.batch for shape in found] == [
+            lengths.TOKENS // length for length in lengths.LENGTHS
+        ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in every.BENCHMARKS if name != "model"])
+def test_first_row_of_each(tmp_path, name):
+    """`test_model` is the model's."""
+    arguments = argparse.Namespace(devices=2, quick=True)
+    job = every.jobs_of(name, tmp_path, arguments)[0]
+    few = ("--only", "all_to_all") if name == "full_causal" else ()
+    job = dataclasses.replace(job, arguments=(*job.arguments, *few))
+    output = every.Output(tmp_path / "found", [job])
+    for ended in _processes.run([job], at_once=1, seconds=240):
+        output.add(ended)
+        assert ended.status == 0, ended.text
+    (path,) = (tmp_path / "found").glob("*.json")
+    assert _results.read(path)["machine"]["device"] == "cpu"
+    assert every.BENCHMARKS[name].chart is None or list((tmp_path / "found").glob("*.png"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 4])
+def test_one_rank_with_keys_on_both_sides(devices):
+    shape = RingShape("both", 64 * devices, 4, 2, 16, 9, after=5)
+    mesh = jax.make_mesh((devices,), ("seq",), (AxisType.Auto,), devices=jax.devices()[:devices])
+    built = {name: ring.build(shape, mesh, name, "xla") for name in (RING, ONE_RANK)}
+    whole = ring.arrays(shape, mesh)
+    inputs = {name: x.inputs(*whole) for name, x in built.items()}
+    assert list(ring.check(shape, mesh, built, inputs)) == []
 
 
 def written(tmp_path, module, *flags):
     """The JSON of a trial."""
     output = tmp_path / "found.json"
-    flags = ("--quick", "--devices=2", f"--output={output}", *flags)
+    flags = ("--quick", "--devices=2", f"--output={output}", f"--lock={tmp_path}", *flags)
     succeed([start("-m", f"benchmarks.{module}", *flags, **CPU)])
     assert output.with_suffix(".png").exists()
     return json.loads(output.read_text())
 
 
+@pytest.mark.slow
 def test_ring(tmp_path):
     names = ["sliding-1000", "streaming-varlen-1000"]
     flags = ("--shapes", *names, "--only", "one rank", "all-gather + ours")
@@ -28,8 +161,10 @@ def test_ring(tmp_path):
         assert all(row["reason"] is None and row["both_ms"] > 0 for row in entry["rows"])
 
 
+@pytest.mark.slow
 def test_scaling(tmp_path):
-    points = written(tmp_path, "scaling")["points"]
+    rows = ["weak-127", "weak-512+512", "strong-24575"]
+    points = written(tmp_path, "scaling", "--rows", *rows)["points"]
     assert {(x["kind"], x["devices"]) for x in points} == {
         ("weak", 2),
         ("strong", 1),
@@ -38,6 +173,7 @@ def test_scaling(tmp_path):
     assert all(x["reason"] is None and x["efficiency"] > 0 for x in points)
 
 
+@pytest.mark.slow
 def test_compile_time(tmp_path):
     output = tmp_path / "found.json"
     flags = ("--repeats=1", "--layers=1", f"--output={output}")
@@ -47,15 +183,17 @@ def test_compile_time(tmp_path):
     assert all(row["total"] > row["compile"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_decoding(tmp_path):
     output = tmp_path / "found.json"
-    flags = ("--steps=one-1-sinks", "--count=2", "--repeats=1", f"--output={output}")
+    flags = ("--steps=one-1-sinks", "--quick", f"--output={output}")
     succeed([start("-m", "benchmarks.decoding", *flags, **CPU)])
     [(name, times)] = json.loads(output.read_text())["microseconds"].items()
     assert name == "one-1-sinks" and min(times["ours"], times["xla"]) > 0
     assert isinstance(times["cudnn"], str)  # why a CPU has no such time
 
 
+@pytest.mark.slow
 def test_model(tmp_path):
     names = ["ours", "all-gather + cuDNN", "all-to-all + cuDNN"]
     found = written(tmp_path, "model", "--models=gpt-oss", "--jobs=4")
