@@ -67,15 +67,15 @@ class RandomJob:
 
     def prepare(self):
         """(compiled program, its arguments, the oracle's Result)."""
-        program, mesh = self._program()
-        arguments = self._arguments()
+        program, mesh = self.program()
+        arguments = self.arguments()
         with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
             (*qkv, sink, documents, dout) = arguments
             q, k, v, dout = place(mesh, SEQUENCE, *qkv, dout)
             arguments = (q, k, v, sink, documents, dout)
             return compiled_program(program, arguments), arguments, self.case.expected
 
-    def _program(self):
+    def program(self):
         """((q, k, v, sink_logits, documents, dout) -> Result, mesh)."""
         case = self.case
         if self.played:
@@ -111,7 +111,7 @@ class RandomJob:
 
         return each_row
 
-    def _arguments(self):
+    def arguments(self):
         """q, k, v, sink_logits, documents and the cotangent."""
         (*qkv, sink), dout = self.case.arrays()
         arrays = (*qkv, dout)
