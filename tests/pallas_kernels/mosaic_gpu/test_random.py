@@ -12,7 +12,7 @@ SIZES = dict(
     chunks=(40, 57, 66, 72, 100),
     dims=((32, 32), (32, 32), (64, 64), (64, 32), (128, 64), (192, 64)),
 )
-SEEDS = (4, 9, 31, 32, 39, 44, 45)
+SEEDS = (9, 31, 39, 44)
 """Small rings of which no launch is left to Triton's kernels."""
 
 
