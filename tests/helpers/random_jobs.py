@@ -146,56 +146,65 @@ def random_job(
     """A job over all of the devices; over one, perhaps that of a ring that it plays."""
     played = devices == 1 and rng.random() < 0.6
     axes = () if played else rng.choice(_AXES[devices])
-    seq = rng.choice((2, 3, 4)) if played else devices // math.prod(size for _, size in axes)
+    seq = rng.choice((2, 2, 3)) if played else devices // math.prod(size for _, size in axes)
     chunk = rng.choice(chunks) if seq > 1 else rng.choice(chunks) * rng.choice((1, 2, 3))
     implementation = rng.choice(implementations)
     if played and implementation is None:
         implementation = implementations[0]
     kind = "segments" if axes else rng.choice(("whole", "segments", "packed"))
-    explicit = kind != "packed" and not played and not axes and seq > 1 and rng.random() < 0.3
+    is_ring = kind != "packed" and not played and seq > 1
+    explicit = is_ring and not axes and rng.random() < 0.3
     layout = "contiguous"
-    if kind != "packed" and not played and not explicit and seq > 1 and rng.random() < 0.3:
+    if is_ring and not explicit and rng.random() < 0.3:
         layout, chunk = "dual_chunk", chunk // 2 * 2
-    length = seq * chunk
-    window, exchange = random_window(rng, chunk, length), "halo"
+    window, exchange = random_window(rng, chunk, seq * chunk), "halo"
     if not played:
-        exchange = rng.choice(exchanges_for(window, length)) if seq > 1 else None
+        exchange = rng.choice(exchanges_for(window, seq * chunk)) if seq > 1 else None
     elif None in np.atleast_1d(window):
-        window = rng.randint(0, length)
-    model = dict(axes).get("model", 1) * (seq if exchange == "all_to_all" else 1)
-    heads = rng.choice([x for x in HEADS if x[0] % model == 0])
+        window = rng.randint(0, seq * chunk)
+    cut = dict(axes).get("model", 1) * (seq if exchange == "all_to_all" else 1)
+    case = _random_case(
+        rng,
+        Case(chunk, seq, window, batch=2 * dict(axes).get("data", 1)),
+        kind,
+        heads=[x for x in HEADS if x[0] % cut == 0],
+        dims=dims,
+        half_precision=(implementation or "").startswith("mosaic"),
+    )
+    transformation = rng.choice((None, None, None, "remat", "vmap"))
+    if played or explicit or axes or (transformation == "vmap" and kind == "packed"):
+        transformation = None
+    nan = case.documents is not None and rng.random() < 0.5
+    return RandomJob(
+        case, implementation, played, exchange, layout, axes, explicit, transformation, nan
+    )
+
+
+def _random_case(rng, case: Case, kind: str, *, heads, dims, half_precision) -> Case:
+    """The case with all that does not depend on how it is computed."""
+    chosen_heads = rng.choice(heads)
     dtype = rng.choice(("float32", "bfloat16", "bfloat16", "float16"))
-    if (implementation or "").startswith("mosaic") and dtype == "float32":
+    if half_precision and dtype == "float32":
         dtype = "bfloat16"
-    batch = 1 if kind == "packed" else 2 * dict(axes).get("data", 1)
-    documents = None
+    batch, documents = 1 if kind == "packed" else case.batch, None
     if kind != "whole":
         documents = tuple(
-            random_runs(rng, rng.choice((chunk, TILE)), length, kind == "segments")
+            random_runs(rng, rng.choice((case.chunk, TILE)), case.length, kind == "segments")
             for _ in range(batch)
         )
-    case = Case(
-        chunk=chunk,
-        devices=seq,
-        window=window,
-        sinks=min(chunk, rng.choice((0, 0, 0, 1, 4, 15, 16, 17, 64, 65))),
+    return dataclasses.replace(
+        case,
+        sinks=min(case.chunk, rng.choice((0, 0, 0, 1, 4, 15, 16, 17, 64, 65))),
         documents=documents,
         packed=kind == "packed",
         batch=batch,
-        heads=heads,
+        heads=chosen_heads,
         dims=rng.choice([x for x in dims if dtype != "float32" or max(x) <= 128]),
         softcap=rng.choice((None, None, 2.0, 30.0)),
         learned=rng.random() < 0.4,
         scale=rng.choice((None, None, 0.2, -0.1)),
         dtype=dtype,
         seed=rng.randrange(2**16),
-    )
-    transformation = rng.choice((None, None, None, "remat", "vmap"))
-    if played or explicit or axes or (transformation == "vmap" and kind == "packed"):
-        transformation = None
-    nan = documents is not None and rng.random() < 0.5
-    return RandomJob(
-        case, implementation, played, exchange, layout, axes, explicit, transformation, nan
     )
 
 
