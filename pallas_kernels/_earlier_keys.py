@@ -45,7 +45,8 @@ def attend_after_keys(
         value: the values.
         sinks: the first tokens of the sequence that the first query is in, where it is before it.
         sink_logits: learned sinks.
-        start: where each query's sequence starts, relative to the first query.
+        start: where each query's sequence starts, relative to the first query. One number for all
+            only where no earlier key is before it.
     """
     return _forward(spec, implementation, earlier, query, key, value, sinks, sink_logits, start)[0]
 
