@@ -12,7 +12,7 @@ SIZES = dict(
     chunks=(40, 57, 66, 72, 100),
     dims=((32, 32), (32, 32), (64, 64), (64, 32), (128, 64), (192, 64)),
 )
-SEEDS = (13, 31, 44, 48, 97, 109)
+SEEDS = (13, 31, 44, 109)
 """Small rings of which no launch is left to Triton's kernels."""
 
 
