@@ -12,7 +12,8 @@ import pytest
 
 from tests.helpers.poison import poisoned_outputs
 from tests.helpers.pool import prepared
-from tests.helpers.random_jobs import compare_and_repeat, random_job
+from tests.helpers.random_decoding import random_decoding_job
+from tests.helpers.random_jobs import DIMS, compare_and_repeat, random_job
 from tests.helpers.refusals import must_refuse
 
 pytestmark = pytest.mark.gpu
@@ -26,11 +27,13 @@ IMPLEMENTATIONS = (
 
 
 def jobs():
-    """Parameters: cases of one GPU, of two and of four take turns."""
+    """Parameters: cases of one GPU, of two and of four, and steps of decoding, take turns."""
     for seed in SEEDS:
         for gpus in (1, 2, 4):
             job = random_job(random.Random(f"{gpus}-{seed}"), gpus, IMPLEMENTATIONS)
             yield pytest.param(job, id=f"{gpus}-{seed}")
+        job = random_decoding_job(random.Random(seed), IMPLEMENTATIONS, dims=DIMS)
+        yield pytest.param(job, id=f"decoding-{seed}")
 
 
 @pytest.fixture(scope="module")
@@ -50,5 +53,5 @@ def test_equals_the_oracle_and_repeats_its_bits(job, programs):
     try:
         compare_and_repeat(job, futures[job].result())
     except Exception as error:
-        error.add_note(f"tests.helpers.random_jobs.check({job})")
+        error.add_note(f"tests.helpers.random_jobs.check({job})")  # runs it again
         raise

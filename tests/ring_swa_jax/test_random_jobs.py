@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from tests.helpers.random_decoding import random_decoding_job
 from tests.helpers.random_jobs import check, random_job
 
 SMALL = dict(chunks=(2, 3, 5, 8, 9, 13), dims=((16, 16), (8, 4)))
@@ -19,3 +20,10 @@ SMALL = dict(chunks=(2, 3, 5, 8, 9, 13), dims=((16, 16), (8, 4)))
 )
 def test_equals_the_oracle_and_repeats_its_bits(devices, seed):
     check(random_job(random.Random(f"{devices}-{seed}"), devices, ("xla",), **SMALL))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_decoding_equals_the_oracle(seed):
+    implementations, dims = ("xla", "triton"), ((16, 16), (16, 32))
+    check(random_decoding_job(random.Random(seed), implementations, dims=dims))
