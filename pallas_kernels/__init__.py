@@ -29,6 +29,7 @@ from pallas_kernels._launches import sink_logits_gradient as sink_logits_gradien
 from pallas_kernels._logits import delta_of as delta_of
 from pallas_kernels._one_query import attend_one_query as attend_one_query
 from pallas_kernels._one_query import has_one_query_kernel as has_one_query_kernel
+from pallas_kernels._order import exists as exists
 from pallas_kernels._spec import KeyRun as KeyRun
 from pallas_kernels._spec import SinkRun as SinkRun
 from pallas_kernels._spec import Spec as Spec
@@ -53,6 +54,7 @@ __all__ = [
     "attend_one_query",
     "choose",
     "delta_of",
+    "exists",
     "half_precision_dtype",
     "has_one_query_kernel",
     "interprets",

@@ -38,7 +38,8 @@ def attend_after_keys(
 
     Takes what `attend` takes, but instead of a halo the ``earlier`` keys and values, any number of
     them; the last ones are just before ``key`` and ``value``. The window ends with the query.
-    ``sinks`` are those of the first query's sequence, if it began before ``key``.
+    ``sinks`` are those of the first query's sequence, if it began before ``key``. ``start`` is one
+    number only where no earlier key is before it.
     """
     return _forward(spec, implementation, earlier, query, key, value, sinks, sink_logits, start)[0]
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from pallas_kernels._order import exists
 from pallas_kernels._spec import KeyRun, Starts
 
 # Keys and values, or their gradients, of one run: each run has a length of its own.
@@ -73,7 +74,7 @@ def only_after(lse: Float[Array, "B N T"], row: int, fetched: KeyValue) -> KeyVa
 
     So what reads the fetched keys comes after that launch, which the transfer then overlaps with.
     """
-    done = lse[0, 0, row] <= jnp.inf  # True, but no compiler may assume it
+    done = exists(lse[0, 0, row])
     key, value = (jnp.where(done, x, jnp.nan) for x in fetched)
     return key, value
 

@@ -10,6 +10,7 @@ from jax._src import core
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int, Shaped
 
+from pallas_kernels import exists
 from ring_swa_jax._arrays import AnyArray
 
 AxisName = Hashable | tuple[Hashable, ...]
@@ -20,6 +21,20 @@ def names_of(axis: AxisName | None) -> tuple[Hashable, ...]:
     if axis is None:
         return ()
     return axis if isinstance(axis, tuple) else (axis,)
+
+
+def check_axis(argument: str, axis: AxisName | None) -> None:
+    """Checks that an argument may name mesh axes.
+
+    Raises:
+        TypeError: it cannot, as a list of names cannot.
+    """
+    try:
+        hash(axis)
+    except TypeError:
+        raise TypeError(
+            f"{argument} must be the name of a mesh axis, a tuple of names or None, got {axis!r}"
+        ) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +50,9 @@ class SequenceAxis:
 
         Raises:
             ValueError: there is none.
+            TypeError: this is no name.
         """
+        check_axis("axis_name", name)
         if name is None:
             return cls(None, 1)
         manual = jax.sharding.get_abstract_mesh().manual_axes  # a vmap's axis is none of them
@@ -84,9 +101,8 @@ def after(x: Array, other: Array | None = None) -> Array:
     if other is None or not other.size:
         return x
     number = lax.optimization_barrier(other)[(0,) * other.ndim]
-    exists = (number <= jnp.inf) | jnp.isnan(number)  # True, but the compiler cannot know
     # A constant start is never -1: of two equal values XLA would drop `exists`.
-    return jnp.where(exists, x, jnp.full_like(x, -1))
+    return jnp.where(exists(number), x, jnp.full_like(x, -1))
 
 
 def vmapped_axes() -> frozenset[Hashable]:

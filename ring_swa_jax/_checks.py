@@ -125,8 +125,18 @@ def static_count(name: str, value, mend_of_negative: str = "") -> int:
 
 
 def static_scale(scale, head_dim: int) -> float:
-    """The factor of the logits, ``head_dim ** -0.5`` by default."""
-    return head_dim**-0.5 if scale is None else _static_float("scale", scale)
+    """The factor of the logits, ``head_dim ** -0.5`` by default.
+
+    Raises:
+        TypeError: not a static number.
+        ValueError: not finite.
+    """
+    if scale is None:
+        return head_dim**-0.5
+    factor = _static_float("scale", scale)
+    if not math.isfinite(factor):
+        raise ValueError(f"scale must be finite, or None for H**-0.5; got {scale!r}")
+    return factor
 
 
 def static_soft_cap(cap) -> float | None:

@@ -140,10 +140,11 @@ def _in_order(buffer: Float[Array, "B K C H"], length: Int[Array, "B"]) -> Float
 
 def _starts(
     length: Int[Array, "B"], num_tokens: int, valid: Bool[Array, "B T"] | None, chunk: int | None
-) -> Int[Array, ""] | Int[Array, "B T"]:
-    """Where each new token's first key is, relative to the first new token of its row."""
-    if length.shape[0] == 1 and valid is None and chunk is None:
-        return -length[0]
+) -> Int[Array, "B T"]:
+    """Where each new token's first key is, relative to the first new token of its row.
+
+    One number for all would say that no earlier key at hand is before it; a cache has such slots.
+    """
     index = jnp.arange(num_tokens, dtype=jnp.int32)[None]
     start = jnp.broadcast_to(-length[:, None], (length.shape[0], num_tokens))
     if chunk is not None:

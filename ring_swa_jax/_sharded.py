@@ -17,7 +17,14 @@ import pallas_kernels
 from ring_swa_jax import _checks
 from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._attend_chunk import attend_chunk
-from ring_swa_jax._axis import AxisName, SequenceAxis, names_of, reshard, vmapped_axes
+from ring_swa_jax._axis import (
+    AxisName,
+    SequenceAxis,
+    check_axis,
+    names_of,
+    reshard,
+    vmapped_axes,
+)
 from ring_swa_jax._exchange import check_exchange
 from ring_swa_jax._integers import as_segment_ids
 from ring_swa_jax._layout import check_halves, check_layout
@@ -142,6 +149,9 @@ class _Axes:
 
     @classmethod
     def resolve(cls, q, mesh, seq_axis, batch_axis, head_axis) -> "_Axes":
+        named = {"seq_axis": seq_axis, "batch_axis": batch_axis, "head_axis": head_axis}
+        for argument, axis in named.items():
+            check_axis(argument, axis)
         context = jax.sharding.get_abstract_mesh()
         if mesh is None or context.manual_axes:  # inside a shard_map there is no other mesh
             mesh = context
@@ -150,7 +160,6 @@ class _Axes:
         warn_of_unnamed_axes(mesh, [name for axis in axes for name in names_of(axis)])
         if not any(map(names_of, axes)):
             return cls(None, None, None, None)
-        named = {"seq_axis": seq_axis, "batch_axis": batch_axis, "head_axis": head_axis}
         used: dict[Hashable, str] = {}
         for argument, axis in named.items():
             for name in names_of(axis):

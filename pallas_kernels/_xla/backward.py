@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 
 from pallas_kernels._kernels import BackwardInputs, Gradients
 from pallas_kernels._masks import is_real
+from pallas_kernels._order import exists
 from pallas_kernels._spec import KeyRun, SinkRun, Spec
 from pallas_kernels._varying import full_like_varying
 from pallas_kernels._xla.arrays import (
@@ -114,8 +115,8 @@ def _zeros(x: Float[Array, "..."], dtype) -> Float[Array, "..."]:
 
     Else those of all hops of a halo may be made, and kept, at the start of the program.
     """
-    one = x.reshape(-1)[0]
-    return jnp.broadcast_to(jnp.where(one == one, 0, 1).astype(dtype), x.shape)
+    zero = jnp.where(exists(x.reshape(-1)[0]), 0, 1)
+    return jnp.broadcast_to(zero.astype(dtype), x.shape)
 
 
 class _Queries(NamedTuple):

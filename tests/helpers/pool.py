@@ -9,9 +9,15 @@ from tests.helpers.routes import with_gradients
 
 
 def compiled(function, arguments):
-    """`function` with its gradients, compiled without autotuning: XLA's products need no speed."""
-    program = jax.jit(with_gradients(function)).lower(*arguments)
-    return program.compile(compiler_options={"xla_gpu_autotune_level": 0})
+    """`function` with its gradients, compiled."""
+    return compiled_program(with_gradients(function), arguments)
+
+
+def compiled_program(program, arguments):
+    """`program`, compiled quickly: XLA's products need no speed."""
+    on_cpu = jax.default_backend() == "cpu"
+    options = {"xla_backend_optimization_level" if on_cpu else "xla_gpu_autotune_level": 0}
+    return jax.jit(program).lower(*arguments).compile(compiler_options=options)
 
 
 @contextlib.contextmanager

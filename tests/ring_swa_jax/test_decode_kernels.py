@@ -91,6 +91,8 @@ STEPS = {
     "chunk_sinks_padding": Step(65, 30, 12, sinks=4, cap=3.0, valid=0.7, max_trim=3),
     "chunk_without_window": Step(64, None, 40, heads=(4, 2), max_length=110, valid=0.8),
     "chunk_by_chunks": Step(64, 31, 70, chunk=32, dims=(16, 32)),
+    # Slots before the sequence lie in the window, in the same tile of keys as tokens do.
+    "chunk_of_one_row_after_few": Step(64, 130, 20, batch=1),
     "one": Step(1, 40, 50, dtype="bfloat16"),
     "one_sinks": Step(1, 30, 40, sinks=4, heads=(6, 2), dims=(48, 16), cap=3.0, learned=True),
     "one_after_few": Step(1, 30, 8, sinks=6, valid=0.6, max_trim=4, batch=4),
@@ -103,6 +105,7 @@ STEPS = {
     ("name", "gradients"),
     [
         ("chunk_sinks_padding", False),
+        ("chunk_of_one_row_after_few", False),
         ("one_after_few", False),
         *(pytest.param(name, True, marks=pytest.mark.slow) for name in STEPS),
     ],

@@ -155,6 +155,13 @@ def test_softcap_not_positive(attend, cap):
 
 
 @EVERY
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_scale_not_finite(attend, scale):
+    with complains(ValueError, "scale must be finite", scale):
+        attend(*arrays(), scale=scale)
+
+
+@EVERY
 @pytest.mark.parametrize("shape", [(2,), (1, 4), ()], ids=str)
 def test_sink_logits_shape(attend, shape):
     with complains(ValueError, "sink_logits", shape, 4):
@@ -213,6 +220,20 @@ def test_heads_that_the_mesh_does_not_divide():
 def test_batch_that_the_mesh_does_not_divide():
     with complains(ValueError, 3, 2, "data"):
         over_mesh(*arrays(batch=3), mesh=make_mesh(data=2, seq=2), batch_axis="data")
+
+
+@pytest.mark.parametrize(
+    ("attend", "argument"),
+    [
+        (sliding, "axis_name"),
+        (over_mesh, "seq_axis"),
+        (over_mesh, "batch_axis"),
+        (over_mesh, "head_axis"),
+    ],
+)
+def test_axis_in_a_list(attend, argument):
+    with complains(TypeError, argument, "a tuple of names", ["seq"]):
+        attend(*arrays(), **{argument: ["seq"]})
 
 
 def test_axis_used_twice():
