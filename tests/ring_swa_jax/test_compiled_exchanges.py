@@ -140,9 +140,10 @@ def memory_by_formula(layer, devices, implementation):
         repeats, launches = layer.repeated(devices)
         keys *= repeats
         forward = (1 + launches) * query + 2 * keys + 4 * layer.heads / launches
-        both = 6 * query + (2 if repeats == 1 else 8) * keys + 8 * layer.heads
+        queries, copies = 4 if launches == 1 else 7, 2 if repeats == 1 else 8
+        both = queries * query + copies * keys + 8 * layer.heads
         if implementation == "mosaic_gpu" and launches == 1:
-            both += 4 * query
+            both += 5 * query
     return layer.tokens * forward, layer.tokens * both
 
 
