@@ -15,7 +15,9 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,27 +26,28 @@ from jax.sharding import PartitionSpec as P
 
 from ring_swa_jax import ring_attention
 
-DEVICES, LENGTH, WINDOW = 4, 4096, 255
+DEVICES, LENGTH, WINDOWS = 4, 4096, (255, None)
 HEADS, KV_HEADS, DIM, FEATURES = 8, 2, 32, 256
 STEPS = ("trace", "lower", "compile")
 
 
-def dense(q, k, v):
+def dense(q, k, v, window: int | None):
     """The window in a layer of JAX's own."""
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=(WINDOW, 0))
+    local = None if window is None else (window, 0)
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local)
 
 
-def ours(q, k, v):
-    """The same window, as a ring."""
-    return ring_attention(q, k, v, window_size=WINDOW)
+def ours(q, k, v, window: int | None):
+    """The same window, by the exchange that None takes: "halo"; without a window "all_to_all"."""
+    return ring_attention(q, k, v, window_size=window)
 
 
 CONTENDERS = {"dense": dense, "ours": ours}
 
 
-def seconds_of(name: str, layers: int) -> dict[str, float]:
+def seconds_of(name: str, window: int | None, layers: int) -> dict[str, float]:
     """CPU seconds of each step, in this process, which has compiled nothing before."""
-    attend = CONTENDERS[name]
+    attend = partial(CONTENDERS[name], window=window)
     mesh = jax.make_mesh((DEVICES,), ("seq",), (AxisType.Auto,))
 
     def loss(weights, x):
@@ -70,9 +73,10 @@ def seconds_of(name: str, layers: int) -> dict[str, float]:
     return dict(zip(STEPS, (b - a for a, b in itertools.pairwise(marks)), strict=True))
 
 
-def medians(name: str, layers: int, repeats: int) -> dict[str, float]:
+def medians(name: str, window: int | None, layers: int, repeats: int) -> dict[str, Any]:
     """Median CPU seconds of processes that each measure once."""
-    command = [sys.executable, "-m", "benchmarks.compile_time", "--only", name, str(layers)]
+    command = [sys.executable, "-m", "benchmarks.compile_time"]
+    command += ["--only", name, json.dumps(window), str(layers)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     found = [
         json.loads(subprocess.run(command, capture_output=True, check=True, env=environment).stdout)
@@ -80,28 +84,27 @@ def medians(name: str, layers: int, repeats: int) -> dict[str, float]:
     ]
     row = {step: round(statistics.median(each[step] for each in found), 2) for step in STEPS}
     total = round(statistics.median(sum(each.values()) for each in found), 2)
-    return {"name": name, "layers": layers, **row, "total": total}
+    return {"name": name, "window": window, "layers": layers, **row, "total": total}
 
 
 def main() -> None:
-    """Prints a line a contender and number of layers, and writes JSON."""
+    """Prints a line a window, number of layers and contender, and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--layers", type=int, nargs="*", default=[1, 4])
     output = Path(__file__).parent / "results" / "compile-time-cpu.json"
     parser.add_argument("--output", type=Path, default=output)
-    parser.add_argument("--only", nargs=2, metavar=("CONTENDER", "LAYERS"), help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.only:
         jax.config.update("jax_num_cpu_devices", DEVICES)
-        name, layers = arguments.only
-        print(json.dumps(seconds_of(name, int(layers))))
+        name, window, layers = arguments.only
+        print(json.dumps(seconds_of(name, json.loads(window), int(layers))))
         return
     rows = []
-    for layers in arguments.layers:
-        for name in CONTENDERS:
-            rows.append(medians(name, layers, arguments.repeats))
-            print(*(f"{key} {value}" for key, value in rows[-1].items()), sep=", ", flush=True)
+    for window, layers, name in itertools.product(WINDOWS, arguments.layers, CONTENDERS):
+        rows.append(medians(name, window, layers, arguments.repeats))
+        print(*(f"{key} {value}" for key, value in rows[-1].items()), sep=", ", flush=True)
     machine = {
         "device": f"{os.cpu_count()} cores of {platform.machine()}",
         "jax": jax.__version__,

@@ -10,7 +10,7 @@ KINDS = (
 )
 INSTRUCTION = re.compile(rf"= (?P<shape>[^=]*?) (?P<kind>{KINDS})(?P<start>-start)?\(")
 SHAPE = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]")
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "s32": 4, "u32": 4, "f32": 4, "bf16": 2, "f16": 2, "s64": 8}
+BYTES = dict(pred=1, s8=1, u8=1, u16=2, bf16=2, f16=2, s32=4, u32=4, f32=4, s64=8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,8 @@ def collectives(text):
         if match := INSTRUCTION.search(line):
             size = sum(BYTES[d] * math.prod(dims) for d, dims in shapes(match["shape"]))
             if match["start"]:
-                assert match["kind"] == "collective-permute", f"what of it is the result? {line}"
+                as_large = match["kind"] in ("collective-permute", "all-to-all")
+                assert as_large, f"what of it is the result? {line}"
                 size //= 2  # the operands, which are as large, stand beside the results
             pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", line)
             pairs = re.findall(r"(\d+),(\d+)", pairs[1]) if pairs else ()

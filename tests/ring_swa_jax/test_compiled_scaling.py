@@ -7,7 +7,6 @@ default, as `test_compile.py`: `pytest -m aot`.
 import collections
 import dataclasses
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import ring_swa_jax as rsj
 from tests.helpers import compile_target
-from tests.helpers.hlo import collectives
+from tests.helpers.device_share import share_of
 
 pytestmark = pytest.mark.aot
 
@@ -25,12 +24,6 @@ DEVICES = (4, 16, 64)
 HEADS, KV_HEADS, DIM = 8, 2, 128
 FORWARD = ("ring_swa_forward",)
 BACKWARD = ("ring_swa_backward_query", "ring_swa_backward_keys")
-PAIRS = re.compile(r"source_target_pairs=\{.*?\}\}")
-INSTRUCTION = re.compile(r"^ +(?:ROOT )?%\S+ = .*$", re.MULTILINE)
-# Python's call stack, which depends on what was traced before in the same process.
-METADATA = re.compile(r", metadata=\{.*?\}")
-# The number of devices has one digit or two, and so have the names of instructions.
-DIGITS = re.compile(r"[\d.]+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,20 +40,6 @@ class Layer:
 
 
 ONE_HOP, THREE_HOPS = Layer(1000, 2048), Layer(3 * 512, 512)
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """Of a compiled program: {distance: bytes}, and what it takes to hold and to run it.
-
-    ``characters`` are those of the instructions around the kernels, without numbers.
-    """
-
-    moved: dict[int, int]
-    launches: collections.Counter
-    instructions: int
-    characters: int
-    temporary: int
 
 
 @functools.cache
@@ -107,24 +86,14 @@ def programs(layer, devices):
 
 
 def read(compiled, devices):
-    """Program."""
-    text = compiled.as_text()
-    moved = collections.Counter()
-    for one in collectives(text):
+    """({distance: bytes}, Share)."""
+    found, moved = share_of(compiled), collections.Counter()
+    for one in found.collectives:
         assert one.kind == "collective-permute", one
         (distance,) = {target - source for source, target in one.pairs}
         assert len(one.pairs) == devices - abs(distance), "all of that distance, none wraps around"
         moved[distance] += one.bytes
-    instructions = INSTRUCTION.findall(text)
-    # The text of a kernel names source files, too.
-    own = [line for line in instructions if not compile_target.LAUNCH.search(line)]
-    return Program(
-        dict(moved),
-        collections.Counter(compile_target.LAUNCH.findall(text)),
-        len(instructions),
-        sum(len(DIGITS.sub("", METADATA.sub("", PAIRS.sub("", line)))) for line in own),
-        compiled.memory_analysis().temp_size_in_bytes,
-    )
+    return dict(moved), found
 
 
 def moved_by_formula(layer):
@@ -142,12 +111,12 @@ def moved_by_formula(layer):
 def test_a_device_has_the_same_share_of_any_number(layer):
     few, launches = programs(layer, DEVICES[0]), len(layer.hops) + 1
     for devices in DEVICES:
-        found = programs(layer, devices)
-        assert tuple(one.moved for one in found) == moved_by_formula(layer)
+        moved, found = zip(*programs(layer, devices), strict=True)
+        assert moved == moved_by_formula(layer)
         assert [dict(one.launches) for one in found] == [
             dict.fromkeys(FORWARD, launches), dict.fromkeys(BACKWARD, launches)
         ]  # fmt: skip
-        for got, expected in zip(found, few, strict=True):
+        for got, (_, expected) in zip(found, few, strict=True):
             assert got.instructions == expected.instructions
             assert got.temporary == expected.temporary
             assert got.characters == pytest.approx(expected.characters, rel=1e-3)
@@ -155,6 +124,6 @@ def test_a_device_has_the_same_share_of_any_number(layer):
 
 def test_the_programs_grow_with_the_hops():
     pairs = zip(programs(ONE_HOP, DEVICES[0]), programs(THREE_HOPS, DEVICES[0]), strict=True)
-    for one, three in pairs:
+    for (_, one), (_, three) in pairs:
         assert three.launches.total() == 2 * one.launches.total()
         assert one.instructions < three.instructions < 3 * one.instructions
