@@ -146,19 +146,21 @@ class _Axes:
         if mesh is None or context.manual_axes:  # inside a shard_map there is no other mesh
             mesh = context
         batch_axis, head_axis = _axes_of_sharding(q, mesh, seq_axis, batch_axis, head_axis)
-        axes = (seq_axis, batch_axis, head_axis)
-        warn_of_unnamed_axes(mesh, [name for axis in axes for name in names_of(axis)])
-        if not any(map(names_of, axes)):
-            return cls(None, None, None, None)
         named = {"seq_axis": seq_axis, "batch_axis": batch_axis, "head_axis": head_axis}
         used: dict[Hashable, str] = {}
         for argument, axis in named.items():
             for name in names_of(axis):
+                if not mesh.axis_names:
+                    raise ValueError(
+                        f"{argument}={axis!r} needs a mesh, and none is set: call inside `with "
+                        f"jax.set_mesh(mesh):` or pass mesh=..., or pass {argument}=None if that "
+                        "dimension is not cut"
+                    )
                 if name not in mesh.axis_names:
                     raise ValueError(
                         f"{argument}={axis!r} is not an axis of the mesh, which has "
-                        f"{mesh.axis_names}; set a mesh with jax.set_mesh(mesh) or pass mesh=..., "
-                        f"or pass {argument}=None if that dimension is not cut"
+                        f"{mesh.axis_names}; name one of these, or pass {argument}=None if that "
+                        "dimension is not cut"
                     )
                 if name in context.manual_axes:
                     raise ValueError(
@@ -171,8 +173,9 @@ class _Axes:
                         "can cut one dimension only"
                     )
                 used[name] = argument
-        resolved = cls(mesh, seq_axis, batch_axis, head_axis)
+        resolved = cls(mesh, *named.values()) if used else cls(None, None, None, None)
         resolved._check_sizes(q)
+        warn_of_unnamed_axes(mesh, used)
         return resolved
 
     def explicit_axes(self) -> set[Hashable]:
@@ -187,20 +190,15 @@ class _Axes:
         return math.prod(self.mesh.shape[name] for name in names_of(axis))
 
     def _check_sizes(self, q):
+        pad = "pad the sequence and give the padding a negative segment id"
         for argument, axis, dimension, length, mend in (
-            (
-                "seq_axis",
-                self.seq,
-                "sequence length",
-                q.shape[1],
-                "pad the sequence and give the padding a negative segment id",
-            ),
-            ("batch_axis", self.batch, "batch size", q.shape[0], "use a multiple of it"),
+            ("seq_axis", self.seq, "sequence length", q.shape[1], pad),
+            ("batch_axis", self.batch, "batch size", q.shape[0], "use more rows or fewer devices"),
             ("head_axis", self.head, "number of query heads", q.shape[2], "use fewer devices"),
         ):
             if length % self.size(axis):
                 raise ValueError(
-                    f"the {dimension} {length} is not divided by the {self.size(axis)} devices "
+                    f"the {dimension} {length} is not a multiple of the {self.size(axis)} devices "
                     f"of {argument}={axis!r}; {mend}"
                 )
 
