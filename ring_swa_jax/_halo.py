@@ -57,8 +57,8 @@ class RingHalo:
     ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
         """The nearest ``lengths[hop]`` keys and values of the device ``hop + 1`` chunks away.
 
-        Padding, where ``start`` is behind the token, travels as zeros. The message is made only when
-        ``after`` is known.
+        Padding, where ``start`` is behind the token, travels as zeros. The message is made only
+        when ``after`` is known.
         """
         length = self.lengths[hop]
         begin = 0 if self.is_after else key.shape[1] - length

@@ -69,7 +69,7 @@ def ring_attention(
             chunk on several devices, except with exchange="all_to_all". Static.
         segment_ids: of any integer dtype; a new sequence starts where the id changes; a negative
             id is padding, with zeros as result and gradient.
-        sink_logits: a learned logit a query head that enlarges the denominator.
+        sink_logits: one learned logit for each query head, in the softmax's denominator alone.
         logits_soft_cap: logits become ``cap * tanh(logits / cap)``.
         scale: factor of ``q.k``, by default ``H**-0.5``.
         mesh: by default that of ``jax.set_mesh``.
@@ -81,11 +81,12 @@ def ring_attention(
         layout: the order of the tokens in q, k, v, ``segment_ids`` and the result: "contiguous",
             or "dual_chunk", where device r of P holds half chunks r and 2P-1-r (the load balancing
             of MaxText and Transformer Engine).
-        exchange: how a device of several comes by its keys. "halo": those that the window reaches.
-            "all_to_all": the whole sequence of its share of the heads; the devices must divide
-            the query heads. "ring": all keys pass by, for windows that lack a bound. None: "halo"
-            for a window shorter than a chunk; else "all_to_all" where possible and the axis lies
-            within one host; else "halo" for a window with both bounds, "ring" for others.
+        exchange: how keys get to the devices whose queries see them. "halo": a device receives the
+            keys that its windows reach. "all_to_all": it receives the whole sequence of its share
+            of the heads; the number of devices must divide the query heads. "ring": all keys visit
+            all devices, for windows that lack a bound. None: "halo" for a window shorter than a
+            chunk; else "all_to_all" where possible and the axis lies within one host; else "halo"
+            for a window with both bounds, "ring" for others.
         implementation: "xla", "triton", "mosaic_gpu", "mosaic_gpu_nondeterministic", or None for
             the best deterministic one here.
 
