@@ -61,8 +61,8 @@ def attention_fn(
         head_axis: mesh axis or axes that cut the heads.
         layout: the order of the tokens: "contiguous", or "dual_chunk", where device r of P holds
             half chunks r and 2P-1-r.
-        exchange: how a device of several comes by its keys: "halo", "all_to_all", "ring" or None,
-            as `ring_swa_jax.ring_attention` says.
+        exchange: how keys get to the devices whose queries see them: "halo", "all_to_all", "ring"
+            or None, as `ring_swa_jax.ring_attention` says.
         implementation: "xla", "triton", "mosaic_gpu", "mosaic_gpu_nondeterministic", or None for
             the best deterministic one here.
 

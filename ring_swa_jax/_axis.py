@@ -1,7 +1,7 @@
 """The mesh axis (or axes) over which a sequence is cut."""
 
 import dataclasses
-from collections.abc import Hashable
+from collections.abc import Hashable, Set
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ AxisName = Hashable | tuple[Hashable, ...]
 
 
 def names_of(axis: AxisName | None) -> tuple[Hashable, ...]:
-    """The mesh axes that it names."""
+    """The names of the mesh axes in ``axis``."""
     if axis is None:
         return ()
     return axis if isinstance(axis, tuple) else (axis,)
@@ -81,13 +81,19 @@ def same_varying(axis: SequenceAxis, *trees):
     """
     axes: set[Hashable] = set()
     for leaf in [axis.index(), *jax.tree.leaves(trees)]:
-        axes |= jax.typeof(leaf).manual_axis_type.varying
+        axes |= varying_axes(leaf)
+    return jax.tree.map(lambda x: vary_over(x, axes), trees)
 
-    def cast(x):
-        missing = tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying, key=str))
-        return lax.pcast(x, missing, to="varying") if missing else x
 
-    return jax.tree.map(cast, trees)
+def varying_axes(x: Array) -> frozenset[Hashable]:
+    """Manual axes of the surrounding shard_maps over which x varies."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def vary_over(x: Array, axes: Set[Hashable]) -> Array:
+    """``x``, cast to vary over these manual axes too."""
+    missing = tuple(sorted(axes - varying_axes(x), key=str))
+    return lax.pcast(x, missing, to="varying") if missing else x
 
 
 def after(x: Array, other: Array | None = None) -> Array:

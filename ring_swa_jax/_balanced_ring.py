@@ -1,14 +1,14 @@
 """Ring attention without a window, with equal work on all devices: exchange="ring".
 
-A device first attends within its own chunk, which needs no exchange. Meanwhile the half chunks are
-dealt out in pairs (`_half_chunk_pairs`). Then each device's keys and values visit all devices; the
-transfer of a hop overlaps with the launch of the hop before. At the end the results of the half
-chunks come home, and are added to those of the own chunk.
+A device first attends within its own chunk, which needs no exchange. Meanwhile the devices swap
+half chunks, so that each has a pair (`_half_chunk_pairs`). Then each device's keys and values visit
+all devices; the transfer of a hop overlaps with the launch of the hop before. At the end the
+results of the swapped half chunks return, and are added to those of the own chunk.
 
 The hops are a loop, so that the program does not grow with the number of devices. The keys in
 flight take the memory of three chunks; gathered keys would take that of P. The partial results, and
 the gradients of keys and values, which travel with their keys, keep the accumulator's precision.
-What comes home at the end does so in the dtype of the queries.
+What returns at the end is in the dtype of the queries.
 """
 
 from functools import partial
@@ -109,7 +109,7 @@ def _attend_ring_fwd(ring, query, key, value, sink_logits, start):
         ring.spec, ring.implementation, query, ring.run(keys, 0), sink_logits,
         after(own_start, leaving), None, None, dtype,
     )  # fmt: skip
-    # The message that deals out the pairs is not waited for until then.
+    # Only after the own chunk's launch does anything wait for the message that swaps half chunks.
     queries, visitors = (after(x, own.lse) for x in (queries, visitors))
     others = _forward(ring, hops, hops.rows(queries), visitors)
     _, own, others = same_varying(pairs.axis, query, own, others)

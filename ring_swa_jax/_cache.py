@@ -10,13 +10,20 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from ring_swa_jax import _checks
 from ring_swa_jax._arrays import AnyArray
-from ring_swa_jax._axis import explicit_axes, mesh_of, reshard, spec_of
+from ring_swa_jax._axis import (
+    explicit_axes,
+    mesh_of,
+    reshard,
+    spec_of,
+    vary_over,
+    varying_axes,
+)
 
 MOST_TOKENS = 2**31 - 1  # that `Cache.length` can count
 
@@ -97,10 +104,10 @@ def next_positions(
 
 
 def check_cache(cache) -> None:
-    """Checks that it is a cache.
+    """Checks that ``cache`` is a `Cache`.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: it is not.
     """
     if not isinstance(cache, Cache):
         raise TypeError(f"cache must come from init_cache or a prefill, got {type(cache)}")
@@ -121,12 +128,12 @@ def effective_window(window: int | None, num_sinks: int, max_length: int | None)
 def lie_as(x: Array, cache: Cache) -> Cache:
     """A new cache, cut over mesh axes and varying over manual ones as the keys [B, S, K, H] are."""
     batch, _, heads, _ = spec_of(x)
-    varying = jax.typeof(x).manual_axis_type.varying
+    varying = varying_axes(x)
 
     def lie(part):
         if explicit_axes(x):
             spec = (batch, heads)[: 1 if part.ndim == 1 else 2]
             part = reshard(part, mesh_of(x), PartitionSpec(*spec))
-        return lax.pcast(part, tuple(varying), to="varying") if varying else part
+        return vary_over(part, varying)
 
     return jax.tree.map(lie, cache)

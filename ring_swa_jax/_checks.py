@@ -46,7 +46,14 @@ def check_heads(
     )
     rank = 4 if batched else 3
     if not query.ndim == key.ndim == value.ndim == rank:
-        raise ValueError(f"query, key and value must have the shape {letters}, got {shapes}")
+        mend = (
+            "one row without a batch goes in as x[None]"
+            if batched
+            else "rows of a batch go through ring_attention with segment_ids"
+        )
+        raise ValueError(
+            f"query, key and value must have the shape {letters}, got {shapes}; {mend}"
+        )
     if query.shape[:-2] != key.shape[:-2] or key.shape[:-1] != value.shape[:-1]:
         raise ValueError(
             "query, key and value must have the same batch and length, and key and value the "
@@ -116,12 +123,17 @@ def static_count(name: str, value, mend_of_negative: str = "") -> int:
         count = None
     if count is None or isinstance(value, bool):
         raise TypeError(
-            f"{name} must be a static Python int, got {value!r}; under jit, close over it or name "
-            "it in static_argnames"
+            f"{name} must be a static Python int, got {value!r}{_mend_of_traced(value)}"
         )
     if count < 0:
         raise ValueError(f"{name} must not be negative, got {count}{mend_of_negative}")
     return count
+
+
+def _mend_of_traced(value) -> str:
+    if not isinstance(value, jax.core.Tracer):
+        return ""
+    return "; under jit, close over it or name it in static_argnames"
 
 
 def static_scale(scale, head_dim: int) -> float:
@@ -143,7 +155,8 @@ def static_soft_cap(cap) -> float | None:
     """The bound of the logits, None for no bound.
 
     Raises:
-        ValueError: not a positive, finite number.
+        TypeError: not a static number.
+        ValueError: not positive or not finite.
     """
     if cap is None:
         return None
@@ -157,7 +170,9 @@ def _static_float(name: str, value) -> float:
     try:
         return float(value)
     except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} must be a static Python number, got {value!r}") from error
+        raise TypeError(
+            f"{name} must be a static Python number, got {value!r}{_mend_of_traced(value)}"
+        ) from error
 
 
 def check_sink_logits(sink_logits: Shaped[Array, "..."] | None, num_heads: int) -> None:
@@ -187,7 +202,8 @@ def check_sinks_fit(num_sinks: int, chunk: int, devices: int) -> None:
     if devices > 1 and num_sinks > chunk:
         raise ValueError(
             f"num_sink_tokens={num_sinks} is longer than the chunk of {chunk} tokens that each of "
-            f"the {devices} devices holds; use fewer sinks, fewer devices or a longer sequence"
+            f"the {devices} devices holds; use fewer sinks, fewer devices, a longer "
+            "sequence or exchange='all_to_all'"
         )
 
 
@@ -215,10 +231,18 @@ def check_segment_ids(segment_ids, shape: tuple[int, ...] | None = None) -> None
         TypeError: not integers.
     """
     if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-        raise TypeError(f"segment_ids must be integers, got {segment_ids.dtype}")
+        is_mask = segment_ids.dtype == bool
+        mend = "; of a mask of the real tokens write jnp.where(mask, 0, -1)" if is_mask else ""
+        raise TypeError(f"segment_ids must be integers, got {segment_ids.dtype}{mend}")
     if segment_ids.ndim != 2 or (shape is not None and segment_ids.shape != shape):
         wanted = "[B, S]" if shape is None else f"[B, S] = {shape}"
-        raise ValueError(f"segment_ids must have the shape {wanted}, got {segment_ids.shape}")
+        mend = ""
+        if segment_ids.ndim == 1:
+            rows = (
+                "segment_ids[None]" if shape is None else f"jnp.broadcast_to(segment_ids, {shape})"
+            )
+            mend = f"; if they are those of every row, write {rows}"
+        raise ValueError(f"segment_ids must have the shape {wanted}, got {segment_ids.shape}{mend}")
 
 
 def check_valid(valid: Shaped[Array, "..."], shape: tuple[int, ...]) -> None:

@@ -66,7 +66,7 @@ def decode_attention(
             are the row's next tokens in order. None: all are tokens.
         scale: factor of ``q.k``, by default ``H**-0.5``.
         logits_soft_cap: logits become ``cap * tanh(logits / cap)``.
-        sink_logits: a learned logit a query head that enlarges the denominator.
+        sink_logits: one learned logit for each query head, in the softmax's denominator alone.
         attention_chunk_size: C; a query at position i sees no key before ``i - i % C``, as in
             Llama 4 (`chunk_segment_ids`). The window must hold a chunk, C - 1. Static.
         rotate: ``rotate(x, positions)`` turns queries or keys [B, S, N or K, H] by int32 positions

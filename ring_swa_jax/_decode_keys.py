@@ -72,7 +72,7 @@ class NewTokens:
         value: Float[Array, "B K S Hv"],
         key_positions: Int[Array, "B S"],
     ) -> Run:
-        """Keys that are seen where the window holds them; a negative position is no key's."""
+        """Keys that are seen where the window holds them; an empty slot's position is negative."""
         distance = self.positions[:, :, None] - key_positions[:, None]
         seen = (distance >= 0) & (key_positions >= 0)[:, None] & self.valid[..., None]
         if self.window is not None:
@@ -88,7 +88,7 @@ class NewTokens:
     def before_window(
         self, key: Float[Array, "B K P H"], value: Float[Array, "B K P Hv"], window: int
     ) -> Run:
-        """The first keys of the sequence, which are seen where the window has left them behind."""
+        """The first keys of the sequence, seen by queries whose window no longer holds them."""
         batch, _, num_slots, _ = key.shape
         slots = jnp.arange(num_slots, dtype=jnp.int32)[None]
         slots = jnp.broadcast_to(slots, (batch, num_slots))

@@ -64,15 +64,15 @@ def choose_exchange(
     if exchange == "halo":
         if None in (window.left, window.right):
             raise ValueError(
-                "exchange='halo' fetches the keys that a window reaches, but "
+                "exchange='halo' needs a window with two bounds, but "
                 f"window_size={window.setting} reaches all keys on a side; use "
                 "exchange='all_to_all', 'ring' or None"
             )
         _checks.check_sinks_fit(num_sinks, chunk, size)
     if exchange == "all_to_all" and heads % size:
         raise ValueError(
-            f"exchange='all_to_all' deals {heads} query heads out to the {size} devices of "
-            f"{axis.name!r}, which do not divide them; use 'ring' or None, or fewer devices"
+            "exchange='all_to_all' needs a number of devices that divides the heads, got "
+            f"{size} devices of {axis.name!r} and {heads} query heads; use None or fewer devices"
         )
     if exchange == "ring" and not reaches_all:
         raise ValueError(

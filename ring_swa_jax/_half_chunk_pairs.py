@@ -1,8 +1,8 @@
 """The pairs of half chunks that devices have in a balanced ring.
 
-The 2P half chunks of a causal sequence are dealt out in pairs: a device has the half chunks n and
-2P - 1 - n, so that all devices attend equally many keys. Within the caller's own chunk a device
-attends without any exchange, so no hop of the ring repeats that.
+Of the 2P half chunks of a causal sequence a device has the pair n and 2P - 1 - n, so that all
+devices attend equally many keys. Within the caller's own chunk a device attends without any
+exchange, so no hop of the ring repeats that.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from ring_swa_jax._layout import HalfChunks
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """The pair of half chunks of each device, and how a device comes by its own.
+    """The pair of half chunks of each device, and the message that brings it.
 
     Of contiguous chunks a device keeps the first half. It swaps the second half with its mirror
     image, the device P - 1 - r. Chunks in dual-chunk order are pairs already.

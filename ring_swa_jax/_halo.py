@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 
 import pallas_kernels
 from pallas_kernels import SinkRun, Spec, accumulator_dtype
+from ring_swa_jax import _axis
 from ring_swa_jax._axis import SequenceAxis, same_varying
-from ring_swa_jax._axis import after as only_after
 from ring_swa_jax._layout import in_order_of_tokens
 from ring_swa_jax._segments import Bounds, bounds_of, without_padding
 
@@ -57,8 +57,8 @@ class RingHalo:
     ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
         """The nearest ``lengths[hop]`` keys and values of the device ``hop + 1`` chunks away.
 
-        Padding, where ``start`` is behind the token, travels as zeros.
-        With ``after`` the message is not made before that number is known.
+        Padding, where ``start`` is behind the token, travels as zeros. The message is made only
+        when ``after`` is known.
         """
         length = self.lengths[hop]
         begin = 0 if self.is_after else key.shape[1] - length
@@ -88,8 +88,8 @@ class RingHalo:
         pairs: list[tuple[int, int]],
         after: Float[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
-        message = jnp.concatenate([key, value], axis=-1)
-        message = lax.ppermute(only_after(message, after), self.axis.name, pairs)
+        message = _axis.after(jnp.concatenate([key, value], axis=-1), after)
+        message = lax.ppermute(message, self.axis.name, pairs)
         return message[..., : key.shape[-1]], message[..., key.shape[-1] :]
 
 

@@ -32,7 +32,7 @@ class Projected(NamedTuple):
 
 
 class KeysValues(NamedTuple):
-    """Keys and values as the attention gets them, which a later layer may take too."""
+    """Keys and values as the attention takes them; a later layer may take the same."""
 
     key: Float[Array, "B S K H"]
     value: Float[Array, "B S K Hv"]
@@ -43,7 +43,7 @@ SharedKeysValues = tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]
 
 
 class Learned(NamedTuple):
-    """What a layer learns besides its projections, each None where it does not."""
+    """The parameters of a layer besides its projections; None for those that it has not."""
 
     query_norm: Float[Array, "H"] | Float[Array, "N H"] | None
     key_norm: Float[Array, "H"] | Float[Array, "K H"] | None

@@ -35,8 +35,8 @@ def check_halves(layout: str, length: int, devices: int) -> None:
     if layout == "dual_chunk" and devices > 1 and length % (2 * devices):
         raise ValueError(
             f"layout='dual_chunk' cuts the sequence into two half chunks a device, but its length "
-            f"{length} is not divided by 2 x {devices}; pad the sequence and give the padding a "
-            "negative segment id"
+            f"{length} is not a multiple of 2 x {devices}; pad the sequence and give the padding "
+            "a negative segment id"
         )
 
 

@@ -23,7 +23,7 @@ class ModelLayers:
 
     Attributes:
         source: where the numbers are from.
-        layers: the kind of every layer. One that is no key of ``kinds`` is no attention: a
+        layers: the kind of every layer. A kind that is not in ``kinds`` has no attention: a
             convolution or a recurrence.
         kinds: settings of each kind, keyword arguments of
             `ring_swa_jax.nnx.RingSlidingWindowAttention`.

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax import Array, lax
+from jax import Array
+
+from ring_swa_jax._axis import vary_over, varying_axes
 
 Arrays = tuple[Array | None, ...]
 """q, k, v, segment_ids and sink_logits; the fourth has no gradient."""
@@ -15,8 +17,7 @@ def varying_outside(arrays: Arrays) -> frozenset[Any]:
 
     Empty outside of any shard_map, and in one with ``check_vma=False``.
     """
-    types = [jax.typeof(x).manual_axis_type for x in jax.tree.leaves(arrays)]
-    return frozenset().union(*(each.varying for each in types))
+    return frozenset().union(*map(varying_axes, jax.tree.leaves(arrays)))
 
 
 def nested_shard_map(
@@ -34,10 +35,6 @@ def nested_shard_map(
     runs the forward one again. Outside of loops XLA computes the two once.
     """
     outside = varying_outside(arguments)
-
-    def cast(x):
-        missing = tuple(sorted(outside - jax.typeof(x).manual_axis_type.varying, key=str))
-        return lax.pcast(x, missing, to="varying") if missing else x
 
     @jax.custom_vjp
     def call(*arrays):
@@ -63,4 +60,4 @@ def nested_shard_map(
         return dq, dk, dv, None, dsink_logits
 
     call.defvjp(forward, backward)
-    return call(*jax.tree.map(cast, arguments))
+    return call(*jax.tree.map(lambda x: vary_over(x, outside), arguments))

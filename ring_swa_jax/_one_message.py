@@ -13,7 +13,7 @@ from pallas_kernels import accumulator_dtype
 def packed(
     keys: Float[Array, "B T K D"], sums: Float[Array, "B T K D"]
 ) -> Shaped[Array, "B T K packed"]:
-    """Keys and float32 gradients as one message: XLA overlaps only one with a launch."""
+    """Keys and their float32 gradients as one message."""
     return jnp.concatenate(
         [keys, sums] if keys.dtype == sums.dtype else [_bits(keys), _bits(sums)], -1
     )

@@ -48,7 +48,7 @@ def reference_attention(
         num_sink_tokens: how many first tokens of its sequence every query sees.
         segment_ids: of any integer dtype; a new sequence starts where the id changes; a negative
             id is padding.
-        sink_logits: a learned logit a query head that enlarges the denominator.
+        sink_logits: one learned logit for each query head, in the softmax's denominator alone.
         logits_soft_cap: logits become ``cap * tanh(logits / cap)``.
         scale: factor of ``q.k``, by default ``H**-0.5``.
 

@@ -48,12 +48,13 @@ def ring_sliding_window_attn(
             the whole sequence is here.
         scale: factor of ``q.k``, by default ``H**-0.5``.
         logits_soft_cap: logits become ``cap * tanh(logits / cap)``.
-        sink_logits: a learned logit a query head that enlarges the denominator.
-        exchange: how a device of several comes by its keys. "halo": those that the window reaches.
-            "all_to_all": the whole sequence of its share of the heads; the devices must divide
-            the query heads. "ring": all keys pass by, for windows that lack a bound. None: "halo"
-            for a window shorter than a chunk; else "all_to_all" where possible and the axis lies
-            within one host; else "halo" for a window with both bounds, "ring" for others.
+        sink_logits: one learned logit for each query head, in the softmax's denominator alone.
+        exchange: how keys get to the devices whose queries see them. "halo": a device receives the
+            keys that its windows reach. "all_to_all": it receives the whole sequence of its share
+            of the heads; the number of devices must divide the query heads. "ring": all keys visit
+            all devices, for windows that lack a bound. None: "halo" for a window shorter than a
+            chunk; else "all_to_all" where possible and the axis lies within one host; else "halo"
+            for a window with both bounds, "ring" for others.
         implementation: "xla", "triton", "mosaic_gpu", "mosaic_gpu_nondeterministic", or None for
             the best deterministic one here.
 
@@ -116,12 +117,13 @@ def ring_streaming_llm_attn(
         axis_name: mesh axis (or tuple of axes) that cuts the sequence, or None.
         scale: factor of ``q.k``, by default ``H**-0.5``.
         logits_soft_cap: logits become ``cap * tanh(logits / cap)``.
-        sink_logits: a learned logit a query head that enlarges the denominator.
-        exchange: how a device of several comes by its keys. "halo": those that the window reaches.
-            "all_to_all": the whole sequence of its share of the heads; the devices must divide
-            the query heads. "ring": all keys pass by, for windows that lack a bound. None: "halo"
-            for a window shorter than a chunk; else "all_to_all" where possible and the axis lies
-            within one host; else "halo" for a window with both bounds, "ring" for others.
+        sink_logits: one learned logit for each query head, in the softmax's denominator alone.
+        exchange: how keys get to the devices whose queries see them. "halo": a device receives the
+            keys that its windows reach. "all_to_all": it receives the whole sequence of its share
+            of the heads; the number of devices must divide the query heads. "ring": all keys visit
+            all devices, for windows that lack a bound. None: "halo" for a window shorter than a
+            chunk; else "all_to_all" where possible and the axis lies within one host; else "halo"
+            for a window with both bounds, "ring" for others.
         implementation: "xla", "triton", "mosaic_gpu", "mosaic_gpu_nondeterministic", or None for
             the best deterministic one here.
 
@@ -186,12 +188,13 @@ def ring_sliding_window_attn_varlen(
         axis_name: mesh axis (or tuple of axes) that cuts the packed row, or None.
         scale: factor of ``q.k``, by default ``H**-0.5``.
         logits_soft_cap: logits become ``cap * tanh(logits / cap)``.
-        sink_logits: a learned logit a query head that enlarges the denominator.
-        exchange: how a device of several comes by its keys. "halo": those that the window reaches.
-            "all_to_all": the whole sequence of its share of the heads; the devices must divide
-            the query heads. "ring": all keys pass by, for windows that lack a bound. None: "halo"
-            for a window shorter than a chunk; else "all_to_all" where possible and the axis lies
-            within one host; else "halo" for a window with both bounds, "ring" for others.
+        sink_logits: one learned logit for each query head, in the softmax's denominator alone.
+        exchange: how keys get to the devices whose queries see them. "halo": a device receives the
+            keys that its windows reach. "all_to_all": it receives the whole sequence of its share
+            of the heads; the number of devices must divide the query heads. "ring": all keys visit
+            all devices, for windows that lack a bound. None: "halo" for a window shorter than a
+            chunk; else "all_to_all" where possible and the axis lies within one host; else "halo"
+            for a window with both bounds, "ring" for others.
         implementation: "xla", "triton", "mosaic_gpu", "mosaic_gpu_nondeterministic", or None for
             the best deterministic one here.
 
@@ -251,12 +254,13 @@ def ring_streaming_llm_attn_varlen(
         axis_name: mesh axis (or tuple of axes) that cuts the packed row, or None.
         scale: factor of ``q.k``, by default ``H**-0.5``.
         logits_soft_cap: logits become ``cap * tanh(logits / cap)``.
-        sink_logits: a learned logit a query head that enlarges the denominator.
-        exchange: how a device of several comes by its keys. "halo": those that the window reaches.
-            "all_to_all": the whole sequence of its share of the heads; the devices must divide
-            the query heads. "ring": all keys pass by, for windows that lack a bound. None: "halo"
-            for a window shorter than a chunk; else "all_to_all" where possible and the axis lies
-            within one host; else "halo" for a window with both bounds, "ring" for others.
+        sink_logits: one learned logit for each query head, in the softmax's denominator alone.
+        exchange: how keys get to the devices whose queries see them. "halo": a device receives the
+            keys that its windows reach. "all_to_all": it receives the whole sequence of its share
+            of the heads; the number of devices must divide the query heads. "ring": all keys visit
+            all devices, for windows that lack a bound. None: "halo" for a window shorter than a
+            chunk; else "all_to_all" where possible and the axis lies within one host; else "halo"
+            for a window with both bounds, "ring" for others.
         implementation: "xla", "triton", "mosaic_gpu", "mosaic_gpu_nondeterministic", or None for
             the best deterministic one here.
 

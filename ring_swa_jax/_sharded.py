@@ -76,7 +76,7 @@ def ring_attention(
             chunk on several devices, except with exchange="all_to_all". Static.
         segment_ids: of any integer dtype; a new sequence starts where the id changes; a negative
             id is padding, with zeros as result and gradient.
-        sink_logits: a learned logit a query head that enlarges the denominator.
+        sink_logits: one learned logit for each query head, in the softmax's denominator alone.
         logits_soft_cap: logits become ``cap * tanh(logits / cap)``.
         scale: factor of ``q.k``, by default ``H**-0.5``.
         mesh: by default that of ``jax.set_mesh``.
@@ -88,11 +88,12 @@ def ring_attention(
         layout: the order of the tokens in q, k, v, ``segment_ids`` and the result: "contiguous",
             or "dual_chunk", where device r of P holds half chunks r and 2P-1-r (the load balancing
             of MaxText and Transformer Engine).
-        exchange: how a device of several comes by its keys. "halo": those that the window reaches.
-            "all_to_all": the whole sequence of its share of the heads; the devices must divide
-            the query heads. "ring": all keys pass by, for windows that lack a bound. None: "halo"
-            for a window shorter than a chunk; else "all_to_all" where possible and the axis lies
-            within one host; else "halo" for a window with both bounds, "ring" for others.
+        exchange: how keys get to the devices whose queries see them. "halo": a device receives the
+            keys that its windows reach. "all_to_all": it receives the whole sequence of its share
+            of the heads; the number of devices must divide the query heads. "ring": all keys visit
+            all devices, for windows that lack a bound. None: "halo" for a window shorter than a
+            chunk; else "all_to_all" where possible and the axis lies within one host; else "halo"
+            for a window with both bounds, "ring" for others.
         implementation: "xla", "triton", "mosaic_gpu", "mosaic_gpu_nondeterministic", or None for
             the best deterministic one here.
 
@@ -149,25 +150,28 @@ class _Axes:
 
     @classmethod
     def resolve(cls, q, mesh, seq_axis, batch_axis, head_axis) -> "_Axes":
-        named = {"seq_axis": seq_axis, "batch_axis": batch_axis, "head_axis": head_axis}
-        for argument, axis in named.items():
-            check_axis(argument, axis)
+        check_axis("seq_axis", seq_axis)
+        check_axis("batch_axis", batch_axis)
+        check_axis("head_axis", head_axis)
         context = jax.sharding.get_abstract_mesh()
         if mesh is None or context.manual_axes:  # inside a shard_map there is no other mesh
             mesh = context
         batch_axis, head_axis = _axes_of_sharding(q, mesh, seq_axis, batch_axis, head_axis)
-        axes = (seq_axis, batch_axis, head_axis)
-        warn_of_unnamed_axes(mesh, [name for axis in axes for name in names_of(axis)])
-        if not any(map(names_of, axes)):
-            return cls(None, None, None, None)
+        named = {"seq_axis": seq_axis, "batch_axis": batch_axis, "head_axis": head_axis}
         used: dict[Hashable, str] = {}
         for argument, axis in named.items():
             for name in names_of(axis):
+                if not mesh.axis_names:
+                    raise ValueError(
+                        f"{argument}={axis!r} needs a mesh, and none is set: call inside `with "
+                        f"jax.set_mesh(mesh):` or pass mesh=..., or pass {argument}=None if that "
+                        "dimension is not cut"
+                    )
                 if name not in mesh.axis_names:
                     raise ValueError(
                         f"{argument}={axis!r} is not an axis of the mesh, which has "
-                        f"{mesh.axis_names}; set a mesh with jax.set_mesh(mesh) or pass mesh=..., "
-                        f"or pass {argument}=None if that dimension is not cut"
+                        f"{mesh.axis_names}; name one of these, or pass {argument}=None if that "
+                        "dimension is not cut"
                     )
                 if name in context.manual_axes:
                     raise ValueError(
@@ -180,8 +184,9 @@ class _Axes:
                         "can cut one dimension only"
                     )
                 used[name] = argument
-        resolved = cls(mesh, seq_axis, batch_axis, head_axis)
+        resolved = cls(mesh, *named.values()) if used else cls(None, None, None, None)
         resolved._check_sizes(q)
+        warn_of_unnamed_axes(mesh, used)
         return resolved
 
     def explicit_axes(self) -> set[Hashable]:
@@ -196,20 +201,15 @@ class _Axes:
         return math.prod(self.mesh.shape[name] for name in names_of(axis))
 
     def _check_sizes(self, q):
+        pad = "pad the sequence and give the padding a negative segment id"
         for argument, axis, dimension, length, mend in (
-            (
-                "seq_axis",
-                self.seq,
-                "sequence length",
-                q.shape[1],
-                "pad the sequence and give the padding a negative segment id",
-            ),
-            ("batch_axis", self.batch, "batch size", q.shape[0], "use a multiple of it"),
+            ("seq_axis", self.seq, "sequence length", q.shape[1], pad),
+            ("batch_axis", self.batch, "batch size", q.shape[0], "use more rows or fewer devices"),
             ("head_axis", self.head, "number of query heads", q.shape[2], "use fewer devices"),
         ):
             if length % self.size(axis):
                 raise ValueError(
-                    f"the {dimension} {length} is not divided by the {self.size(axis)} devices "
+                    f"the {dimension} {length} is not a multiple of the {self.size(axis)} devices "
                     f"of {argument}={axis!r}; {mend}"
                 )
 

@@ -8,6 +8,8 @@ from ring_swa_jax import _checks
 WindowSize = int | tuple[int | None, int | None] | None
 """W for the W keys before a query and itself; a pair (L, R) for L before and R after; None: all."""
 
+_NO_BOUND = "; for no bound, which FlashAttention writes as -1, write None"
+
 
 @dataclasses.dataclass(frozen=True)
 class Window:
@@ -25,13 +27,14 @@ class Window:
             ValueError: negative, or not two numbers.
         """
         if not isinstance(window_size, (tuple, list)):
-            return cls(_bound(window_size), 0)
+            return cls(_bound(window_size, _NO_BOUND), 0)
         if len(window_size) != 2:
             raise ValueError(
                 "window_size must be W, for the W keys before a query and itself, or a pair "
                 f"(L, R), for L keys before and R after it; got {window_size!r}"
             )
-        return cls(*map(_bound, window_size))
+        mend = f" in {window_size!r}{_NO_BOUND}; (None, None) is attention that is not causal"
+        return cls(*(_bound(bound, mend) for bound in window_size))
 
     @property
     def setting(self) -> WindowSize:
@@ -78,8 +81,5 @@ def static_causal_window(window_size: Any, what: str) -> int | None:
     return window.left
 
 
-def _bound(bound: Any) -> int | None:
-    if bound is None:
-        return None
-    mend = "; for no bound, which FlashAttention writes as -1, write None"
-    return _checks.static_count("window_size", bound, mend)
+def _bound(bound: Any, mend_of_negative: str) -> int | None:
+    return None if bound is None else _checks.static_count("window_size", bound, mend_of_negative)

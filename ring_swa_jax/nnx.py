@@ -32,11 +32,11 @@ _NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 
 @shows_arguments
 class RingSlidingWindowAttention(nnx.Module):
-    r"""Causal self-attention to a sliding window, its sequence cut over the devices of a mesh.
+    r"""Self-attention to a sliding window, its sequence cut over the devices of a mesh.
 
     .. math:: y = \mathrm{attention}(R \, n(x W_q), R \, n(x W_k), x W_v) \, W_o
 
-    where n is an RMSNorm of queries and keys (``qk_norm``) and R turns them by their positions
+    where n is an RMSNorm of queries and keys (``qk_norm``) and R rotates them by their positions
     (``rope``); `ring_swa_jax.ring_attention` defines the attention. The parameters are those of
     `flax.nnx.MultiHeadAttention`: ``query``, ``key``, ``value`` and ``out``, each with a
     ``kernel`` ([E, N, H], [E, K, H], [E, K, Hv], [N, Hv, out_features]) and a ``bias``; besides
@@ -69,7 +69,7 @@ class RingSlidingWindowAttention(nnx.Module):
         context_norm: an RMSNorm of every head of the attended values, without factor, before the
             output gate.
         rope: rotary settings, `ring_swa_jax.Rope`; None: no rotation, as in Flax's own attention.
-            No default, as either would be wrong in silence for the other half of all models.
+            There is no default: with a wrong one a model would run and be wrong.
         query_scaling: a factor of the queries that grows with their position, after rotation and
             norm, as in Ministral 3 and Llama 4; positions are those of the rotation.
         attention_chunk_size: C; the query at position p of its document sees the keys from
@@ -92,8 +92,8 @@ class RingSlidingWindowAttention(nnx.Module):
         layout: the order of the tokens of x: "contiguous", or "dual_chunk", where device r of P
             holds half chunks r and 2P-1-r; segment ids, positions and results are in the same
             order.
-        exchange: how a device of several comes by its keys: "halo", "all_to_all", "ring" or None,
-            as `ring_swa_jax.ring_attention` says.
+        exchange: how keys get to the devices whose queries see them: "halo", "all_to_all", "ring"
+            or None, as `ring_swa_jax.ring_attention` says.
         implementation: "xla", "triton", "mosaic_gpu", "mosaic_gpu_nondeterministic", or None for
             the best deterministic one here.
         dtype: of the computation; by default inferred from x and the parameters.
@@ -271,13 +271,13 @@ class RingSlidingWindowAttention(nnx.Module):
     ) -> KeysValues:
         """Keys and values as this layer's queries meet them, for later layers with ``kv_shared``.
 
-        Beside the call on the same x, under jit, nothing is computed twice.
+        If the layer is called on the same x in the same jit, nothing is computed twice.
 
         Args:
-            x: features, as in the call, `prefill` or `decode` beside.
+            x: features, those of the layer's call, `prefill` or `decode`.
             segment_ids: as in a call.
             positions: as in a call.
-            cache: beside `decode`: the one that it is given too.
+            cache: the cache that `decode` is given; None for a call or `prefill`.
             valid: as in `decode`.
 
         Raises:

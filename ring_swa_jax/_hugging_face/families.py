@@ -423,34 +423,3 @@ families: Mapping[str, Family] = MappingProxyType(
         "voxtral_realtime": _VOXTRAL,
     }
 )
-
-# Known model types whose attention is not supported.
-refused: Mapping[str, str] = MappingProxyType(
-    {
-        **dict.fromkeys(
-            (
-                "embedding_gemma2", "embeddinggemma", "esmfold2", "modernbert",
-                "moonshine_streaming", "muse_glimmer_assistant", "neomme", "openai_privacy_filter",
-                "t5gemma2", "t5gemma2_text", "t5gemma2_encoder", "ultrabert",
-            ),
-            "its windows reach to both sides",
-        ),
-        "beam": "a query scale that is a power of the position",
-        **dict.fromkeys(
-            ("blt", "blt_local_decoder", "blt_local_encoder"),
-            "attention across sequences of bytes and patches; the layers of its "
-            "patcher_config are here",
-        ),
-        "deepseek_v4": "keys that are compressed",
-        "doge": "a mask that is computed from the values",
-        "dory": "norms and factors of its own",
-        "dots3_note": "keys that are compressed",
-        **dict.fromkeys(
-            ("gemma4_assistant", "gemma4_unified_assistant"), "attention to another model's keys"
-        ),
-        **dict.fromkeys(("inkling", "inkling2", "inkling2_loop"), "biases by distance"),
-        "paligemma": "a prefix that is seen from both sides",
-        "unlimited_ocr": "a mask that refers to another document",
-        "zaya": "convolutions on keys",
-    }
-)  # fmt: skip

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ring_swa_jax._hugging_face import layer_types as types
-from ring_swa_jax._hugging_face.families import families, refused
+from ring_swa_jax._hugging_face.families import families
 from ring_swa_jax._hugging_face.family import Bias, Family
 from ring_swa_jax._hugging_face.reader import Reader
+from ring_swa_jax._hugging_face.refused import refused
 from ring_swa_jax._hugging_face.rope import rope_of, rope_parameters
 from ring_swa_jax._model_layers import Checkpoint, ModelLayers
 from ring_swa_jax._rope import Rope
@@ -64,9 +65,16 @@ def settings_from_hugging_face(
     reader.ignore(*family.ignored)
     layer_types, kv_from, settings = _layers(reader, family, max_length)
     checkpoint = Checkpoint(family.norm_offset, float(reader.get("attention_value_scale", 1.0)))
-    for key, harmless in (("use_bidirectional_attention", "vision"), ("is_causal", True)):
-        if reader.get(key) not in (None, False, harmless) or config.get("is_causal") is False:
-            raise reader.refuse(key, "windows to both sides are not here")
+    for key, causal in (
+        ("use_bidirectional_attention", (None, False, "vision")),
+        ("is_causal", (None, True)),
+    ):
+        if reader.get(key) not in causal:
+            raise reader.refuse(
+                key,
+                "windows to both sides are not read from a config; write the layers' settings by "
+                "hand, with window_size=(L, R)",
+            )
     if any(settings):  # else there was nothing to decide
         reader.refuse_unread(known_type=known is not None)
     names = _names(layer_types, settings)
@@ -89,7 +97,10 @@ def _of_text(config: Mapping[str, Any]) -> Mapping[str, Any]:
     while True:
         model_type = config.get("model_type", "")
         if model_type in refused:
-            raise NotImplementedError(f"model_type={model_type!r}: {refused[model_type]}")
+            raise NotImplementedError(
+                f"model_type={model_type!r} is not read, as its attention needs "
+                f"{refused[model_type]}"
+            )
         inner = config.get("text_config")
         if not isinstance(inner, Mapping):
             return config

@@ -1,10 +1,11 @@
-"""What setup.py makes of the README, and what the package needs."""
+"""What setup.py makes of the README, what it says of models, and what the package needs."""
 
 import importlib.util
 import re
 import subprocess
 import sys
 
+import ring_swa_jax
 from notebooks.run import NOTEBOOKS, read
 from tests.helpers.processes import ROOT
 
@@ -35,6 +36,14 @@ def test_without_an_address_links_are_text():
     assert all("://" in target or target.startswith("#") for target in LINK.findall(page))
     assert "![" not in page
     assert setup.absolute("see [a page](docs/a.md#b), ![p](p.png)", "") == "see a page, "
+
+
+def test_windows_of_the_readme_are_those_of_the_settings():
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| (\d+) \|$", README, flags=re.MULTILINE)
+    shown = {name: int(window) for names, window in rows for name in re.findall(r"\w+", names)}
+    assert shown == {
+        name: model.kinds["local"]["window_size"] for name, model in ring_swa_jax.models.items()
+    }
 
 
 def test_one_setting_has_the_address():

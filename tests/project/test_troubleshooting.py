@@ -69,12 +69,12 @@ def arrays():
     return jax.random.normal(jax.random.key(0), (3, 1, 64, 4, 16))
 
 
-def in_shard_map(out_specs, **options):
+def in_shard_map(out_specs, kind=AxisType.Auto, **options):
     attend = functools.partial(
         rsj.ring_sliding_window_attn, window_size=3, axis_name="seq", **options
     )
     spec = P(None, "seq")
-    mesh = make_mesh(seq=8)
+    mesh = make_mesh(kind, seq=8)
     jax.shard_map(attend, mesh=mesh, in_specs=spec, out_specs=out_specs)(*arrays())
 
 
@@ -119,6 +119,7 @@ RAISED = {
         lambda ids: jnp.einsum("bt,bs->bts", ids, ids)
     ),
     "ShardingTypeError: Use `.at": lambda: on_explicit_axes(lambda ids: jnp.ones((10, 4))[ids]),
+    "ValueError: in_specs passed": lambda: in_shard_map(P(None, "seq"), AxisType.Explicit),
     "ValueError: shard_map applied": lambda: in_shard_map(P()),
     "ValueError: Primitive pad": lambda: in_shard_map(P(None, "seq"), implementation="triton"),
     "TypeError: can't apply forward-mode": forward_mode,

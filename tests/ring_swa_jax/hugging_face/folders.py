@@ -11,7 +11,7 @@ import re
 import transformers
 
 import ring_swa_jax as rsj
-from ring_swa_jax._hugging_face.families import refused
+from ring_swa_jax._hugging_face.refused import refused
 from tests.helpers.one_program import attention_as_one_program
 from tests.ring_swa_jax.hugging_face.golden import golden, names, records
 from tests.ring_swa_jax.hugging_face.ours import Layer, relative_difference

@@ -162,13 +162,17 @@ def test_yarn_with_mscale():
     ("more", "message"),
     [
         ({"model_type": "gemma3", "use_bidirectional_attention": True}, "bidirectional.*True"),
+        ({"model_type": "gemma3", "is_causal": False}, "is_causal=False.*by hand"),
         ({"model_type": "mistral", "attention_sink_size": 4}, "attention_sink_size=4"),
         ({"model_type": "mistral", "rope_scaling": {"rope_type": "dynamic"}}, "'dynamic'"),
         (
             {"model_type": "mistral", "rope_scaling": {"type": "linear", "factor": 2, "odd": 3}},
             "odd.*3",
         ),
-        ({"model_type": "modernbert", "local_attention": 128}, "modernbert.*both sides"),
+        (
+            {"model_type": "modernbert", "local_attention": 128},
+            "modernbert.*both sides.*by hand",
+        ),
         ({"model_type": "zaya"}, "zaya.*convolutions"),
         ({"model_type": "blt"}, "blt.*bytes and patches.*patcher_config"),
         ({"model_type": "newcomer", "clever_trick": 7}, "newcomer.*clever_trick=7"),
