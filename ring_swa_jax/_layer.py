@@ -17,9 +17,10 @@ from ring_swa_jax._chunks import chunk_segment_ids
 from ring_swa_jax._integers import as_positions, as_segment_ids
 from ring_swa_jax._layer_settings import ACTIVATIONS, LayerSettings
 from ring_swa_jax._layout import check_halves, to_dual_order
+from ring_swa_jax._mesh_axes import sequence_devices
 from ring_swa_jax._rope import apply_rope
 from ring_swa_jax._segments import dual_chunk_positions, segment_positions
-from ring_swa_jax._sharded import only, ring_attention, sequence_devices
+from ring_swa_jax._sharded import only, ring_attention
 
 
 class Projected(NamedTuple):

@@ -16,8 +16,8 @@ from ring_swa_jax._cache import Cache
 from ring_swa_jax._decode import decode_attention
 from ring_swa_jax._integers import as_positions, as_segment_ids
 from ring_swa_jax._layer import AttentionLayer, KeysValues, Learned, Projected, SharedKeysValues
+from ring_swa_jax._mesh_axes import sequence_devices
 from ring_swa_jax._segments import segment_positions
-from ring_swa_jax._sharded import sequence_devices
 
 _CHUNK = 128  # tokens of a long prompt with cache-relative positions that are attended at once
 

@@ -1,6 +1,5 @@
 """Attention on global arrays: makes the shard_map around the per-shard function."""
 
-import dataclasses
 import math
 from collections.abc import Hashable
 from functools import partial
@@ -9,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
@@ -17,19 +16,12 @@ import pallas_kernels
 from ring_swa_jax import _checks
 from ring_swa_jax._arrays import AnyArray
 from ring_swa_jax._attend_chunk import attend_chunk
-from ring_swa_jax._axis import (
-    AxisName,
-    SequenceAxis,
-    check_axis,
-    names_of,
-    reshard,
-    vmapped_axes,
-)
+from ring_swa_jax._axis import AxisName, SequenceAxis, names_of, reshard, vmapped_axes
 from ring_swa_jax._exchange import check_exchange
 from ring_swa_jax._integers import as_segment_ids
 from ring_swa_jax._layout import check_halves, check_layout
+from ring_swa_jax._mesh_axes import MeshAxes
 from ring_swa_jax._nested import nested_shard_map, varying_outside
-from ring_swa_jax._repeated_work import warn_of_unnamed_axes
 from ring_swa_jax._window import WindowSize, static_window
 
 
@@ -120,7 +112,7 @@ def ring_attention(
         _checks.check_sink_logits(sink_logits, q.shape[2])
     check_layout(layout)
     check_exchange(exchange)
-    axes = _Axes.resolve(q, mesh, seq_axis, batch_axis, head_axis)
+    axes = MeshAxes.resolve(q, mesh, seq_axis, batch_axis, head_axis)
     check_halves(layout, q.shape[1], axes.size(axes.seq))
     return _sharded_attention(
         q,
@@ -137,94 +129,6 @@ def ring_attention(
         exchange=exchange,
         implementation=implementation,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Axes:
-    """Which mesh axes cut which dimension; ``mesh=None`` where no axis cuts anything."""
-
-    mesh: Mesh | AbstractMesh | None
-    seq: AxisName | None
-    batch: AxisName | None
-    head: AxisName | None
-
-    @classmethod
-    def resolve(cls, q, mesh, seq_axis, batch_axis, head_axis) -> "_Axes":
-        check_axis("seq_axis", seq_axis)
-        check_axis("batch_axis", batch_axis)
-        check_axis("head_axis", head_axis)
-        context = jax.sharding.get_abstract_mesh()
-        if mesh is None or context.manual_axes:  # inside a shard_map there is no other mesh
-            mesh = context
-        batch_axis, head_axis = _axes_of_sharding(q, mesh, seq_axis, batch_axis, head_axis)
-        named = {"seq_axis": seq_axis, "batch_axis": batch_axis, "head_axis": head_axis}
-        used: dict[Hashable, str] = {}
-        for argument, axis in named.items():
-            for name in names_of(axis):
-                if not mesh.axis_names:
-                    raise ValueError(
-                        f"{argument}={axis!r} needs a mesh, and none is set: call inside `with "
-                        f"jax.set_mesh(mesh):` or pass mesh=..., or pass {argument}=None if that "
-                        "dimension is not cut"
-                    )
-                if name not in mesh.axis_names:
-                    raise ValueError(
-                        f"{argument}={axis!r} is not an axis of the mesh, which has "
-                        f"{mesh.axis_names}; name one of these, or pass {argument}=None if that "
-                        "dimension is not cut"
-                    )
-                if name in context.manual_axes:
-                    raise ValueError(
-                        f"{argument}={axis!r} is already manual in the surrounding jax.shard_map; "
-                        "call ring_sliding_window_attn or ring_streaming_llm_attn there instead"
-                    )
-                if name in used:
-                    raise ValueError(
-                        f"mesh axis {name!r} is named by {used[name]} and by {argument}; an axis "
-                        "can cut one dimension only"
-                    )
-                used[name] = argument
-        resolved = cls(mesh, *named.values()) if used else cls(None, None, None, None)
-        resolved._check_sizes(q)
-        warn_of_unnamed_axes(mesh, used)
-        return resolved
-
-    def explicit_axes(self) -> set[Hashable]:
-        if self.mesh is None:
-            return set()
-        kinds = zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)
-        return {name for name, kind in kinds if kind == AxisType.Explicit}
-
-    def size(self, axis: AxisName | None) -> int:
-        if self.mesh is None:
-            return 1
-        return math.prod(self.mesh.shape[name] for name in names_of(axis))
-
-    def _check_sizes(self, q):
-        pad = "pad the sequence and give the padding a negative segment id"
-        for argument, axis, dimension, length, mend in (
-            ("seq_axis", self.seq, "sequence length", q.shape[1], pad),
-            ("batch_axis", self.batch, "batch size", q.shape[0], "use more rows or fewer devices"),
-            ("head_axis", self.head, "number of query heads", q.shape[2], "use fewer devices"),
-        ):
-            if length % self.size(axis):
-                raise ValueError(
-                    f"the {dimension} {length} is not a multiple of the {self.size(axis)} devices "
-                    f"of {argument}={axis!r}; {mend}"
-                )
-
-
-def _axes_of_sharding(q, mesh, seq_axis, batch_axis, head_axis):
-    """Batch and head axes, read from the sharding of q on Explicit axes where not given."""
-    if AxisType.Explicit not in mesh.axis_types:
-        return batch_axis, head_axis
-    spec = (*jax.typeof(q).sharding.spec, None, None, None, None)
-    if spec[1] is not None and names_of(spec[1]) != names_of(seq_axis):
-        raise ValueError(
-            f"seq_axis={seq_axis!r}, but the sequence of q is cut over {spec[1]!r}; name that "
-            "axis, or move q, k and v first with jax.sharding.reshard"
-        )
-    return batch_axis or spec[0], head_axis or spec[2]
 
 
 @partial(
@@ -247,7 +151,7 @@ def _sharded_attention(
     segment_ids: Int[Array, "B S"] | None,
     sink_logits: Float[Array, "N"] | None,
     *,
-    axes: _Axes,
+    axes: MeshAxes,
     **settings: Any,
 ) -> Float[Array, "B S N Hv"]:
     def attend(q, k, v, segment_ids, sink_logits):
@@ -281,7 +185,7 @@ def _sharded_attention(
     return jax.shard_map(attend, **shard_map)(*arrays)
 
 
-def _repeat_heads(x: Float[Array, "B S K H"], axes: _Axes) -> Float[Array, "B S R H"]:
+def _repeat_heads(x: Float[Array, "B S K H"], axes: MeshAxes) -> Float[Array, "B S R H"]:
     """Keys or values with each head as often as the devices of the head axis need it.
 
     R is the least common multiple of K and the devices, which divides N as both do.
@@ -292,12 +196,6 @@ def _repeat_heads(x: Float[Array, "B S K H"], axes: _Axes) -> Float[Array, "B S 
     if explicit := axes.explicit_axes():  # JAX does not repeat along a dimension that is cut
         x = reshard(x, axes.mesh, only(P(axes.batch, axes.seq), explicit))
     return jnp.repeat(x, times, axis=2)
-
-
-def sequence_devices(q, mesh, seq_axis, batch_axis, head_axis) -> int:
-    """Over how many devices `ring_attention` would cut the sequence of q."""
-    axes = _Axes.resolve(q, mesh, seq_axis, batch_axis, head_axis)
-    return axes.size(axes.seq)
 
 
 def only(spec: P, names: set[Hashable]) -> P:
