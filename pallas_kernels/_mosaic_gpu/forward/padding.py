@@ -16,9 +16,6 @@ from pallas_kernels._mosaic_gpu.primitives import ROWS
 from pallas_kernels._mosaic_gpu.tiles import MosaicTiles
 from pallas_kernels._spec import Spec
 
-EIGHT = 8
-"""Tiles of keys begin at multiples of it."""
-
 
 def zeroes_in_kernel(spec: Spec, start: Array, tiles: MosaicTiles) -> bool:
     """Whether the kernel zeroes the values of padding itself.
@@ -35,27 +32,22 @@ def padding_operands(
 ) -> dict[str, Int[Array, "B _"]]:
     """What the kernel reads of padding; arguments as those of `is_padding`.
 
-    "key_starts" are the rows' starts, for a tile more than there is. "eights_with_padding_before"
-    counts, for each eight rows, those before them that hold padding.
+    "key_starts" are the rows' starts, for a tile more than there is. "padding_before" counts, for
+    each row and the end, the rows of padding before it.
     """
-    batch, length = start.shape
-    more = -length % EIGHT
-    padding = jnp.pad(is_padding(start, first_key), ((0, 0), (0, more)))
-    eights = padding.reshape(batch, -1, EIGHT).any(-1)
-    before = jnp.pad(jnp.cumsum(eights, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+    count = jnp.cumsum(is_padding(start, first_key), axis=1, dtype=jnp.int32)
     # Rows behind the last one count as no padding: TMA fetches zeros for them.
-    more += tiles.key
-    starts = jnp.pad(start, ((0, 0), (0, more)), constant_values=first_key)
-    return {"key_starts": starts, "eights_with_padding_before": before}
+    starts = jnp.pad(start, ((0, 0), (0, tiles.key)), constant_values=first_key)
+    return {"key_starts": starts, "padding_before": jnp.pad(count, ((0, 0), (1, 0)))}
 
 
 def has_padding(
     refs: dict[str, Any], batch_row: Int[Array, ""], begin: Int[Array, ""], count: Int[Array, ""]
 ) -> Bool[Array, ""]:
-    """Whether so many eights of own keys, from the eight ``begin`` on, hold padding."""
-    before = refs["eights_with_padding_before"]
-    last = jnp.int32(before.shape[1] - 1)
-    first, stop = jnp.minimum(begin, last), jnp.minimum(begin + count, last)
+    """Whether there is padding among so many rows of own keys, from the row ``begin`` on."""
+    before = refs["padding_before"]
+    length = jnp.int32(before.shape[1] - 1)
+    first, stop = jnp.minimum(begin, length), jnp.minimum(begin + count, length)
     return before[batch_row, stop] > before[batch_row, first]
 
 

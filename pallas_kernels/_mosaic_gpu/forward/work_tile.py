@@ -47,9 +47,9 @@ class WorkTile:
         self._find_bounds()
         self._find_keys(first, last)
         if scheduler.zeroes_padding:
-            eights = self.key_tiles_of_runs[scheduler.own] * (scheduler.tiles.key // 8)
-            begin = self.begins_in_eights[scheduler.own]
-            self.has_padding = has_padding(refs, self.batch_row, begin, eights)
+            count = self.key_tiles_of_runs[scheduler.own] * scheduler.tiles.key
+            begin = self.begins_in_eights[scheduler.own] * 8
+            self.has_padding = has_padding(refs, self.batch_row, begin, count)
         if scheduler.sink_tile:
             self._find_sinks(last)
 
