@@ -12,7 +12,8 @@ From the top down:
 5. The backends: `_xla` (the shortest; read it first), `_triton`, `_mosaic_gpu`. The docstring of
    each says what its modules are.
 
-`_varying`, `_vmap` and `_derivatives` are about JAX's transformations.
+`_varying`, `_vmap` and `_derivatives` are about JAX's transformations. `_order` is about the order
+in which XLA runs a program.
 """
 
 from pallas_kernels._attention import attend as attend
@@ -36,6 +37,8 @@ from pallas_kernels._spec import Spec as Spec
 from pallas_kernels._spec import State as State
 from pallas_kernels._spec import accumulator_dtype as accumulator_dtype
 from pallas_kernels._support import interprets as interprets
+from pallas_kernels._varying import vary_over as vary_over
+from pallas_kernels._varying import varying_axes as varying_axes
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -59,4 +62,6 @@ __all__ = [
     "has_one_query_kernel",
     "interprets",
     "sink_logits_gradient",
+    "vary_over",
+    "varying_axes",
 ]

@@ -1,4 +1,6 @@
-"""Arrays that vary over manual mesh axes: the one place of the kernels that knows of these."""
+"""Arrays that vary over manual mesh axes, those of the surrounding shard_maps."""
+
+from collections.abc import Hashable, Set
 
 import jax
 import jax.numpy as jnp
@@ -6,13 +8,15 @@ from jax import Array, lax
 from jaxtyping import Shaped
 
 
-def full_like_varying(
-    like: Shaped[Array, "..."], shape: tuple[int, ...], fill: float, dtype
-) -> Shaped[Array, "..."]:
-    """A constant array that varies over the same manual mesh axes as ``like``."""
-    axes = tuple(jax.typeof(like).manual_axis_type.varying)
-    full = jnp.full(shape, fill, dtype)
-    return lax.pcast(full, axes, to="varying") if axes else full
+def varying_axes(x: Shaped[Array, "..."]) -> frozenset[Hashable]:
+    """The manual mesh axes over which x varies."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def vary_over(x: Shaped[Array, "*shape"], axes: Set[Hashable]) -> Shaped[Array, "*shape"]:
+    """``x``, cast to vary over these manual mesh axes too."""
+    missing = tuple(sorted(axes - varying_axes(x), key=str))
+    return lax.pcast(x, missing, to="varying") if missing else x
 
 
 def vary_as(like: Shaped[Array, "..."], x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
@@ -21,8 +25,14 @@ def vary_as(like: Shaped[Array, "..."], x: Shaped[Array, "*shape"]) -> Shaped[Ar
     Kernels of Mosaic GPU know nothing of these axes: what they return varies over none, and so must
     a state that they go on from.
     """
-    axes = jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
-    return lax.pcast(x, tuple(axes), to="varying") if axes else x
+    return vary_over(x, varying_axes(like))
+
+
+def full_like_varying(
+    like: Shaped[Array, "..."], shape: tuple[int, ...], fill: float, dtype
+) -> Shaped[Array, "..."]:
+    """A constant array that varies over the same manual mesh axes as ``like``."""
+    return vary_as(like, jnp.full(shape, fill, dtype))
 
 
 def shape_like_varying(

@@ -1,7 +1,7 @@
 """The mesh axis (or axes) over which a sequence is cut."""
 
 import dataclasses
-from collections.abc import Hashable, Set
+from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax._src import core
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int, Shaped
 
-from pallas_kernels import exists
+from pallas_kernels import exists, vary_over, varying_axes
 from ring_swa_jax._arrays import AnyArray
 
 AxisName = Hashable | tuple[Hashable, ...]
@@ -83,17 +83,6 @@ def same_varying(axis: SequenceAxis, *trees):
     for leaf in [axis.index(), *jax.tree.leaves(trees)]:
         axes |= varying_axes(leaf)
     return jax.tree.map(lambda x: vary_over(x, axes), trees)
-
-
-def varying_axes(x: Array) -> frozenset[Hashable]:
-    """Manual axes of the surrounding shard_maps over which x varies."""
-    return jax.typeof(x).manual_axis_type.varying
-
-
-def vary_over(x: Array, axes: Set[Hashable]) -> Array:
-    """``x``, cast to vary over these manual axes too."""
-    missing = tuple(sorted(axes - varying_axes(x), key=str))
-    return lax.pcast(x, missing, to="varying") if missing else x
 
 
 def after(x: Array, other: Array | None = None) -> Array:

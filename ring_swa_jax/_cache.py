@@ -14,16 +14,10 @@ from jax import Array
 from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
+from pallas_kernels import vary_over, varying_axes
 from ring_swa_jax import _checks
 from ring_swa_jax._arrays import AnyArray
-from ring_swa_jax._axis import (
-    explicit_axes,
-    mesh_of,
-    reshard,
-    spec_of,
-    vary_over,
-    varying_axes,
-)
+from ring_swa_jax._axis import explicit_axes, mesh_of, reshard, spec_of
 
 MOST_TOKENS = 2**31 - 1  # that `Cache.length` can count
 

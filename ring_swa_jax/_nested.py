@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax import Array
 
-from ring_swa_jax._axis import vary_over, varying_axes
+from pallas_kernels import vary_over, varying_axes
 
 Arrays = tuple[Array | None, ...]
 """q, k, v, segment_ids and sink_logits; the fourth has no gradient."""
