@@ -4,6 +4,7 @@ All keys are on this device. One launch takes them all, forward and backward.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 from jax import Array
@@ -41,27 +42,21 @@ def attend_after_keys(
     ``sinks`` are those of the first query's sequence, if it began before ``key``. ``start`` is one
     number only where no earlier key is before it.
     """
-    return _forward(spec, implementation, earlier, query, key, value, sinks, sink_logits, start)[0]
+    arrays = (earlier, query, key, value, sinks, sink_logits, start)
+    return _forward(spec, implementation, *arrays)[0]
 
 
 def _forward(
-    spec: Spec,
-    implementation: str,
-    earlier: KeyValue,
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B T K H"],
-    value: Float[Array, "B T K Hv"],
-    sinks: SinkRun | None,
-    sink_logits: Float[Array, "N"] | None,
-    start: Starts,
+    spec: Spec, implementation: str, *arrays: Any
 ) -> tuple[Float[Array, "B T N Hv"], tuple]:
+    earlier, query, key, value, sinks, sink_logits, start = arrays
     inputs = ForwardInputs(
         query, _runs(earlier, key, value), sinks, learned_sinks(sink_logits, query), start
     )
     kernels, rows = _implementations.kernels_of(implementation), (0, query.shape[1])
     state = launch_forward(spec, kernels, inputs, None, rows=rows, out_dtype=query.dtype)
     out, lse = (vary_as(query, x) for x in state)
-    return out, (earlier, query, key, value, sinks, sink_logits, start, out, lse)
+    return out, (*arrays, out, lse)
 
 
 def _backward(
