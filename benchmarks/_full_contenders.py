@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 import pallas_kernels
-from benchmarks._exchanges import AXIS, Build, all_to_all_ours, all_to_all_peer, ring
+from benchmarks._exchanges import AXIS, Build, all_to_all_ours, all_to_all_peer, learned_sinks, ring
 from benchmarks._one_rank import spec_of
 from benchmarks._peers import CONTENDERS, Attend
 from benchmarks._ring_shapes import RingShape
@@ -45,20 +45,16 @@ def _launches(most: int) -> Build:
     """exchange="all_to_all" with at most so many launches."""
 
     def build(shape: RingShape, devices: int, implementation: str | None) -> Attend:
-        spec = spec_of(shape)
-        if shape.documents or shape.learned:
-            raise NotImplementedError("timed on the plain rows alone")
-        axis = SequenceAxis(AXIS, devices)
+        spec, axis = spec_of(shape), SequenceAxis(AXIS, devices)
         exchange = _all_to_all.HeadExchange.of_heads(axis, "contiguous", shape.kv_heads, most)
         if exchange.launches != most:
             raise NotImplementedError(f"{shape.kv_heads} key/value heads over {devices} devices")
 
         def attend(query, key, value, ends):
-            start, _ = whole_bounds(axis, query.shape[1], None, None)
-            query, key, value, start = same_varying(axis, query, key, value, start)
+            start, _ = whole_bounds(axis, query.shape[1], ends, None)
+            arrays = same_varying(axis, query, key, value, learned_sinks(shape), start)
             name = pallas_kernels.choose(implementation, spec, query, value)
-            arrays = (query, key, value, None, start, None)
-            return _all_to_all.attend_heads(spec, exchange, name, *arrays)
+            return _all_to_all.attend_heads(spec, exchange, name, *arrays, None)
 
         return attend
 

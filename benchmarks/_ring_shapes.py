@@ -108,9 +108,10 @@ LONG_SHAPES = {
         RingShape("gemma-full", 65536, 16, 8, 256, None),
         RingShape("packed-full", 65536, 32, 8, 128, None, documents=PACK_23),
         RingShape("window-8k", 65536, 32, 8, 128, 8191),
+        RingShape("window-12k", 65536, 32, 8, 128, 12287),
         RingShape("window-16k", 65536, 32, 8, 128, 16383),
         RingShape("window-32k", 65536, 32, 8, 128, 32767),
         RingShape("window-64k", 65536, 32, 8, 128, 65535),
     )
 }
-"""Layers without a window, and windows of a half, one, two and four chunks on four devices."""
+"""Layers without a window, and windows of a half to four chunks of four devices."""

@@ -30,7 +30,7 @@ from benchmarks import (
     scaling,
 )
 from benchmarks import _results as results
-from benchmarks._gpus import share_memory
+from benchmarks._gpus import share_machine
 from benchmarks._processes import Ended, Job, run
 from benchmarks._ring_shapes import LONG_SHAPES
 from benchmarks._shapes import ALL
@@ -144,7 +144,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="tiny shapes: a smoke test")
     arguments = parser.parse_args()
-    share_memory()
+    share_machine()
     jax.config.update("jax_num_cpu_devices", arguments.devices or 2)
     if jax.default_backend() == "cpu" and not arguments.quick:
         parser.error("on a CPU there is only --quick")

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import _report
-from benchmarks._gpus import clocks, hold, share_memory
+from benchmarks._gpus import clocks, hold, share_machine
 from benchmarks._peers import CONTENDERS, Contender
 from benchmarks._report import KINDS, Row
 from benchmarks._results import RESULTS, path_in, write
@@ -250,7 +250,7 @@ def main() -> None:
         if not x.special and (arguments.deterministic or not x.deterministic)
     ]
     names = arguments.only or [*usual, TORCH]
-    share_memory()  # torch needs memory too
+    share_machine()  # torch needs memory too
     where, rates = machine(), device_rates()
     print(where, flush=True)
     whole = not arguments.only and not arguments.quick and arguments.shapes == list(ALL)

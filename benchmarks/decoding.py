@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 import ring_swa_jax
-from benchmarks._gpus import hold, share_memory
+from benchmarks._gpus import hold, share_machine
 from benchmarks._results import write
 from benchmarks._timing import in_turns
 from benchmarks.attention import machine, reason_of
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON to write")
     parser.add_argument("--lock", type=Path, help="folder of locks, one for each GPU")
     arguments = parser.parse_args()
-    share_memory()
+    share_machine()
     count, rounds = (2, 1) if arguments.quick else (arguments.count, arguments.repeats)
     steps = [x for x in STEPS if arguments.steps is None or x.name in arguments.steps]
     with ThreadPoolExecutor(8) as pool:

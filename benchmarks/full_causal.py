@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks._exchanges import AXIS
 from benchmarks._full_contenders import FULL, ONE_GPU, OURS, names_for, specs_of_whole
-from benchmarks._gpus import clocks, connect, hold, share_memory
+from benchmarks._gpus import clocks, connect, hold, share_machine
 from benchmarks._report import KINDS, TITLES
 from benchmarks._results import RESULTS, path_in, write
 from benchmarks._ring_shapes import LONG_SHAPES, RingShape
@@ -230,7 +230,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON to write; default: benchmarks/results/")
     parser.add_argument("--lock", type=Path, help="folder of locks, one for each GPU")
     arguments = parser.parse_args()
-    share_memory()
+    share_machine()
     jax.config.update("jax_num_cpu_devices", arguments.devices or 2)
     if jax.default_backend() == "cpu" and not arguments.quick:
         parser.error("on a CPU there is only --quick")

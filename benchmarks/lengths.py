@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import _report
-from benchmarks._gpus import share_memory
+from benchmarks._gpus import share_machine
 from benchmarks._report import KINDS, TITLES, Row
 from benchmarks._results import RESULTS, path_in, write
 from benchmarks._shapes import Shape, random_documents
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON to write; default: benchmarks/results/")
     parser.add_argument("--lock", type=Path, help="folder of locks, one for each GPU")
     arguments = parser.parse_args()
-    share_memory()
+    share_machine()
     where = machine()
     output = arguments.output or path_in(RESULTS, "lengths", where)
     settings = {"rounds": arguments.rounds, "seconds": 0.001 if arguments.quick else 0.03}

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 
 from benchmarks import _model_profile, _model_report
-from benchmarks._gpus import share_memory
+from benchmarks._gpus import share_machine
 from benchmarks._model_contenders import CONTENDERS
 from benchmarks._model_jobs import Job, plan
 from benchmarks._model_run import DOES_NOT_FIT, FRACTION, in_this_process
@@ -193,7 +193,7 @@ def main() -> None:
         print(_model_report.markdown(json.loads(arguments.table.read_text())["rows"]))
         return
     # This process only counts the GPUs; the memory is for those that it starts.
-    share_memory()
+    share_machine()
     jax.config.update("jax_num_cpu_devices", arguments.devices or 4)
     if arguments.job:
         in_this_process(

@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import _one_rank, _ring_memory, _ring_report
 from benchmarks._exchanges import AXIS, OVER_MESH
-from benchmarks._gpus import clocks, connect, hold, share_memory
+from benchmarks._gpus import clocks, connect, hold, share_machine
 from benchmarks._results import RESULTS, path_in, write
 from benchmarks._ring_report import KINDS, ONE_RANK, RING, Row
 from benchmarks._ring_shapes import SHAPES, RingShape
@@ -237,7 +237,7 @@ def main() -> None:
     )
     parser.add_argument("--lock", type=Path, help="folder of locks, one for each GPU")
     arguments = parser.parse_args()
-    share_memory()
+    share_machine()
     jax.config.update("jax_num_cpu_devices", arguments.devices or 2)
     devices = arguments.devices or jax.device_count()
     if devices < 2 or devices > jax.device_count():

@@ -18,7 +18,7 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 from benchmarks._exchanges import AXIS
-from benchmarks._gpus import connect, hold, share_memory
+from benchmarks._gpus import connect, hold, share_machine
 from benchmarks._results import RESULTS, path_in, write
 from benchmarks._ring_report import ONE_RANK, RING
 from benchmarks._ring_shapes import LONG_SHAPES, RingShape
@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON to write; default: benchmarks/results/")
     parser.add_argument("--lock", type=Path, help="folder of locks, one for each GPU")
     arguments = parser.parse_args()
-    share_memory()
+    share_machine()
     jax.config.update("jax_num_cpu_devices", arguments.devices or 2)
     if jax.default_backend() == "cpu" and not arguments.quick:
         parser.error("on a CPU there is only --quick")

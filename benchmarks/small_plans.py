@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 import ring_swa_jax
-from benchmarks._gpus import hold, share_memory
+from benchmarks._gpus import hold, share_machine
 from benchmarks._results import write
 from benchmarks._timing import in_turns
 from benchmarks.attention import reason_of
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one tiny row: a smoke test")
     parser.add_argument("--lock", type=Path, help="folder of locks, one for each GPU")
     arguments = parser.parse_args()
-    share_memory()
+    share_machine()
     length, rounds = (128, 1) if arguments.quick else (arguments.length, arguments.rounds)
     device = jax.devices()[0].device_kind
     print(f"jax {jax.__version__} on {device}, T {length}, heads {HEADS}/{KV_HEADS}", flush=True)
