@@ -7,6 +7,9 @@ import numpy as np
 
 from benchmarks._ring_shapes import RingShape
 from ring_swa_jax import ModelLayers, layer_settings, settings_from_hugging_face
+from ring_swa_jax._axis import SequenceAxis
+from ring_swa_jax._exchange import choose_exchange
+from ring_swa_jax._window import Window
 
 PEAK_FLOPS = 989e12
 """Dense bfloat16 products of an H100 SXM, a second, by its data sheet."""
@@ -116,8 +119,16 @@ def busiest_pairs(contender: str, shape: RingShape, devices: int) -> float:
     the last device has the most; cuDNN behind an all-gather computes a window's rows in vain.
     """
     chunk, window = shape.chunk(devices), shape.window
-    windowed = window is not None and window < chunk
-    if devices == 1 or contender == "all-to-all + cuDNN" or (contender == "ours" and not windowed):
+    exchange = choose_exchange(
+        None,
+        SequenceAxis("seq", devices),
+        chunk=chunk,
+        heads=shape.heads,
+        window=Window.of(shape.window_size),
+        num_sinks=shape.sinks,
+    )
+    even = contender == "all-to-all + cuDNN" or (contender == "ours" and exchange != "halo")
+    if devices == 1 or even:
         return shape.pairs() / devices
     positions = np.arange(shape.length - chunk, shape.length, dtype=np.int64)
     seen = positions + 1 if window is None else np.minimum(positions, window) + 1

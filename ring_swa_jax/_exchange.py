@@ -10,6 +10,15 @@ from ring_swa_jax._window import Window
 
 EXCHANGES = ("halo", "all_to_all", "ring")
 
+COST_OF_HEADS = 1024
+"""Keys a query that take as much time as what an exchange of heads takes beyond a halo's one hop.
+
+From "all_to_all" over "halo" on two and four H100 with NVLink (65536 tokens, 32/8 heads of 128,
+windows of 8191, 12287 and 16383; benchmarks/results/full-causal-*.json, 2026-11-27): 500 to 900
+forward and backward, 750 to 2100 forward alone. Other heads change both sides alike: bytes and a
+key's work grow with their number and size.
+"""
+
 
 def check_exchange(exchange: str | None) -> None:
     """Checks that ``exchange`` is None or a known name.
@@ -32,13 +41,9 @@ def choose_exchange(
 ) -> str:
     """The exchange of a call; on one device "halo", which then fetches nothing.
 
-    None means "halo" for a window shorter than a chunk. For a longer window, and without a window,
-    None means "all_to_all" where the number of devices divides the query heads and one process has
-    all these devices. Elsewhere None means "halo" with a window and "ring" without one. On four
-    H100 (65536 tokens, 32/8 heads of 128, forward and backward) a halo took 0.96 times as long as
-    an all-to-all for a window of 8191, half a chunk, 1.11 times for 16383 and 1.35 times for 32767.
-    Since then the backward pass of a single hop has become up to 13% faster; that of several hops,
-    which windows longer than a chunk take, has not.
+    None means "all_to_all" without a window and for windows that `prefers_all_to_all` calls long
+    enough, where the number of devices divides the query heads and one process has all these
+    devices. Elsewhere None means "halo" with a window and "ring" without one.
 
     Args:
         exchange: what the user says.
@@ -58,7 +63,7 @@ def choose_exchange(
     reaches_all = window.reaches_all(size * chunk)
     if exchange is None:
         exchange = "ring" if reaches_all else "halo"
-        long = reaches_all or max(window.left or 0, window.right or 0) >= chunk
+        long = reaches_all or prefers_all_to_all(window, size, chunk)
         if long and heads % size == 0 and within_one_host(axis.name):
             exchange = "all_to_all"
     if exchange == "halo":
@@ -81,6 +86,23 @@ def choose_exchange(
             "both sides; use 'halo', 'all_to_all' or None"
         )
     return exchange
+
+
+def prefers_all_to_all(window: Window, size: int, chunk: int) -> bool:
+    """Whether an exchange of heads should take less time than the halo of a window with two bounds.
+
+    The sequence's first queries lack ``L**2 / 2`` keys of their windows, and its last ones
+    ``R**2 / 2``. So the first and the last device have less work than those between them. An
+    exchange of heads gives every device the mean: ``(L**2 + R**2) / (2 * S)`` keys a query less
+    than the busiest device has. Of two devices each lacks keys, and the busier one has
+    ``abs(L**2 - R**2) / (2 * S)`` more than the mean. A window of a chunk or more, which takes
+    several hops, always goes by heads.
+    """
+    left, right = window.left or 0, window.right or 0
+    if max(left, right) >= chunk:
+        return True
+    missing = abs(left**2 - right**2) if size == 2 else left**2 + right**2
+    return missing > 2 * COST_OF_HEADS * size * chunk
 
 
 def within_one_host(axis: AxisName | None) -> bool:

@@ -52,9 +52,9 @@ def ring_sliding_window_attn(
         exchange: how keys get to the devices whose queries see them. "halo": a device receives the
             keys that its windows reach. "all_to_all": it receives the whole sequence of its share
             of the heads; the number of devices must divide the query heads. "ring": all keys visit
-            all devices, for windows that lack a bound. None: "halo" for a window shorter than a
-            chunk; else "all_to_all" where possible and the axis lies within one host; else "halo"
-            for a window with both bounds, "ring" for others.
+            all devices, for windows that lack a bound. None: "all_to_all" without a window and
+            for a long one (docs/how_it_works.md has the rule), where possible and the axis lies
+            within one host; else "halo" for a window with both bounds, "ring" for others.
         implementation: "xla", "triton", "mosaic_gpu", "mosaic_gpu_nondeterministic", or None for
             the best deterministic one here.
 
@@ -121,9 +121,9 @@ def ring_streaming_llm_attn(
         exchange: how keys get to the devices whose queries see them. "halo": a device receives the
             keys that its windows reach. "all_to_all": it receives the whole sequence of its share
             of the heads; the number of devices must divide the query heads. "ring": all keys visit
-            all devices, for windows that lack a bound. None: "halo" for a window shorter than a
-            chunk; else "all_to_all" where possible and the axis lies within one host; else "halo"
-            for a window with both bounds, "ring" for others.
+            all devices, for windows that lack a bound. None: "all_to_all" without a window and
+            for a long one (docs/how_it_works.md has the rule), where possible and the axis lies
+            within one host; else "halo" for a window with both bounds, "ring" for others.
         implementation: "xla", "triton", "mosaic_gpu", "mosaic_gpu_nondeterministic", or None for
             the best deterministic one here.
 
@@ -192,9 +192,9 @@ def ring_sliding_window_attn_varlen(
         exchange: how keys get to the devices whose queries see them. "halo": a device receives the
             keys that its windows reach. "all_to_all": it receives the whole sequence of its share
             of the heads; the number of devices must divide the query heads. "ring": all keys visit
-            all devices, for windows that lack a bound. None: "halo" for a window shorter than a
-            chunk; else "all_to_all" where possible and the axis lies within one host; else "halo"
-            for a window with both bounds, "ring" for others.
+            all devices, for windows that lack a bound. None: "all_to_all" without a window and
+            for a long one (docs/how_it_works.md has the rule), where possible and the axis lies
+            within one host; else "halo" for a window with both bounds, "ring" for others.
         implementation: "xla", "triton", "mosaic_gpu", "mosaic_gpu_nondeterministic", or None for
             the best deterministic one here.
 
@@ -258,9 +258,9 @@ def ring_streaming_llm_attn_varlen(
         exchange: how keys get to the devices whose queries see them. "halo": a device receives the
             keys that its windows reach. "all_to_all": it receives the whole sequence of its share
             of the heads; the number of devices must divide the query heads. "ring": all keys visit
-            all devices, for windows that lack a bound. None: "halo" for a window shorter than a
-            chunk; else "all_to_all" where possible and the axis lies within one host; else "halo"
-            for a window with both bounds, "ring" for others.
+            all devices, for windows that lack a bound. None: "all_to_all" without a window and
+            for a long one (docs/how_it_works.md has the rule), where possible and the axis lies
+            within one host; else "halo" for a window with both bounds, "ring" for others.
         implementation: "xla", "triton", "mosaic_gpu", "mosaic_gpu_nondeterministic", or None for
             the best deterministic one here.
 

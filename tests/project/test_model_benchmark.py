@@ -14,6 +14,7 @@ from benchmarks._model_loss import mean_cross_entropy
 from benchmarks._model_profile import Kernel
 from benchmarks._model_sizes import MODELS, busiest_pairs, tiny
 from benchmarks._model_step import Training
+from benchmarks._ring_shapes import LONG_SHAPES
 
 
 def mesh(data, seq):
@@ -72,6 +73,9 @@ def test_pairs_of_the_busiest_device():
     window = MODELS["gpt-oss"].shape(0, 1, 4096)
     assert busiest_pairs(OURS, window, 4) == 1024 * 128
     assert busiest_pairs(ALL_GATHER, window, 4) == 1024 * 128 + 127 * 128 // 2
+    halo, heads = (LONG_SHAPES[name] for name in ("window-8k", "window-12k"))
+    assert busiest_pairs(OURS, halo, 4) == 16384 * 8192
+    assert busiest_pairs(OURS, heads, 4) == heads.pairs() / 4
 
 
 def test_exposed_collectives():

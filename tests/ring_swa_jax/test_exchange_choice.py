@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
@@ -54,6 +55,47 @@ def call(exchange, *, devices=4, window=None, heads=4, length=32, **options):
 )
 def test_none_takes(expected, settings):
     assert choose(**settings) == expected
+
+
+@pytest.mark.parametrize(
+    ("expected", "settings"),
+    [
+        ("halo", dict(window=11585)),  # 11585^2 = 2048 * 65536 - 5503
+        ("all_to_all", dict(window=11586)),
+        ("halo", dict(window=11586, heads=6)),
+        ("halo", dict(window=(8192, 8192))),  # 2 * 8192^2 = 2048 * 65536
+        ("all_to_all", dict(window=(8192, 8193))),
+        ("all_to_all", dict(window=(0, 11586))),
+        ("halo", dict(window=16383, chunk=32768)),  # the same window of a longer sequence
+        ("all_to_all", dict(window=16385, chunk=32768)),
+        ("halo", dict(devices=8, chunk=8192, window=8191)),
+        ("halo", dict(devices=2, chunk=32768, window=11585)),
+        ("all_to_all", dict(devices=2, chunk=32768, window=11586)),
+        # Each of two devices lacks as many keys: sharing them out saves nothing.
+        ("halo", dict(devices=2, chunk=32768, window=(16383, 16383))),
+        ("all_to_all", dict(devices=2, chunk=32768, window=(16383, 8000))),
+        ("all_to_all", dict(devices=2, chunk=32768, window=(8000, 16383))),
+    ],
+    ids=repr,
+)
+def test_none_weighs_a_window_below_a_chunk(expected, settings):
+    assert choose(**(dict(chunk=16384, heads=32) | settings)) == expected
+
+
+@pytest.mark.parametrize("devices", [2, 3, 4, 8])
+@pytest.mark.parametrize("window", [(24, 0), (0, 24), (24, 24), (20, 7), (7, 20)], ids=repr)
+def test_none_counts_the_keys_that_the_busiest_device_has_above_the_mean(
+    devices, window, monkeypatch
+):
+    """The formula, against a count of every query's keys."""
+    chunk, (left, right) = 32, window
+    i = np.arange(devices * chunk)
+    keys = np.minimum(i, left) + 1 + np.minimum(i[::-1], right)
+    saved = float(keys.reshape(devices, chunk).mean(1).max() - keys.mean())
+    rounding = (left + right) / (2 * i.size)  # L queries lack (L + 1) / 2 keys each in the mean
+    for cost, expected in ((saved, "halo"), (saved - 1.01 * rounding, "all_to_all")):
+        monkeypatch.setattr(_exchange, "COST_OF_HEADS", cost)
+        assert choose(devices=devices, chunk=chunk, heads=devices, window=window) == expected
 
 
 @pytest.mark.parametrize(
