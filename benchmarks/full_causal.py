@@ -193,7 +193,7 @@ def chart(path: Path) -> None:
     where, entries = document["machine"], document["rows"]
     found = {e["shape"]["name"]: {x["name"]: Found(**x) for x in e["rows"]} for e in entries}
     names = [n for n in FULL if n not in (OURS, ONE_GPU) and any(n in x for x in found.values())]
-    width = 0.8 / max(len(names), 1)
+    width, colors = 0.8 / max(len(names), 1), mpl.colormaps["tab20"]
     figure, axes = plt.subplots(2, 1, figsize=(15, 8), sharex=True, layout="constrained")
     for axis, kind in zip(axes, KINDS, strict=True):
         for n, name in enumerate(names):
@@ -202,7 +202,7 @@ def chart(path: Path) -> None:
                 ratio = rows[name].over(rows[OURS], kind) if name in rows else None
                 heights.append(ratio[1] if ratio else 0)
             places = [x + (n - (len(names) - 1) / 2) * width for x in range(len(found))]
-            axis.bar(places, heights, width, label=name, color=f"C{n}" if n < 10 else str(n / 20))
+            axis.bar(places, heights, width, label=name, color=colors(n))
         axis.axhline(1, color="black", linewidth=1)
         axis.set_ylabel(f"{TITLES[kind]}: time / ours")
         axis.grid(axis="y", alpha=0.3)
@@ -212,7 +212,8 @@ def chart(path: Path) -> None:
         "Above 1: slower than ours. No bar: no time, see the JSON.",
         fontsize="small",
     )
-    axes[0].legend(ncols=6, fontsize="x-small")
+    bars = axes[0].get_legend_handles_labels()
+    figure.legend(*bars, loc="outside lower center", ncols=9, fontsize="small")
     axes[1].set_xticks(range(len(found)), list(found), fontsize="small")
     figure.savefig(path.with_suffix(".png"), dpi=120)
     plt.close(figure)
