@@ -95,8 +95,8 @@ def prefers_all_to_all(window: Window, size: int, chunk: int) -> bool:
     ``R**2 / 2``. So the first and the last device have less work than those between them. An
     exchange of heads gives every device the mean: ``(L**2 + R**2) / (2 * S)`` keys a query less
     than the busiest device has. Of two devices each lacks keys, and the busier one has
-    ``abs(L**2 - R**2) / (2 * S)`` more than the mean. A window of a chunk or more, which takes
-    several hops, always goes by heads.
+    ``abs(L**2 - R**2) / (2 * S)`` more than the mean. Beyond a chunk a halo takes several hops, so
+    windows of a chunk or more always pass.
     """
     left, right = window.left or 0, window.right or 0
     if max(left, right) >= chunk:

@@ -1,12 +1,16 @@
-"""The figures of docs/performance.md and measuring.md are those of benchmarks/results/."""
+"""The figures of docs/performance.md, how_it_works.md and measuring.md: benchmarks/results/."""
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
 
+from benchmarks._results import path_in
+from benchmarks._ring_shapes import LONG_SHAPES
 from benchmarks._shapes import BOTH_SIDES, SHAPES, VARIED
+from benchmarks.full_causal import Found
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -18,11 +22,14 @@ def tables(page: str) -> list[str]:
     return re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
 
 
-PLAIN, DETERMINISTIC, VARIED_TABLE, BOTH_SIDES_TABLE, RING, SCALING, *_ = tables("performance.md")
+PLAIN, DETERMINISTIC, VARIED_TABLE, BOTH_SIDES_TABLE, *OVER_GPUS = tables("performance.md")
+RING, SCALING, FULL_FOUR, FULL_TWO, LONG_WINDOWS = OVER_GPUS
+_, CHOICE, FULL_EXCHANGES, _ = tables("how_it_works.md")
 *_, RING_H200 = tables("measuring.md")
 
 PEERS = ("mosaic_gpu", "triton", "fa3", "cudnn", "tokamax", "torch-flex")
 MODES = ("mosaic_gpu", "mosaic_gpu_nondeterministic", "fa3-deterministic", "fa3")
+PLAIN_HEADS = ("plain + our kernel", "plain + cuDNN", "plain + FA3")
 OTHERS = ("all-gather + ours", "all-gather + cuDNN", "all-to-all + cuDNN", "original (copied)")
 
 
@@ -95,6 +102,63 @@ def test_scaling():
         one = alone[point["kind"], point["window"]]
         two = f"{point['ring']:.3f}; {100 * point['efficiency']:.1f}%"
         assert row == [point["window"], f"{one:.3f}", two]
+
+
+def full_causal(devices: int) -> dict[str, dict[str, Found]]:
+    """{shape: {contender: its times}} of layers without a window and of long windows."""
+    machine = {"device": "NVIDIA H100 80GB HBM3", "devices": devices}
+    entries = json.loads(path_in(RESULTS, "full_causal", machine).read_text())["rows"]
+    return {x["shape"]["name"]: {row["name"]: Found(**row) for row in x["rows"]} for x in entries}
+
+
+def times_of(row: Found | None) -> str | None:
+    """Median milliseconds of both."""
+    if row is None or not row.both:
+        return None
+    return " / ".join(f"{1e3 * statistics.median(x):.2f}" for x in (row.forward, row.both))
+
+
+def ratios(row: Found, base: Found, *, factor: float = 1.0, digits: int = 2) -> str:
+    """Medians of the rounds' ratios, of both."""
+    medians = (row.over(base, kind)[1] for kind in ("forward", "both"))
+    return " / ".join(f"{factor * x:.{digits}f}" for x in medians)
+
+
+@pytest.mark.parametrize(("table", "devices"), [(FULL_FOUR, 4), (FULL_TWO, 2)])
+def test_without_a_window(table, devices):
+    found = {name: x for name, x in full_causal(devices).items() if not name.startswith("window")}
+    for row, times in zip(cells(table), found.values(), strict=True):
+        efficiency = ratios(times["one GPU"], times["ours"], factor=100 / devices, digits=1)
+        others = (times_of(times.get(name)) for name in (*PLAIN_HEADS, "plain + FA3, det."))
+        same(row, [f"{times_of(times['ours'])}; {efficiency}%", *others])
+
+
+def test_long_windows():
+    found = {n: full_causal(n) for n in (4, 2)}
+    rows = [
+        times
+        for of in found.values()
+        for name, times in of.items()
+        if name.startswith("window") and name != "window-64k"  # which sees all
+    ]
+    for row, times in zip(cells(LONG_WINDOWS), rows, strict=True):
+        same(row, [times_of(times[name]) for name in ("halo", "all_to_all", *PLAIN_HEADS)])
+    for row, name in zip(cells(CHOICE), ("8k", "12k", "16k", "32k"), strict=True):
+        shape = LONG_SHAPES[f"window-{name}"]
+        times = (found[n].get(shape.name) for n in (4, 2))
+        over = [x and ratios(x["all_to_all"], x["halo"]) for x in times]
+        same(row, [str(round(shape.window**2 / 2 / shape.length)), *over])
+
+
+def test_exchanges_without_a_window():
+    found = full_causal(4)
+    names = ("all_to_all, dual_chunk", "ring", "ring, dual_chunk", "plain + our kernel")
+    expected = [[times_of(found[shape]["ours"]) for shape in ("full-64k", "full-128k")]]
+    for name in names:
+        both = (found[shape] for shape in ("full-64k", "full-128k"))
+        expected.append([f"{times_of(x[name])}; {ratios(x[name], x['ours'])}" for x in both])
+    for row, values in zip(cells(FULL_EXCHANGES), expected, strict=True):
+        same(row, values)
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
