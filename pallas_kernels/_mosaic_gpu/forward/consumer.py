@@ -68,23 +68,25 @@ class Consumer:
         scheduler = self.config.scheduler
 
         def step(number, used):
-            tile = WorkTile.of_program(scheduler, self.refs, number)
-            self._tile(tile, number, used)
+            stage = lax.rem(number, jnp.int32(self.config.tiles.query_slots))
+            plgpu.barrier_wait(self.barriers["query"].at[stage])
+            numbers = self.smem["bounds"].at[stage, self.config.tiles.warpgroups]
+            tile = WorkTile.load(scheduler, numbers)
+            self._tile(tile, stage, used)
             return used + tile.num_key_tiles
 
         fori(0, scheduler.num_work_tiles(), step, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
-    def _tile(self, tile: WorkTile, number: Array, used: Array) -> None:
-        """A tile of queries; ``used`` counts the tiles of keys before its first one."""
+    def _tile(self, tile: WorkTile, stage: Array, used: Array) -> None:
+        """A tile of queries, which are in this stage; ``used`` counts earlier tiles of keys."""
         config = self.config
-        stage = lax.rem(number, jnp.int32(config.tiles.query_slots))
-        mask = TileMask(config, self.refs, tile, self.warpgroup)
+        starts = self.smem["bounds"].at[stage, self.warpgroup] if config.scheduler.packed else None
+        mask = TileMask(config, self.refs, tile, self.warpgroup, starts)
         queries = self.smem["query"].at[stage, self.warpgroup]
-        plgpu.barrier_wait(self.barriers["query"].at[stage])
         carry = self._initial()
-        if config.scheduler.sink_tile:
-            carry = fori(0, tile.num_sink_tiles, partial(self._sink_tile, queries, mask), carry)
+        if tile.sinks is not None:
+            carry = fori(0, tile.sinks.num, partial(self._sink_tile, queries, mask), carry)
 
         def visit(carry):
             row_max, row_sum, acc, weights = self._key_tiles(tile, queries, mask, used, carry)
@@ -213,7 +215,7 @@ class Consumer:
             return
         spec, (first_key, _) = self.config.spec, tile.key_range(n)
 
-        @pl.when(tile.has_padding & (first_key >= spec.first_key))
+        @pl.when((tile.has_padding > 0) & (first_key >= spec.first_key))
         def zero():
             values = self.smem["value"].at[stage]
             zero_values(self.refs, values, tile.batch_row, first_key, spec)
