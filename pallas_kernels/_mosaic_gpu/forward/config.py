@@ -58,13 +58,18 @@ class ForwardConfig:
         return next(width for width in (64, 48, 32, 16) if self.value_dim % width == 0)
 
     def smem(self) -> dict[str, Any]:
-        """Shared memory: tiles of queries, keys, values and sinks, and a warpgroup's results."""
+        """Shared memory: tiles of queries, keys, values and sinks, and a warpgroup's results.
+
+        Beside a tile of queries "bounds" has the starts of each warpgroup's rows, where documents
+        make them differ, and then the numbers of the `WorkTile`.
+        """
         tiles, consumers = self.tiles, self.tiles.warpgroups
         smem = {
             "query": swizzled((tiles.query_slots, consumers, ROWS, self.dim), self.dtype),
             "key": swizzled((tiles.slots, tiles.key, self.dim), self.dtype),
             "value": swizzled((tiles.slots, tiles.key, self.value_dim), self.dtype, tiles.key),
             "lse": plgpu.SMEM((consumers, ROWS), jnp.float32),
+            "bounds": plgpu.SMEM((tiles.query_slots, consumers + 1, ROWS), jnp.int32),
         }
         if not self.out_in_query_smem:
             smem["out"] = swizzled((consumers, ROWS, self.out_columns), self.out_dtype)
@@ -79,14 +84,14 @@ class ForwardConfig:
         """Barriers, one for each stage.
 
         TMA arrives at "query", "key", "value", "sinks" and "state" when a copy is over, and
-        consumers wait. Each consumer warpgroup arrives at a "..._free" barrier when it no longer
+        consumers wait; at "query" the producer arrives too, when it has stored a tile's numbers.
+        Each consumer warpgroup arrives at a "..._free" barrier when it no longer
         reads a stage, and the producer waits before it fills the stage again.
         """
         tiles, consumers = self.tiles, self.tiles.warpgroups
+        copies = consumers * (tiles.heads + self.scheduler.packed)
         barriers = {
-            "query": plgpu.Barrier(
-                num_arrivals=consumers * tiles.heads, num_barriers=tiles.query_slots
-            ),
+            "query": plgpu.Barrier(num_arrivals=copies + 1, num_barriers=tiles.query_slots),
             "query_free": plgpu.Barrier(num_arrivals=consumers, num_barriers=tiles.query_slots),
         }
         for name in ("key", "value"):

@@ -1,7 +1,7 @@
 """Zeroes the values of padding in shared memory, before the forward kernel multiplies by them.
 
-Masks give padding the weight 0, but its values may be NaN. Only tiles that hold padding are
-written; a tile of queries whose keys have none pays one comparison for each tile of keys.
+Masks give padding the weight 0, but its values may be NaN. Only tiles that may hold padding are
+written; tiles of queries whose keys have none have a loop without any of this.
 """
 
 from typing import Any
@@ -32,23 +32,27 @@ def padding_operands(
 ) -> dict[str, Int[Array, "B _"]]:
     """What the kernel reads of padding; arguments as those of `is_padding`.
 
-    "key_starts" are the rows' starts, for a tile more than there is. "padding_before" counts, for
-    each row and the end, the rows of padding before it.
+    "key_starts" are the rows' starts, for a tile more than there is. "padding" has the first row of
+    padding and the end of the last one.
     """
-    count = jnp.cumsum(is_padding(start, first_key), axis=1, dtype=jnp.int32)
+    length, padding = start.shape[1], is_padding(start, first_key)
+    row = jnp.arange(length, dtype=jnp.int32)[None]
+    first = jnp.where(padding, row, length).min(axis=1)
+    stop = jnp.where(padding, row + 1, 0).max(axis=1)
     # Rows behind the last one count as no padding: TMA fetches zeros for them.
     starts = jnp.pad(start, ((0, 0), (0, tiles.key)), constant_values=first_key)
-    return {"key_starts": starts, "padding_before": jnp.pad(count, ((0, 0), (1, 0)))}
+    return {"key_starts": starts, "padding": jnp.stack([first, stop], axis=1)}
 
 
 def has_padding(
     refs: dict[str, Any], batch_row: Int[Array, ""], begin: Int[Array, ""], count: Int[Array, ""]
 ) -> Bool[Array, ""]:
-    """Whether there is padding among so many rows of own keys, from the row ``begin`` on."""
-    before = refs["padding_before"]
-    length = jnp.int32(before.shape[1] - 1)
-    first, stop = jnp.minimum(begin, length), jnp.minimum(begin + count, length)
-    return before[batch_row, stop] > before[batch_row, first]
+    """Whether there may be padding among so many rows of own keys, from the row ``begin`` on.
+
+    Rows count as padding too where they are between padding.
+    """
+    first, stop = (refs["padding"][batch_row, n] for n in range(2))
+    return (begin < stop) & (begin + count > first)
 
 
 def zero_values(

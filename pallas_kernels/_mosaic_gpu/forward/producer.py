@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._mosaic_gpu.forward.config import ForwardConfig
+from pallas_kernels._mosaic_gpu.forward.tile_finder import TileFinder
 from pallas_kernels._mosaic_gpu.forward.work_tile import WorkTile
 from pallas_kernels._mosaic_gpu.primitives import fori
 
@@ -27,20 +28,21 @@ class Producer:
     def run(self) -> None:
         """All tiles of this program."""
         scheduler = self.config.scheduler
+        finder = TileFinder(scheduler, self.refs)
 
         def step(number, fetched):
-            tile = WorkTile.of_program(scheduler, self.refs, number)
+            tile = finder.of_program(number)
             self._queries(tile, number)
             keys, sinks = fetched
-            if scheduler.sink_tile:
+            if tile.sinks is not None:
                 self._sinks(tile, sinks)
-                sinks = sinks + tile.num_sink_tiles
+                sinks = sinks + tile.sinks.num
             return self._keys(tile, keys), sinks
 
         fori(0, scheduler.num_work_tiles(), step, (jnp.int32(0), jnp.int32(0)))
 
     def _queries(self, tile: WorkTile, number: Array) -> None:
-        """A tile of queries: for each consumer its positions of each head."""
+        """A tile of queries, its numbers, and where documents start for its rows."""
         tiles, positions = self.config.tiles, self.config.scheduler.positions_per_warpgroup
         stage = lax.rem(number, jnp.int32(tiles.query_slots))
 
@@ -48,13 +50,19 @@ class Producer:
         def wait():  # until all consumers have read the tile before it, or written its results
             plgpu.barrier_wait(self.barriers["query_free"].at[stage])
 
+        bounds, barrier = self.smem["bounds"].at[stage], self.barriers["query"].at[stage]
+        tile.store(bounds.at[tiles.warpgroups])
+        plgpu.barrier_arrive(barrier)
         for consumer in range(tiles.warpgroups):
+            if self.config.scheduler.packed:
+                starts = self.refs["start"].at[tile.batch_row, tile.row_group(consumer)]
+                plgpu.copy_gmem_to_smem(starts, bounds.at[consumer], barrier)
             for head in range(tiles.heads):
                 rows = pl.ds(tile.first_position(consumer), positions)
                 plgpu.copy_gmem_to_smem(
                     self.refs["query"].at[tile.batch_row, rows, tile.first_head + head],
                     self.smem["query"].at[stage, consumer, pl.ds(head * positions, positions)],
-                    self.barriers["query"].at[stage],
+                    barrier,
                 )
 
     def _keys(self, tile: WorkTile, fetched: Array) -> Array:
@@ -98,11 +106,12 @@ class Producer:
                 source = ref.at[tile.batch_row, keys, tile.kv_head]
                 plgpu.copy_gmem_to_smem(source, self.smem[name], self.barriers["sinks"])
 
-        begin = tile.own_sinks_begin_in_eights
+        assert tile.sinks is not None
+        begin, num_own = tile.sinks.own_begin_in_eights, tile.sinks.num_own
         own_run = self.refs["runs"][self.config.scheduler.own]
         own = partial(step, run=own_run, begin=begin, fetched=fetched)
-        fori(0, tile.num_own_sink_tiles, own, None)
+        fori(0, num_own, own, None)
         if self.config.has_fetched_sinks:
-            fetched = fetched + tile.num_own_sink_tiles
+            fetched = fetched + num_own
             others = partial(step, run=self.refs["sinks"], begin=jnp.int32(0), fetched=fetched)
-            fori(0, tile.num_sink_tiles - tile.num_own_sink_tiles, others, None)
+            fori(0, tile.sinks.num - num_own, others, None)

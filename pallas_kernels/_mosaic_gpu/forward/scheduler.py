@@ -1,6 +1,6 @@
 """Which tiles of queries each program of the forward kernel takes.
 
-`work_tile` says what such a tile is, and which keys it sees.
+`work_tile` says what such a tile is, and `tile_finder` which keys it sees.
 """
 
 from typing import Any
@@ -130,6 +130,16 @@ class TileScheduler:
             )  # fmt: skip
             keys += high - low + 1
         return jnp.argsort(-keys.reshape(-1), stable=True).astype(jnp.int32)
+
+    def row_group(self, query_tile: Array, warpgroup: int | Array) -> Array:
+        """Number of the positions that a warpgroup has, counted from the shard's first ones."""
+        first = self.rows[0] // self.positions_per_warpgroup
+        return first + query_tile * self.tiles.warpgroups + warpgroup
+
+    def first_position(self, query_tile: Array, warpgroup: int | Array) -> Array:
+        """Position of a warpgroup's first query, a multiple of 8."""
+        group = self.row_group(query_tile, warpgroup)
+        return group * (self.positions_per_warpgroup // 8) * 8
 
     def num_work_tiles(self) -> Array:
         """How many tiles this program takes."""

@@ -43,21 +43,32 @@ SLACK = 8.0
 
 
 class TileMask:
-    """Masks of the logits of a warpgroup's queries with tiles of keys."""
+    """Masks of the logits of a warpgroup's queries with tiles of keys.
+
+    Args:
+        config: static settings.
+        refs: arrays in global memory.
+        tile: of queries.
+        warpgroup: which of the consumers has the queries.
+        starts: of its rows, where documents make them differ.
+    """
 
     def __init__(
-        self, config: ForwardConfig, refs: dict[str, Any], tile: WorkTile, warpgroup: Array
+        self,
+        config: ForwardConfig,
+        refs: dict[str, Any],
+        tile: WorkTile,
+        warpgroup: Array,
+        starts: Any | None,
     ):
         self.config, self.tile = config, tile
         self.first_query = tile.first_position(warpgroup)
-        self.first_key_of_all = tile.first_key_of_all(warpgroup)
-        self.first_end = tile.first_end(warpgroup)
-        self.starts, self.ends = tile.start, None
-        if config.scheduler.packed:
-            row = tile.row_group(warpgroup)
-            self.starts = load_as(refs["start"].at[tile.batch_row, row], COLUMN)
-            if config.scheduler.has_ends_by_row:
-                self.ends = load_as(refs["end"].at[tile.batch_row, row], COLUMN)
+        self.first_key_of_all = first_key_of_all(tile, warpgroup, starts)
+        self.starts = tile.start if starts is None else load_as(starts, COLUMN)
+        self.first_end = self.ends = None
+        if config.scheduler.has_ends_by_row:
+            ends = refs["end"].at[tile.batch_row, tile.row_group(warpgroup)]
+            self.first_end, self.ends = ends[0], load_as(ends, COLUMN)
 
     def first(self, logits: Array) -> Array:
         """`window` of the tile of keys that comes first."""
@@ -149,6 +160,22 @@ class TileMask:
         packed = self.config.scheduler.packed
         start = broadcast_column(self.starts, size) if packed else self.starts
         return i + self.first_query, j + first_key, start
+
+
+def first_key_of_all(tile: WorkTile, warpgroup: int | Array, starts: Any | None) -> Array | None:
+    """First position that the windows of all queries of a warpgroup reach; None: any.
+
+    ``starts`` are those of the warpgroup's rows, where documents make them differ.
+    """
+    scheduler = tile.scheduler
+    low = None
+    if scheduler.spec.window is not None:
+        last = tile.first_position(warpgroup) + scheduler.positions_per_warpgroup
+        low = jnp.minimum(last, scheduler.rows[1]) - 1 - scheduler.spec.window
+    if starts is not None:
+        last_start = starts[ROWS - 1]
+        low = last_start if low is None else jnp.maximum(low, last_start)
+    return low
 
 
 class OnlineSoftmax:

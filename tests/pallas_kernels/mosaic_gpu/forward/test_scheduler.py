@@ -12,7 +12,8 @@ import pytest
 from pallas_kernels import _masks
 from pallas_kernels._kernels import ForwardInputs
 from pallas_kernels._mosaic_gpu.forward.scheduler import TileScheduler
-from pallas_kernels._mosaic_gpu.forward.work_tile import WorkTile
+from pallas_kernels._mosaic_gpu.forward.softmax import first_key_of_all
+from pallas_kernels._mosaic_gpu.forward.tile_finder import TileFinder
 from pallas_kernels._mosaic_gpu.primitives import ROWS
 from pallas_kernels._mosaic_gpu.tiles import SHARED_MEMORY, MosaicTiles, mosaic_tiles
 from pallas_kernels._spec import KeyRun, SinkRun, Spec
@@ -96,7 +97,10 @@ def visited(shard, scheduler, tile, consumer, i, start):
         count[:, j[exists] + before] += mask[:, exists]
         return mask
 
-    low = tile.first_key_of_all(consumer)
+    starts = None
+    if scheduler.packed:
+        starts = scheduler.operands["start"][int(tile.batch_row), int(tile.row_group(consumer))]
+    low = first_key_of_all(tile, consumer, starts)
     for n in range(int(tile.num_key_tiles)):
         first, stop = map(int, tile.key_range(n))
 
@@ -109,7 +113,7 @@ def visited(shard, scheduler, tile, consumer, i, start):
         mask = add(first, shard.tiles.key, seen)
         if tile.is_unmasked(int(tile.first_position(consumer)), low, n):
             assert mask.all()
-    for n in range(int(tile.num_sink_tiles) if scheduler.sink_tile else 0):
+    for n in range(0 if tile.sinks is None else int(tile.sinks.num)):
         first, stop, fetched = (x.item() for x in tile.sink_range(n))
 
         def sink_seen(i, j, stop=stop, fetched=fetched):
@@ -129,7 +133,7 @@ def test_every_pair_once(name):
     begin, end = scheduler.rows
     done = np.zeros((len(shard.starts()), end - begin, 8 // shard.tiles.heads), int)
     for index in range(scheduler.num_tiles):
-        tile = WorkTile(scheduler, scheduler.operands, jnp.int32(index))
+        tile = TileFinder(scheduler, scheduler.operands).find(jnp.int32(index))
         row, head = int(tile.batch_row), int(tile.head_tile)
         assert int(tile.first_head) == head * shard.tiles.heads
         for consumer in range(shard.tiles.warpgroups):
