@@ -31,7 +31,8 @@ def spec_of(shape: RingShape) -> Spec:
 def programs(shape: RingShape, devices: int, implementation: str | None):
     """(forward, forward and backward) of `inputs`, without and with the cotangent.
 
-    The gradients go to the queries, and the keys and values before the chunk, in it and behind it.
+    The gradients go to the queries, the keys and values as `inputs` has them, and the sinks. Keys
+    that are not there stand for their own gradients.
     """
     spec, halo, chunk = spec_of(shape), shape.halo(devices), shape.chunk(devices)
 
@@ -65,14 +66,20 @@ def programs(shape: RingShape, devices: int, implementation: str | None):
         inputs = BackwardInputs(query, runs, sinks, start, state.out, dout, state.lse, end)
         if spec.lookahead or kernels.prefers_fused_halo_backward(spec, inputs):
             joined = backward(inputs, None, chunk, query.dtype)
-            return state.out, (joined.dquery, joined.dkeys, joined.dsinks)
+            return state.out, (joined.dquery, like(arrays[1], joined.dkeys), joined.dsinks)
         halo_inputs = inputs._replace(runs=runs[:1], sinks=None)
         of_halo = backward(halo_inputs, None, halo, state.lse.dtype)
         of_own = backward(inputs._replace(runs=runs[1:]), of_halo.dquery, chunk, query.dtype)
-        dkeys = (*of_halo.dkeys, *of_own.dkeys)
+        dkeys = like(arrays[1], (*of_halo.dkeys, *of_own.dkeys))
         return state.out, (of_own.dquery, dkeys, of_own.dsinks)
 
     return forward, both
+
+
+def like(keys, dkeys):
+    """The gradients of the runs of some length, in the form of all runs."""
+    found = iter(jax.tree.leaves(dkeys))
+    return jax.tree.map(lambda x: next(found) if x.shape[1] else x, keys)
 
 
 def inputs(shape: RingShape, devices: int) -> Callable[..., tuple[Any, ...]]:

@@ -23,6 +23,7 @@ from benchmarks import (
     _model_report,
     _report,
     _ring_report,
+    _scaling_report,
     decoding,
     full_causal,
     lengths,
@@ -63,7 +64,7 @@ BENCHMARKS = {
     "small_plans": Benchmark(False),
     "full_causal": Benchmark(True, "--rows", tuple(LONG_SHAPES), full_causal.chart),
     "ring": Benchmark(True, "--shapes", tuple(ring.SHAPES), _ring_report.chart),
-    "scaling": Benchmark(True, "--rows", tuple(scaling.ROWS), scaling.chart),
+    "scaling": Benchmark(True, "--rows", tuple(scaling.ROWS), _scaling_report.chart),
     "model": Benchmark(True, chart=_model_report.chart),
 }
 """The most important first, of one GPU and of several."""

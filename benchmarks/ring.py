@@ -39,6 +39,21 @@ NAMES = (RING, ONE_RANK, *list(OVER_MESH)[1:])
 
 
 @dataclasses.dataclass(frozen=True)
+class Layer:
+    """A layer's forward pass, and with its backward pass, as functions to compile.
+
+    Attributes:
+        types: of the inputs of ``both``; ``forward`` takes all but the last, the cotangent.
+        inputs: makes them of the global arrays.
+    """
+
+    forward: Callable[..., Any]
+    both: Callable[..., Any]
+    types: tuple[Any, ...]
+    inputs: Callable[..., tuple[Any, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Built:
     """Compiled programs, and what makes their inputs of the global arrays."""
 
@@ -77,7 +92,7 @@ def arrays(shape: RingShape, mesh: Mesh) -> tuple[Any, ...]:
     return *made[:3], ends, made[3]
 
 
-def build_over_mesh(shape: RingShape, mesh: Mesh, name: str, implementation: str | None) -> Built:
+def layer_over_mesh(shape: RingShape, mesh: Mesh, name: str, implementation: str | None) -> Layer:
     """A contender that works on the devices' parts of the global arrays."""
     spec = P(None, AXIS)
     attend = jax.shard_map(
@@ -95,15 +110,10 @@ def build_over_mesh(shape: RingShape, mesh: Mesh, name: str, implementation: str
         out, pull = jax.vjp(from_arrays, query, key, value)
         return out, pull(dout)
 
-    types = specs(shape, mesh)
-    return Built(
-        jax.jit(attend).lower(*types[:-1]).compile(),
-        jax.jit(both).lower(*types).compile(),
-        lambda *inputs: inputs,
-    )
+    return Layer(attend, both, specs(shape, mesh), lambda *inputs: inputs)
 
 
-def build_one_rank(shape: RingShape, mesh: Mesh, implementation: str | None) -> Built:
+def layer_of_one_rank(shape: RingShape, mesh: Mesh, implementation: str | None) -> Layer:
     """The work of the busiest device, on the first one."""
     first = mesh.devices.flat[0]
     forward, both = _one_rank.programs(shape, mesh.size, implementation)
@@ -118,19 +128,25 @@ def build_one_rank(shape: RingShape, mesh: Mesh, implementation: str | None) -> 
         copies = jax.jit(cut, out_shardings=NamedSharding(mesh, P()))(*whole)
         return jax.tree.map(lambda x: x.addressable_data(0), copies)
 
-    return Built(
-        jax.jit(forward).lower(*types[:-1]).compile(),
-        jax.jit(both).lower(*types).compile(),
-        inputs,
-    )
+    return Layer(forward, both, types, inputs)
+
+
+def layer_of(shape: RingShape, mesh: Mesh, name: str, implementation: str | None) -> Layer:
+    """Of a contender, or one rank's."""
+    if name == ONE_RANK:
+        return layer_of_one_rank(shape, mesh, implementation)
+    return layer_over_mesh(shape, mesh, name, implementation)
 
 
 def build(shape: RingShape, mesh: Mesh, name: str, implementation: str | None) -> Built | str:
     """Compiled, or the reason why not."""
     try:
-        if name == ONE_RANK:
-            return build_one_rank(shape, mesh, implementation)
-        return build_over_mesh(shape, mesh, name, implementation)
+        layer = layer_of(shape, mesh, name, implementation)
+        return Built(
+            jax.jit(layer.forward).lower(*layer.types[:-1]).compile(),
+            jax.jit(layer.both).lower(*layer.types).compile(),
+            layer.inputs,
+        )
     except Exception as error:  # a peer may fail in any way; the table says how
         return reason_of(error)
 

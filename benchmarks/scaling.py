@@ -1,30 +1,39 @@
 """How the ring scales with the GPUs that are here: ``python -m benchmarks.scaling``.
 
-Weak scaling: 16384 tokens a GPU, over 2, 4, 8 and 16 of them, as far as they are there. Efficiency
-is the time of one GPU that does the work of the ring's busiest device, with the keys around it in
-its memory, over the ring's, the median of rounds. Strong scaling: as many tokens, cut over 1, 2 and
-so on, also with a window that reaches over several chunks where there are many, and without a
-window; the time of one GPU over that of so many, and over their number. Forward and backward in
-bfloat16; JSON and a chart.
+Weak scaling: 16384 tokens a GPU, over 2, 4, 8 and 16 of them, as far as they are there. One program
+has eight layers, as a training step is one program of many, and its time is divided by eight; the
+time of a program of one layer, which a call from Python starts anew on each GPU, stands beside it.
+Efficiency is the time of one GPU that does the work of the ring's busiest device, with the keys
+around it in its memory and as many layers a program, over the ring's, the median of rounds.
+Forward, and forward and backward.
+
+Strong scaling: as many tokens, cut over 1, 2 and so on, also with a window that reaches over
+several chunks where there are many, and without a window; programs of one layer, forward and
+backward. Efficiency is the time of one GPU over that of so many, and over their number.
+
+In bfloat16; JSON and a chart.
 """
 
 import argparse
 import dataclasses
-import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
 
+from benchmarks import _scaling_report, _stack
 from benchmarks._exchanges import AXIS
 from benchmarks._gpus import connect, hold, share_machine
-from benchmarks._results import RESULTS, path_in, write
-from benchmarks._ring_report import ONE_RANK, RING
+from benchmarks._results import RESULTS, path_in, read, write
+from benchmarks._ring_report import KINDS, ONE_RANK, RING
 from benchmarks._ring_shapes import LONG_SHAPES, RingShape
-from benchmarks._timing import in_turns, median_of, ratio_quartiles
+from benchmarks._scaling_report import Point, Program, efficiencies, figures
+from benchmarks._timing import in_turns
 from benchmarks.attention import machine, reason_of
-from benchmarks.ring import Built, arrays, build
+from benchmarks.ring import arrays, layer_of
 
 A_GPU, ALL_TOKENS = 16384, 131072
 LAYERS = {
@@ -43,21 +52,16 @@ ROWS = {f"weak-{name}": ("weak", shape) for name, shape in LAYERS.items()}
 ROWS |= {f"strong-{shape.name}": ("strong", shape) for shape in STRONG}
 
 
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """Milliseconds on so many devices, forward and backward; None and a reason if it did not run.
+Compiled = tuple[Any, Callable[..., tuple[Any, ...]]]
+"""A program, and what makes the inputs of its name of the global arrays."""
 
-    ``window`` is the name of the shape. ``one_rank`` is the yardstick of weak scaling, whose rounds
-    over the ring's have the quartiles ``quartiles``.
-    """
 
-    kind: str
-    window: str
-    devices: int
-    ring: float | None = None
-    one_rank: float | None = None
-    quartiles: tuple[float, float, float] | None = None
-    reason: str | None = None
+def programs_of(kind: str, layers: int) -> list[Program]:
+    """Of a kind of scaling; those of weak scaling have so many layers."""
+    if kind == "strong":
+        return [Program(RING, "both", 1)]
+    stacks = [Program(name, kind, layers) for name in (RING, ONE_RANK) for kind in KINDS]
+    return stacks + [Program(RING, kind, 1) for kind in KINDS]
 
 
 def mesh_of(devices: int) -> Mesh:
@@ -65,28 +69,54 @@ def mesh_of(devices: int) -> Mesh:
     return jax.make_mesh((devices,), (AXIS,), (AxisType.Auto,), devices=jax.devices()[:devices])
 
 
+def inputs_of(program: Program, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of a program, from those of a layer forward and backward; or their types."""
+    if program.kind == "forward":
+        return _stack.forward_inputs(inputs[:-1], program.layers)
+    return inputs
+
+
+def build(
+    program: Program, shape: RingShape, mesh: Mesh, implementation: str | None
+) -> Compiled | str:
+    """Compiled, or the reason why not."""
+    try:
+        layer = layer_of(shape, mesh, program.name, implementation)
+        if program.kind == "forward":
+            function = _stack.forward_of(layer.forward, program.layers)
+        else:
+            function = _stack.both_of(layer.both, program.layers)
+        types = inputs_of(program, layer.types)
+        return jax.jit(function).lower(*types).compile(), layer.inputs
+    except Exception as error:  # the other points go on
+        return reason_of(error)
+
+
 def measured(
-    point: Point, built: dict[str, Built | str], shape: RingShape, mesh: Mesh, seconds: float
+    point: Point,
+    built: dict[Program, Compiled | str],
+    shape: RingShape,
+    mesh: Mesh,
+    seconds: float,
 ) -> Point:
     """The point with its times, taken in turns, or with the reason why there are none."""
     try:
         if reasons := [x for x in built.values() if isinstance(x, str)]:
             raise RuntimeError(reasons[0])
+        compiled = {key: x for key, x in built.items() if not isinstance(x, str)}
         whole = arrays(shape, mesh)
+        makers = {key.name: make for key, (_, make) in compiled.items()}
+        inputs = {name: make(*whole) for name, make in makers.items()}
         programs = {
-            name: (x.both, x.inputs(*whole)) for name, x in built.items() if isinstance(x, Built)
+            key: (program, inputs_of(key, inputs[key.name]))
+            for key, (program, _) in compiled.items()
         }
-        times, raised = in_turns(programs, rounds=5, seconds=seconds)
+        times, raised = in_turns(programs, rounds=7, seconds=seconds)
         for error in raised.values():
             raise error
     except Exception as error:  # out of memory, say; the others go on
         return dataclasses.replace(point, reason=reason_of(error))
-    ring, one_rank = (
-        None if (time := median_of(times.get(name))) is None else 1e3 * time
-        for name in (RING, ONE_RANK)
-    )
-    quartiles = ratio_quartiles(times.get(ONE_RANK, []), times[RING])
-    return dataclasses.replace(point, ring=ring, one_rank=one_rank, quartiles=quartiles)
+    return dataclasses.replace(point, **figures(point.layers, times))
 
 
 def shorter(shape: RingShape, times: int) -> RingShape:
@@ -105,18 +135,17 @@ def measure(row: str, most: int, arguments: argparse.Namespace) -> list[Point]:
     """The points of a row: compiles all, waits for the GPUs, times."""
     kind, shape = ROWS[row]
     counts = [n for n in (1, 2, 4, 8, 16) if n <= most]
-    names = [RING]
-    if kind == "weak":
-        counts, names = counts[1:], [RING, ONE_RANK]
+    counts = counts[1:] if kind == "weak" else counts
     jobs = []
     for n in counts:
         whole = dataclasses.replace(shape, length=A_GPU * n) if kind == "weak" else shape
         jobs.append((shorter(whole, 128) if arguments.quick else whole, mesh_of(n)))
-    with ThreadPoolExecutor(len(jobs) * len(names)) as pool:
+    programs = programs_of(kind, 2 if arguments.quick else 8)
+    with ThreadPoolExecutor(len(jobs) * len(programs)) as pool:
         built = [
             {
-                name: pool.submit(build, whole, mesh, name, arguments.implementation)
-                for name in names
+                program: pool.submit(build, program, whole, mesh, arguments.implementation)
+                for program in programs
             }
             for whole, mesh in jobs
         ]
@@ -125,56 +154,14 @@ def measure(row: str, most: int, arguments: argparse.Namespace) -> list[Point]:
     hold(arguments.lock, range(most))
     return [
         measured(
-            Point(kind, shape.name, mesh.size),
-            {name: future.result() for name, future in futures.items()},
+            Point(kind, shape.name, mesh.size, programs[0].layers),
+            {program: future.result() for program, future in futures.items()},
             whole,
             mesh,
             0.001 if arguments.quick else 0.06,
         )
         for (whole, mesh), futures in zip(jobs, built, strict=True)
     ]
-
-
-def efficiency(point: Point, points: list[Point]) -> float | None:
-    """Of weak scaling beside one rank, of strong scaling beside one GPU."""
-    if point.ring is None:
-        return None
-    if point.kind == "weak":
-        return None if point.quartiles is None else point.quartiles[1]
-    alone = {x.window: x.ring for x in points if x.kind == "strong" and x.devices == 1}
-    time = alone.get(point.window)
-    return None if time is None else time / point.devices / point.ring
-
-
-def chart(path: Path) -> None:
-    """Efficiency over the number of GPUs, in a picture beside the JSON at ``path``."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    document = json.loads(path.read_text())
-    where, points = document["machine"], document["points"]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    titles = {"weak": f"weak: {A_GPU} tokens a GPU", "strong": "strong: as many tokens in all"}
-    for axis, (kind, title) in zip(axes, titles.items(), strict=True):
-        for window in dict.fromkeys(x["window"] for x in points if x["kind"] == kind):
-            found = [
-                (x["devices"], x["efficiency"])
-                for x in points
-                if (x["kind"], x["window"]) == (kind, window) and x["efficiency"]
-            ]
-            if found:
-                axis.plot(*zip(*found, strict=True), "o-", label=window)
-        axis.axhline(0.95, color="0.7", linewidth=0.8)
-        axis.set(title=title, xlabel="GPUs", ylim=(0, 1.1))
-        axis.set_xticks(sorted({x["devices"] for x in points}))
-        if axis.lines[:-1]:
-            axis.legend(fontsize="small", loc="lower left")
-    axes[0].set_ylabel("efficiency, forward + backward")
-    figure.suptitle(f"{where['device']}, jax {where['jax']}, bfloat16", fontsize="medium")
-    figure.savefig(path.with_suffix(".png"), dpi=120)
-    plt.close(figure)
 
 
 def main() -> None:
@@ -185,8 +172,12 @@ def main() -> None:
     parser.add_argument("--implementation", help="of ours; default: the best for the device")
     parser.add_argument("--quick", action="store_true", help="sequences a 128th as long: a trial")
     parser.add_argument("--output", type=Path, help="JSON to write; default: benchmarks/results/")
+    parser.add_argument("--table", type=Path, help="only print an earlier JSON as Markdown")
     parser.add_argument("--lock", type=Path, help="folder of locks, one for each GPU")
     arguments = parser.parse_args()
+    if arguments.table:
+        print("\n\n".join(_scaling_report.tables(read(arguments.table))))
+        return
     share_machine()
     jax.config.update("jax_num_cpu_devices", arguments.devices or 2)
     if jax.default_backend() == "cpu" and not arguments.quick:
@@ -199,11 +190,11 @@ def main() -> None:
     for row in arguments.rows:
         points = measure(row, devices, arguments)
         for point in points:
-            entries.append(dataclasses.asdict(point) | {"efficiency": efficiency(point, points)})
+            entries.append(dataclasses.asdict(point) | efficiencies(point, points))
             print({name: x for name, x in entries[-1].items() if x is not None}, flush=True)
         # After each, so that a run that is cut off leaves something.
         write(output, {"machine": where, "points": entries})
-    chart(output)
+    _scaling_report.chart(output)
     print(f"wrote {output} and its picture")
 
 

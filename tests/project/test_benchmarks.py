@@ -9,11 +9,12 @@ import jax
 import pytest
 from jax.sharding import AxisType
 
-from benchmarks import _processes, _results, lengths, ring
+from benchmarks import _processes, _results, _scaling_report, _stack, lengths, ring
 from benchmarks import all as every
 from benchmarks._ring_report import ONE_RANK, RING
 from benchmarks._ring_shapes import RingShape
 from benchmarks._timing import in_turns
+from tests.helpers.hlo import collectives
 from tests.helpers.processes import CPU, start, succeed
 
 MACHINE = {"device": "NVIDIA H100 80GB HBM3", "jax": "0.0"}
@@ -141,6 +142,54 @@ def test_one_rank_with_keys_on_both_sides(devices):
     assert list(ring.check(shape, mesh, built, inputs)) == []
 
 
+def test_a_stack_hands_results_on():
+    """Stand-ins: a layer's output and gradients are small integers."""
+
+    def both(query, keys, ends, dout):
+        key, value = keys
+        out = query + 2 * key
+        return out, (dout + 3 * value, (10 * key, value + out))
+
+    inputs = _stack.forward_inputs((1, 5, None), 3)
+    assert _stack.forward_of(lambda query, key, ends: query + 2 * key, 3)(*inputs) == 31
+    inputs = (1, (5, 7), None, 2)
+    # query, key, value, dout: 1, 5, 7, 2; 11, 50, 18, 23; 111, 500, 129, 77
+    assert _stack.both_of(both, 2)(*inputs) == (111, (500, 129), None, 77)
+
+
+@pytest.mark.parametrize("kind", ["forward", "both"])
+def test_a_stack_exchanges_keys_in_every_layer(kind):
+    shape = RingShape("stack", 32, 2, 1, 8, 5)
+    mesh = jax.make_mesh((2,), ("seq",), (AxisType.Auto,), devices=jax.devices()[:2])
+    layer = ring.layer_of(shape, mesh, RING, "xla")
+    counts = []
+    for layers in (1, 3):
+        if kind == "forward":
+            program = _stack.forward_of(layer.forward, layers)
+            types = _stack.forward_inputs(layer.types[:-1], layers)
+        else:
+            program, types = _stack.both_of(layer.both, layers), layer.types
+        found = collectives(jax.jit(program).lower(*types).compile().as_text())
+        counts.append(sum(x.kind == "collective-permute" for x in found))
+    assert counts[1] == 3 * counts[0] > 0
+
+
+def test_tables_of_scaling():
+    weak = {"kind": "weak", "window": "512+512", "devices": 4, "layers": 8, "reason": None}
+    weak |= {"ring_forward": 0.5, "ring": 2.0, "one_rank_forward": 0.45, "one_rank": 1.9}
+    weak |= {"alone_forward": 0.9, "alone": 2.5, "efficiency_forward": 0.9, "efficiency": 0.95}
+    failed = {"kind": "weak", "window": "127", "devices": 4, "ring": None, "reason": "no memory"}
+    strong = [
+        {"kind": "strong", "window": "127", "devices": 1, "ring": 3.0, "efficiency": 1.0},
+        {"kind": "strong", "window": "127", "devices": 4, "ring": 1.0, "efficiency": 0.75},
+    ]
+    points = [weak, failed, *strong]
+    of_weak, of_strong = _scaling_report.tables({"points": points})
+    row = "| (512, 512) | 4 | 0.450 / 1.900 | 0.500 / 2.000 | 90.0% / 95.0% | 0.900 / 2.500 |"
+    assert of_weak.splitlines()[2:] == [row]
+    assert of_strong.splitlines()[2:] == ["| 127 | 3.000 | 1.000; 75.0% |"]
+
+
 def written(tmp_path, module, *flags):
     """The JSON of a trial."""
     output = tmp_path / "found.json"
@@ -171,6 +220,11 @@ def test_scaling(tmp_path):
         ("strong", 2),
     }
     assert all(x["reason"] is None and x["efficiency"] > 0 for x in points)
+    for x in points:
+        if x["kind"] == "weak":
+            assert x["layers"] == 2 and x["efficiency_forward"] > 0
+            assert min(x["alone_forward"], x["one_rank_forward"], x["one_rank"]) > 0
+            assert x["ring_forward"] < x["ring"]
 
 
 @pytest.mark.slow
