@@ -1,5 +1,6 @@
-"""What the whole-model benchmark found: a table, JSON, a picture."""
+"""What the whole-model benchmark found: lines, JSON, a picture."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -75,34 +76,25 @@ def write(path: Path, where: Row, rows: list[Row], checks: Row, *, quick: bool) 
     _results.write(path, {"machine": where, "checks": checks, "rows": entries})
 
 
-def markdown(rows: list[Row]) -> str:
-    """A table for a page: a line a mesh and length, tokens a second, MFU and GiB by contender."""
-    names = list(CONTENDERS)
-    lines = [
-        f"| model | data x seq | batch x tokens | {' | '.join(names)} | allowed |",
-        "|---" * (len(names) + 4) + "|",
-    ]
-    groups: dict[tuple[Any, ...], dict[str, Row]] = {}
-    for row in rows:
-        job = job_of(row)
-        key = job.model, f"{job.data} x {job.seq}", f"{job.batch} x {job.length // 1024}k"
-        groups.setdefault(key, {})[job.contender] = row
-    for key, found in groups.items():
-        cells = [_cell(found.get(name)) for name in names]
-        ratios = (found[name].get("allowed_over_ours") for name in names[1:] if name in found)
-        allowed = ", ".join("-" if x is None else f"{x:.2f}" for x in ratios)
-        lines.append(f"| {' | '.join([*key, *cells, allowed])} |")
-    return "\n".join(lines)
+def merge(path: Path, later: Path) -> None:
+    """Adds what a later JSON has to the one at ``path``, and draws its picture anew.
+
+    A later row takes the place of one of the same step, unless it alone was not timed. Rows that
+    stay say of which day they are, if it is another.
+    """
+    old, new = _results.read(path), _results.read(later)
+    rows = {_step(row): {"date": old["machine"]["date"]} | row for row in old["rows"]}
+    for row in new["rows"]:
+        if "seconds" in row or "seconds" not in rows.get(_step(row), {}):
+            rows[_step(row)] = {"date": new["machine"]["date"]} | row
+    checks = old["checks"] | new["checks"]
+    write(path, new["machine"], list(rows.values()), checks, quick=False)
+    chart(path)
 
 
-def _cell(row: Row | None) -> str:
-    if row is None:
-        return "-"
-    memory = f"{row['memory']['all'] / GIB:.0f} GiB" if "memory" in row else row["reason"]
-    if "tokens_per_second" not in row:
-        return memory
-    ratio = f"; {row['seconds_over_ours']:.2f}" if "seconds_over_ours" in row else ""
-    return f"{row['tokens_per_second']:,.0f}, {100 * row['mfu']:.1f}%, {memory}{ratio}"
+def _step(row: Row) -> Job:
+    """What tells a row from others: all of its job but how it was measured."""
+    return dataclasses.replace(job_of(row), steps=0, profile=False)
 
 
 def chart(path: Path) -> None:

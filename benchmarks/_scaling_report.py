@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks import _markdown
 from benchmarks._results import Document
 from benchmarks._ring_report import ONE_RANK, RING
 from benchmarks._timing import median_of, ratio_quartiles
@@ -86,7 +87,7 @@ def tables(document: Document) -> list[str]:
         kind: [x for x in document["points"] if x["kind"] == kind and x["ring"] is not None]
         for kind in kinds
     }
-    return [make(points[kind]) for kind, make in kinds.items() if points[kind]]
+    return [table for kind, make in kinds.items() if (table := make(points[kind]))]
 
 
 def _weak(points: list[Entry]) -> str:
@@ -104,7 +105,7 @@ def _weak(points: list[Entry]) -> str:
         ]
         for x in sorted(points, key=lambda x: x["devices"])
     ]
-    return _markdown([*head, "the ring, one layer a program"] if alone else head, rows)
+    return _markdown.table([*head, "the ring, one layer a program"] if alone else head, rows)
 
 
 def _strong(points: list[Entry]) -> str:
@@ -120,7 +121,7 @@ def _strong(points: list[Entry]) -> str:
 
     head = ["window_size", *(f"{n} GPU{'s; efficiency' if n > 1 else ''}" for n in counts)]
     windows = dict.fromkeys(x["window"] for x in points)
-    return _markdown(head, [[_window(x), *(cell(x, n) for n in counts)] for x in windows])
+    return _markdown.table(head, [[_window(x), *(cell(x, n) for n in counts)] for x in windows])
 
 
 def _window(name: str) -> str:
@@ -131,11 +132,6 @@ def _pair(point: Entry, name: str, form: str) -> str:
     """Forward / forward and backward, as far as they are there."""
     found = [point.get(f"{name}_forward"), point.get(name)]
     return " / ".join(form.format(x) for x in found if x is not None) or "-"
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
-    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def chart(path: Path) -> None:

@@ -22,13 +22,13 @@ from typing import Any
 
 import jax
 
-from benchmarks import _model_profile, _model_report
+from benchmarks import _model_profile, _model_report, _model_tables
 from benchmarks._gpus import share_machine
 from benchmarks._model_contenders import CONTENDERS
 from benchmarks._model_jobs import Job, plan
 from benchmarks._model_run import DOES_NOT_FIT, FRACTION, in_this_process
 from benchmarks._model_sizes import MODELS
-from benchmarks._results import RESULTS, path_in
+from benchmarks._results import RESULTS, path_in, read
 from benchmarks.attention import machine
 
 
@@ -185,12 +185,22 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny models: a smoke test")
     parser.add_argument("--output", type=Path, help="JSON to write; default: benchmarks/results/")
     parser.add_argument("--table", type=Path, help="only print an earlier JSON as Markdown")
+    parser.add_argument(
+        "--merge",
+        nargs=2,
+        type=Path,
+        metavar=("JSON", "LATER"),
+        help="only add what a later JSON has to another one",
+    )
     parser.add_argument("--lock", type=Path, help="folder of locks, one for each GPU")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--gpus", type=int, nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.table:
-        print(_model_report.markdown(json.loads(arguments.table.read_text())["rows"]))
+        print("\n\n".join(_model_tables.tables(read(arguments.table)["rows"])))
+        return
+    if arguments.merge:
+        _model_report.merge(*arguments.merge)
         return
     # This process only counts the GPUs; the memory is for those that it starts.
     share_machine()

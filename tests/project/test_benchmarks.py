@@ -9,7 +9,16 @@ import jax
 import pytest
 from jax.sharding import AxisType
 
-from benchmarks import _processes, _results, _scaling_report, _stack, lengths, ring
+from benchmarks import (
+    _model_report,
+    _model_tables,
+    _processes,
+    _results,
+    _scaling_report,
+    _stack,
+    lengths,
+    ring,
+)
 from benchmarks import all as every
 from benchmarks._ring_report import ONE_RANK, RING
 from benchmarks._ring_shapes import RingShape
@@ -188,6 +197,56 @@ def test_tables_of_scaling():
     row = "| (512, 512) | 4 | 0.450 / 1.900 | 0.500 / 2.000 | 90.0% / 95.0% | 0.900 / 2.500 |"
     assert of_weak.splitlines()[2:] == [row]
     assert of_strong.splitlines()[2:] == ["| 127 | 3.000 | 1.000; 75.0% |"]
+
+
+def model_row(contender, length, seq=4, **found):
+    """One of the whole-model benchmark, of gpt-oss."""
+    job = {"model": "gpt-oss", "contender": contender, "data": 1, "seq": seq, "batch": 1}
+    return {"job": job | {"length": length * 1024}} | found
+
+
+def test_later_rows_of_models_take_the_place_of_earlier_ones(tmp_path):
+    memory = {"memory": {"all": 3 * 2**30}}
+    old = [
+        model_row("ours", 64, seconds=2.0, seconds_over_ours=1.0),
+        model_row("all-gather + cuDNN", 64, seconds=3.0, seconds_over_ours=1.5),
+        model_row("ours", 16, seq=1, seconds=1.0),
+        model_row("ours", 128, **memory),
+    ]
+    old[3]["job"]["steps"] = 0  # its program was only compiled
+    new = [
+        model_row("ours", 64, seconds=1.0, peak=2**30, **memory),
+        model_row("ours", 128, seconds=4.0, **memory),
+        model_row("ours", 16, seq=1, reason="its process ended with -9"),
+    ]
+    paths = [tmp_path / "old.json", tmp_path / "new.json"]
+    for path, rows, day, loss in zip(paths, (old, new), "12", (0.5, 0.7), strict=True):
+        machine = MACHINE | {"devices": 4, "date": f"2026-01-0{day}"}
+        checks = {"gpt-oss": {"ours": {"loss": loss}}}
+        _results.write(path, {"machine": machine, "checks": checks, "rows": rows})
+    _model_report.merge(*paths)
+    whole = _results.read(paths[0])
+    assert whole["machine"]["date"] == "2026-01-02" and paths[0].with_suffix(".png").exists()
+    assert whole["checks"]["gpt-oss"]["ours"]["loss"] == 0.7
+    found = [
+        (x["job"]["contender"], x["job"]["length"] // 1024, x["seconds"], x["date"][-2:])
+        for x in whole["rows"]
+    ]
+    assert found == [
+        ("ours", 64, 1.0, "02"),
+        ("all-gather + cuDNN", 64, 3.0, "01"),
+        ("ours", 16, 1.0, "01"),
+        ("ours", 128, 4.0, "02"),
+    ]
+    assert whole["rows"][1]["seconds_over_ours"] == 3.0
+    speed, utilisation, memory = (x.splitlines()[2:] for x in _model_tables.tables(whole["rows"]))
+    assert speed[0] == "| gpt-oss | 4 | 1 x 64k | **65,536** | 21,845; 3.00 | - | 1.30 |"
+    assert [x.split(" | ")[1:3] for x in speed[1:]] == [["4", "1 x 128k"], ["1", "1 x 16k"]]
+    of_four, of_one = (whole["rows"][n]["mfu"] for n in (0, 2))
+    ratio = f"{of_one:.1%}, {of_four:.1%}; {of_four / of_one:.2f}"
+    assert utilisation == [f"| gpt-oss | 4 | 1 x 64k | {ratio} | - | - |"]
+    assert memory == ["| gpt-oss | 4 | 1 x 64k | 1.0 | - | - |",
+                      "| gpt-oss | 4 | 1 x 128k | (3.0) | - | - |"]  # fmt: skip
 
 
 def written(tmp_path, module, *flags):

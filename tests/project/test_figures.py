@@ -1,4 +1,4 @@
-"""The figures of docs/performance.md, how_it_works.md and measuring.md: benchmarks/results/."""
+"""The figures of the docs and the README are those of benchmarks/results/."""
 
 import json
 import re
@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import _model_tables, _scaling_report
+from benchmarks._model_contenders import ALL_GATHER, ALL_TO_ALL, OURS
+from benchmarks._model_sizes import MODELS
 from benchmarks._results import path_in
 from benchmarks._ring_shapes import LONG_SHAPES
 from benchmarks._shapes import BOTH_SIDES, SHAPES, VARIED
@@ -22,8 +25,8 @@ def tables(page: str) -> list[str]:
     return re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
 
 
-PLAIN, DETERMINISTIC, VARIED_TABLE, BOTH_SIDES_TABLE, *OVER_GPUS = tables("performance.md")
-RING, SCALING, FULL_FOUR, FULL_TWO, LONG_WINDOWS = OVER_GPUS
+PLAIN, DETERMINISTIC, VARIED_TABLE, BOTH_SIDES_TABLE, RING, *_ = tables("performance.md")
+*_, FULL_FOUR, FULL_TWO, LONG_WINDOWS = tables("performance.md")
 _, CHOICE, FULL_EXCHANGES, _ = tables("how_it_works.md")
 *_, RING_H200 = tables("measuring.md")
 
@@ -92,16 +95,28 @@ def test_two_gpus(table, device):
     ring(table, f"ring-2x-nvidia-{device}.json")
 
 
-def test_scaling():
-    document = json.loads((RESULTS / "scaling-2x-nvidia-h100-80gb-hbm3.json").read_text())
-    alone = {
-        (x["kind"], x["window"]): x["ring"] for x in document["points"] if x["devices"] == 1
-    } | {("weak", x["window"]): x["one_rank"] for x in document["points"] if x["kind"] == "weak"}
-    points = [x for x in document["points"] if x["devices"] == 2]
-    for row, point in zip(cells(SCALING), points, strict=True):
-        one = alone[point["kind"], point["window"]]
-        two = f"{point['ring']:.3f}; {100 * point['efficiency']:.1f}%"
-        assert row == [point["window"], f"{one:.3f}", two]
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("scaling-*.json")), ids=lambda x: x.stem)
+def test_scaling(path):
+    found = _scaling_report.tables(json.loads(path.read_text()))
+    assert found and set(found) <= {table.rstrip() for table in tables("performance.md")}
+
+
+def test_whole_models():
+    rows = json.loads((RESULTS / "model-4x-nvidia-h100-80gb-hbm3.json").read_text())["rows"]
+    page = {table.rstrip() for table in tables("whole_models.md")}
+    assert len(found := _model_tables.tables(rows)) == 3
+    assert set(found) <= page
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    said = {}
+    for row in rows:
+        job = row["job"]
+        if (job["data"], job["seq"], job["batch"], job["length"]) == (1, 4, 1, 65536):
+            said[job["model"], job["contender"]] = row
+    for model in MODELS:
+        assert f"{said[model, OURS]['tokens_per_second']:,.0f}" in text
+    for name in (ALL_GATHER, ALL_TO_ALL):
+        *first, last = (f"{said[model, name]['seconds_over_ours']:.2f}" for model in MODELS)
+        assert f"{', '.join(first)} and {last} times" in text
 
 
 def full_causal(devices: int) -> dict[str, dict[str, Found]]:
