@@ -1,6 +1,10 @@
 """Eight CPU devices, the marker `gpu`, the compile gate's table, and fixtures that all share."""
 
+import os
 from collections import Counter
+
+# Tests on GPUs may run in several processes.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jaxtyping

@@ -1,7 +1,16 @@
-"""Prepares the selected tests' programs ahead, in threads: compiling is most of their time."""
+"""Prepares the selected tests' programs ahead, in threads: compiling is most of their time.
+
+Threads share Python's lock, which tracing and lowering hold. So where there are many programs,
+processes are faster (``pytest -n 12``); then each prepares a program when its test begins, and they
+take turns on the GPUs.
+"""
 
 import contextlib
+import fcntl
+import os
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 
@@ -23,6 +32,9 @@ def compiled_program(program, arguments):
 @contextlib.contextmanager
 def prepared(request, threads):
     """{job: future of job.prepare()} for the parameters `job` of the module's selected tests."""
+    if _is_one_of_several():
+        yield _OnDemand()
+        return
     jobs = {}
     for item in request.session.items:
         if item.module is request.module and hasattr(item, "callspec"):
@@ -30,3 +42,35 @@ def prepared(request, threads):
     with ThreadPoolExecutor(threads) as pool:
         yield {job: pool.submit(job.prepare) for job in jobs}
         pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def turn_on_gpus():
+    """Holds the GPUs of this machine while no other process of these tests does."""
+    if not _is_one_of_several():
+        yield
+        return
+    with Path(tempfile.gettempdir(), "ring_swa_jax_tests_on_gpus.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _is_one_of_several():
+    return "PYTEST_XDIST_WORKER" in os.environ
+
+
+class _OnDemand:
+    """Looks like what `prepared` yields, without any work ahead."""
+
+    def __getitem__(self, job):
+        return _Now(job)
+
+
+class _Now:
+    """Looks like a future."""
+
+    def __init__(self, job):
+        self.job = job
+
+    def result(self):
+        return self.job.prepare()

@@ -10,7 +10,7 @@ import pytest
 from tests.helpers.cases import Case
 from tests.helpers.exchanges import per_shard, whole_arrays
 from tests.helpers.oracle import Result
-from tests.helpers.pool import compiled, prepared
+from tests.helpers.pool import compiled, prepared, turn_on_gpus
 from tests.helpers.refusals import result_unless_refused
 from tests.helpers.routes import ROUTES, compare, documents_of
 
@@ -82,10 +82,12 @@ def test_gpus_equal_one_and_repeat_their_bits(job, programs):
     if prepared_job is None:
         return
     several, alone, arguments = prepared_job
-    first, second = (jax.device_get(tuple(several(*arguments))) for _ in range(2))
+    with turn_on_gpus():
+        first, second = (jax.device_get(tuple(several(*arguments))) for _ in range(2))
+        expected = jax.device_get(tuple(alone(*arguments)))
     assert all(
         (a is None and b is None) or np.array_equal(a, b)
         for a, b in zip(first, second, strict=True)
     )
-    expected = [None if x is None else np.asarray(x).astype(np.float64) for x in alone(*arguments)]
+    expected = [None if x is None else x.astype(np.float64) for x in expected]
     compare(Result(*first), Result(*expected), job.case.dtype, job)

@@ -1,7 +1,9 @@
 """Random calls on the GPUs that are here, beside the oracle, their kernels' outputs poisoned.
 
-A failure ends with a line that runs the case again. Other cases: ``GPU_RANDOM_SEEDS=1000:1060``;
-more time: ``GPU_RANDOM_SECONDS=900``. Cases that are not reached in time are skipped.
+To compile a case takes up to a minute of a core, so run this in many processes
+(`docs/contributing.md`). A failure ends with a line that runs the case again. Other cases:
+``GPU_RANDOM_SEEDS=1000:1060``; more time: ``GPU_RANDOM_SECONDS=900``. Cases that are not reached in
+time are skipped.
 """
 
 import os
@@ -11,7 +13,7 @@ import time
 import pytest
 
 from tests.helpers.poison import poisoned_outputs
-from tests.helpers.pool import prepared
+from tests.helpers.pool import prepared, turn_on_gpus
 from tests.helpers.random_decoding import random_decoding_job
 from tests.helpers.random_jobs import DIMS, compare_and_repeat, random_job
 from tests.helpers.refusals import must_refuse
@@ -51,7 +53,9 @@ def test_equals_the_oracle_and_repeats_its_bits(job, programs):
     if job.implementation and must_refuse(job.implementation, job.case.dtype):
         pytest.skip(f"{job.implementation} is not for this GPU or jax")
     try:
-        compare_and_repeat(job, futures[job].result())
+        prepared_job = futures[job].result()
+        with turn_on_gpus():
+            compare_and_repeat(job, prepared_job)
     except Exception as error:
         error.add_note(f"tests.helpers.random_jobs.check({job})")  # runs it again
         raise

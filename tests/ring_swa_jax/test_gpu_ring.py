@@ -14,7 +14,7 @@ import pytest
 
 from tests.helpers.cases import Case
 from tests.helpers.oracle import Result
-from tests.helpers.pool import compiled, prepared
+from tests.helpers.pool import compiled, prepared, turn_on_gpus
 from tests.helpers.processes import GPU, free_port, start, succeed
 from tests.helpers.refusals import result_unless_refused
 from tests.helpers.routes import ROUTES, compare, documents_of, over_mesh, route_of
@@ -101,8 +101,10 @@ def test_gpus_equal_one(job, programs):
     if prepared_job is None:
         return
     ring, alone, arguments = prepared_job
-    expected = [None if x is None else np.asarray(x).astype(np.float64) for x in alone(*arguments)]
-    compare(Result(*ring(*arguments)), Result(*expected), job.case.dtype, job)
+    with turn_on_gpus():
+        expected, result = jax.device_get((tuple(alone(*arguments)), tuple(ring(*arguments))))
+    expected = [None if x is None else x.astype(np.float64) for x in expected]
+    compare(Result(*result), Result(*expected), job.case.dtype, job)
 
 
 @pytest.fixture
