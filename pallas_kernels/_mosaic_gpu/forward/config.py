@@ -4,9 +4,11 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._mosaic_gpu.forward.scheduler import TileScheduler
+from pallas_kernels._mosaic_gpu.forward.work_tile import WorkTile
 from pallas_kernels._mosaic_gpu.primitives import ROWS, swizzled
 from pallas_kernels._mosaic_gpu.tiles import FOLD, MosaicTiles
 from pallas_kernels._spec import Spec
@@ -69,8 +71,9 @@ class ForwardConfig:
             "key": swizzled((tiles.slots, tiles.key, self.dim), self.dtype),
             "value": swizzled((tiles.slots, tiles.key, self.value_dim), self.dtype, tiles.key),
             "lse": plgpu.SMEM((consumers, ROWS), jnp.float32),
-            "bounds": plgpu.SMEM((tiles.query_slots, consumers + 1, ROWS), jnp.int32),
         }
+        rows = consumers + WorkTile.rows_of_numbers(self.scheduler)
+        smem["bounds"] = plgpu.SMEM((tiles.query_slots, rows, ROWS), jnp.int32)
         if not self.out_in_query_smem:
             smem["out"] = swizzled((consumers, ROWS, self.out_columns), self.out_dtype)
         if tiles.lazy_rescale:
@@ -79,6 +82,11 @@ class ForwardConfig:
             smem["sink_key"] = swizzled((size, self.dim), self.dtype)
             smem["sink_value"] = swizzled((size, self.value_dim), self.dtype, size)
         return smem
+
+    def numbers(self, bounds: Any, stage: Any) -> Any:
+        """Where in "bounds" the numbers of a stage's `WorkTile` are."""
+        rows = WorkTile.rows_of_numbers(self.scheduler)
+        return bounds.at[stage, pl.ds(self.tiles.warpgroups, rows)]
 
     def barriers(self) -> dict[str, Any]:
         """Barriers, one for each stage.

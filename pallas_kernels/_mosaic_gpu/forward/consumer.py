@@ -86,7 +86,7 @@ class Consumer:
         def step(number, used):
             stage = lax.rem(number, jnp.int32(self.config.tiles.query_slots))
             plgpu.barrier_wait(self.barriers["query"].at[stage])
-            numbers = self.smem["bounds"].at[stage, self.config.tiles.warpgroups]
+            numbers = self.config.numbers(self.smem["bounds"], stage)
             tile = WorkTile.load(scheduler, numbers)
             self._tile(tile, stage, used)
             return used + tile.num_key_tiles

@@ -50,13 +50,13 @@ class Producer:
         def wait():  # until all consumers have read the tile before it, or written its results
             plgpu.barrier_wait(self.barriers["query_free"].at[stage])
 
-        bounds, barrier = self.smem["bounds"].at[stage], self.barriers["query"].at[stage]
-        tile.store(bounds.at[tiles.warpgroups])
+        bounds, barrier = self.smem["bounds"], self.barriers["query"].at[stage]
+        tile.store(self.config.numbers(bounds, stage))
         plgpu.barrier_arrive(barrier)
         for consumer in range(tiles.warpgroups):
             if self.config.scheduler.packed:
                 starts = self.refs["start"].at[tile.batch_row, tile.row_group(consumer)]
-                plgpu.copy_gmem_to_smem(starts, bounds.at[consumer], barrier)
+                plgpu.copy_gmem_to_smem(starts, bounds.at[stage, consumer], barrier)
             for head in range(tiles.heads):
                 rows = pl.ds(tile.first_position(consumer), positions)
                 plgpu.copy_gmem_to_smem(

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental import pallas as pl
 
 from pallas_kernels._mosaic_gpu.forward.scheduler import TileScheduler
+from pallas_kernels._mosaic_gpu.primitives import ROWS
 from pallas_kernels._spec import plus
 
 
@@ -79,15 +81,21 @@ class WorkTile:
         return jax.tree.structure(tile)
 
     @classmethod
+    def rows_of_numbers(cls, scheduler: TileScheduler) -> int:
+        """Rows of `ROWS` numbers that `store` takes: one, but for many runs."""
+        return pl.cdiv(cls.structure(scheduler).num_leaves, ROWS)
+
+    @classmethod
     def load(cls, scheduler: TileScheduler, numbers: Any) -> "WorkTile":
         """The tile whose numbers `store` has left."""
         structure = cls.structure(scheduler)
-        return jax.tree.unflatten(structure, [numbers[n] for n in range(structure.num_leaves)])
+        found = [numbers[divmod(n, ROWS)] for n in range(structure.num_leaves)]
+        return jax.tree.unflatten(structure, found)
 
     def store(self, numbers: Any) -> None:
-        """Leaves the numbers in shared memory."""
+        """Leaves the numbers in shared memory, [rows, ROWS]."""
         for n, number in enumerate(jax.tree.leaves(self)):
-            numbers[n] = number
+            numbers[divmod(n, ROWS)] = number
 
     @property
     def first_head(self) -> Array:

@@ -5,6 +5,7 @@ The scheduler reads arrays as it reads refs, so its tiles are looked at one by o
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from pallas_kernels._kernels import ForwardInputs
 from pallas_kernels._mosaic_gpu.forward.scheduler import TileScheduler
 from pallas_kernels._mosaic_gpu.forward.softmax import first_key_of_all
 from pallas_kernels._mosaic_gpu.forward.tile_finder import TileFinder
+from pallas_kernels._mosaic_gpu.forward.work_tile import WorkTile
 from pallas_kernels._mosaic_gpu.primitives import ROWS
 from pallas_kernels._mosaic_gpu.tiles import SHARED_MEMORY, MosaicTiles, mosaic_tiles
 from pallas_kernels._spec import KeyRun, SinkRun, Spec
@@ -159,6 +161,27 @@ def test_every_pair_once(name):
                     visited(shard, scheduler, tile, consumer, i, start), expected
                 )
     assert (done == 1).all()
+
+
+@pytest.mark.parametrize(("runs", "rows"), [(2, 1), (40, 2)])
+def test_numbers_pass_through_shared_memory(runs, rows):
+    keys = jnp.zeros((2, 8, 1, 16), jnp.bfloat16)
+    inputs = ForwardInputs(
+        jnp.zeros((2, 64, 2, 16), jnp.bfloat16),
+        tuple(KeyRun(keys, keys, 64 - 8 * n) for n in range(runs)),
+        None,
+        None,
+        jnp.zeros((2, 64), jnp.int32),
+    )
+    spec = Spec(8 * runs, 0, 1.0, None, None)
+    scheduler = TileScheduler(spec, inputs, (0, 64), MosaicTiles(64, 2), 4)
+    tile = TileFinder(scheduler, scheduler.operands).find(jnp.int32(1))
+    assert WorkTile.rows_of_numbers(scheduler) == rows
+    numbers = np.full((rows, ROWS), -1)
+    tile.store(numbers)
+    loaded = WorkTile.load(scheduler, jnp.asarray(numbers, jnp.int32))
+    assert jax.tree.structure(loaded) == jax.tree.structure(tile)
+    assert list(map(int, jax.tree.leaves(loaded))) == list(map(int, jax.tree.leaves(tile)))
 
 
 @pytest.mark.parametrize("name", MODELS)
