@@ -33,7 +33,7 @@ class TileFinder:
 
     def of_program(self, number: Array) -> WorkTile:
         """The ``number``-th tile of the program that asks."""
-        return self.find(lax.axis_index("program") + number * self.scheduler.grid)
+        return self.find(self.scheduler.work_tile(number))
 
     def find(self, index: Array) -> WorkTile:
         """The tile that has this number in the launch."""

@@ -4,11 +4,13 @@ The scheduler reads arrays as it reads refs, so its tiles are looked at one by o
 """
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from pallas_kernels import _masks
 from pallas_kernels._kernels import ForwardInputs
@@ -161,6 +163,34 @@ def test_every_pair_once(name):
                     visited(shard, scheduler, tile, consumer, i, start), expected
                 )
     assert (done == 1).all()
+
+
+def tiles_of_programs(scheduler, monkeypatch):
+    """The numbers of the tiles of each program."""
+    found = []
+    for program in range(scheduler.grid):
+        monkeypatch.setattr(lax, "axis_index", lambda _, program=program: jnp.int32(program))
+        count = int(scheduler.num_work_tiles())
+        found.append([int(scheduler.work_tile(jnp.int32(n))) for n in range(count)])
+    return found
+
+
+@pytest.mark.parametrize("name", SHARDS)
+def test_programs_share_all_tiles(name, monkeypatch):
+    scheduler = schedule_of(SHARDS[name])
+    programs = tiles_of_programs(scheduler, monkeypatch)
+    assert sorted(itertools.chain(*programs)) == list(range(scheduler.num_tiles))
+
+
+def test_programs_have_equal_work(monkeypatch):
+    scheduler = schedule_of(Shard(1024, None, MosaicTiles(32, 2, heads=8)))
+    assert scheduler.has_less_and_less_work
+    finder = TileFinder(scheduler, scheduler.operands)
+    work = [
+        sum(int(finder.find(jnp.int32(index)).num_key_tiles) for index in tiles)
+        for tiles in tiles_of_programs(scheduler, monkeypatch)
+    ]
+    assert max(work) - min(work) <= 2
 
 
 @pytest.mark.parametrize(("runs", "rows"), [(2, 1), (40, 2)])
