@@ -24,6 +24,7 @@ from pallas_kernels._earlier_keys import attend_after_keys as attend_after_keys
 from pallas_kernels._halo import Halo as Halo
 from pallas_kernels._implementations import NAMES as IMPLEMENTATIONS
 from pallas_kernels._implementations import choose as choose
+from pallas_kernels._implementations import overlaps_messages as overlaps_messages
 from pallas_kernels._launches import attend_keys as attend_keys
 from pallas_kernels._launches import attend_keys_backward as attend_keys_backward
 from pallas_kernels._launches import sink_logits_gradient as sink_logits_gradient
@@ -61,6 +62,7 @@ __all__ = [
     "half_precision_dtype",
     "has_one_query_kernel",
     "interprets",
+    "overlaps_messages",
     "sink_logits_gradient",
     "vary_over",
     "varying_axes",

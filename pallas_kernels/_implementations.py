@@ -51,6 +51,19 @@ def choose(
     raise AssertionError("xla computes everything")
 
 
+def overlaps_messages(name: str) -> bool:
+    """Whether messages between devices may travel while launches of this implementation run.
+
+    Not beside plain JAX. There more launches and messages only make a program longer to compile.
+    """
+    return not is_plain_jax(kernels_of(name))
+
+
+def is_plain_jax(kernels: Kernels) -> bool:
+    """Whether a backend has no kernels of its own."""
+    return kernels is kernels_of("xla")
+
+
 def kernels_of(name: str) -> Kernels:
     """The backend of this name.
 

@@ -163,7 +163,7 @@ def launch_backward(
 
 
 def _differentiable(launch: Callable, kernels: Kernels) -> Callable:
-    return first_order(launch, has_forward_mode=_is_plain_jax(kernels))
+    return first_order(launch, has_forward_mode=_implementations.is_plain_jax(kernels))
 
 
 def _outside_fusions(kernels: Kernels, results: _Results) -> _Results:
@@ -173,10 +173,6 @@ def _outside_fusions(kernels: Kernels, results: _Results) -> _Results:
     stack. What an earlier launch has left in the result's other rows would be missing there, and
     what else reads the result would have a launch of its own.
     """
-    if _is_plain_jax(kernels):
+    if _implementations.is_plain_jax(kernels):
         return results
     return jax.tree.map(lax.optimization_barrier, results)
-
-
-def _is_plain_jax(kernels: Kernels) -> bool:
-    return kernels is _implementations.kernels_of("xla")

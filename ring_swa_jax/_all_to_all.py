@@ -7,15 +7,12 @@ device is even, there are two launches of half of the heads each. The inputs of 
 arrive during the first launch; the results of the first launch leave during the second one.
 """
 
-import dataclasses
-import math
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
@@ -26,10 +23,11 @@ from pallas_kernels import (
     attend_keys_backward,
     choose,
     delta_of,
+    overlaps_messages,
     sink_logits_gradient,
 )
-from ring_swa_jax._axis import SequenceAxis, after, same_varying
-from ring_swa_jax._layout import from_dual_order, to_dual_order
+from ring_swa_jax._axis import SequenceAxis, same_varying
+from ring_swa_jax._head_exchange import HeadExchange
 from ring_swa_jax._segments import whole_bounds
 
 MOST_LAUNCHES = 2
@@ -44,137 +42,6 @@ class _Share(NamedTuple):
     key: Float[Array, "B S k H"]
     value: Float[Array, "B S k Hv"]
     query: Float[Array, "B S n H"]
-
-
-@dataclasses.dataclass(frozen=True)
-class HeadExchange:
-    """Exchanges chunks of all heads for whole sequences of some heads, and back.
-
-    Attributes:
-        axis: mesh axis that cuts the sequence; its size P divides the N query heads.
-        layout: order of the tokens in the caller's arrays.
-        kv_heads: K, of which N is a multiple.
-        launches: number of launches into which each device divides its heads.
-    """
-
-    axis: SequenceAxis
-    layout: str
-    kv_heads: int
-    launches: int
-
-    @classmethod
-    def of_heads(
-        cls, axis: SequenceAxis, layout: str, kv_heads: int, most_launches: int
-    ) -> "HeadExchange":
-        """Launches: the largest divisor of ``most_launches`` that divides a device's kv heads."""
-        launches = math.gcd(math.lcm(kv_heads, axis.size) // axis.size, most_launches)
-        return cls(axis, layout, kv_heads, launches)
-
-    @property
-    def repeats(self) -> int:
-        """How often each key/value head is repeated, so that there are lcm(K, P) of them."""
-        return math.lcm(self.kv_heads, self.axis.size) // self.kv_heads
-
-    def pipeline(
-        self,
-        inputs: list[Array],
-        compute: Callable[[int, list[Array], Array], list[Array]],
-        start: Array,
-    ) -> list[Array]:
-        """Runs all launches; the exchange of one overlaps with the computation of another.
-
-        If several messages are sent at once, XLA overlaps only the last one with a kernel.
-
-        Args:
-            inputs: arrays [B, T, N, H] of this device's chunk, the largest one last.
-            compute: function of a launch's number, of the inputs of its heads [B, S, n, H] and of
-                ``start``. Returns arrays [B, S, n, H], the largest one last.
-            start: an array that only ``compute`` reads. `pipeline` makes this array depend on the
-                messages that are to travel during the launch.
-
-        Returns:
-            The results for this device's chunk, all heads of each, [B, T, N, H].
-        """
-        returned: list[list[Array]] = []
-        leaving: list[Array] = []
-        arrived, _ = self._fetch(inputs, 0, None)
-        for launch in range(self.launches):
-            here, begin = arrived, after(start, *leaving[-1:])
-            if launch + 1 < self.launches:
-                arrived, message = self._fetch(inputs, launch + 1, here[-1])
-                begin = after(begin, message)
-            leaving = [self._leaving(x) for x in compute(launch, here, begin)]
-            returned.append([self._returned(x) for x in leaving])
-        return [self._joined(parts) for parts in zip(*returned, strict=True)]
-
-    def sums_to_chunks(self, sums: list[Float[Array, "B n S"]]) -> Float[Array, "B N T"]:
-        """One number for each query and head, from those of all launches."""
-        x = jnp.stack(sums, axis=1)
-        x = to_dual_order(x, self.axis.size, 3) if self.layout == "dual_chunk" else x
-        chunks = jnp.moveaxis(x.reshape(*x.shape[:3], self.axis.size, -1), 3, 0)
-        x = jnp.moveaxis(self._exchange(chunks), 0, 1)
-        return x.reshape(x.shape[0], -1, x.shape[-1])
-
-    def sums_to_heads(self, *sums: Float[Array, "B N T"]) -> list[Float[Array, "sums B n S"]]:
-        """The inverse of `sums_to_chunks`, of several such numbers in one message."""
-        x = jnp.stack(sums)
-        x = x.reshape(*x.shape[:2], self.axis.size, self.launches, -1, x.shape[-1])
-        x = jnp.moveaxis(self._exchange(jnp.moveaxis(x, 2, 0)), 0, 4)
-        x = x.reshape(*x.shape[:4], -1)
-        x = from_dual_order(x, self.axis.size, 4) if self.layout == "dual_chunk" else x
-        return [x[:, :, launch] for launch in range(self.launches)]
-
-    def sum_of_parts(self, x: Float[Array, "B T R H"], dtype) -> Float[Array, "B T K H"]:
-        """The gradient of the keys from that of the repeated keys.
-
-        One sum adds the parts that several devices computed of a head, in the devices' order.
-        """
-        return x.reshape(*x.shape[:2], self.kv_heads, -1, x.shape[-1]).sum(3).astype(dtype)
-
-    def own_heads(self, x: Float[Array, "N"]) -> Float[Array, "launches n"]:
-        """This device's share of one number for each head."""
-        return x.reshape(self.axis.size, self.launches, -1)[self.axis.index()]
-
-    def among_all_heads(self, x: Float[Array, "launches n"]) -> Float[Array, "N"]:
-        """Zeros for the heads of other devices: the transpose of `own_heads`."""
-        devices = jnp.arange(self.axis.size, dtype=jnp.int32)[:, None, None]
-        return jnp.where(devices == self.axis.index(), x[None], 0).reshape(-1)
-
-    def _fetch(
-        self, inputs: list[Array], launch: int, before: Array | None
-    ) -> tuple[list[Array], Array]:
-        """The inputs of a launch's heads, received one after the other, and the last message."""
-        arrived: list[Array] = []
-        for x in inputs:
-            message = after(self._outgoing(x, launch), before)
-            before = self._arrived(message)
-            arrived.append(before)
-        return arrived, message
-
-    def _outgoing(self, x: Float[Array, "B T N H"], launch: int) -> Float[Array, "P B T n H"]:
-        batch, chunk, _, dim = x.shape
-        x = x.reshape(batch, chunk, self.axis.size, self.launches, -1, dim)
-        return jnp.moveaxis(x[:, :, :, launch], 2, 0)
-
-    def _arrived(self, outgoing: Float[Array, "P B T n H"]) -> Float[Array, "B S n H"]:
-        x = jnp.moveaxis(self._exchange(outgoing), 0, 1)
-        x = x.reshape(x.shape[0], -1, *x.shape[3:])
-        return from_dual_order(x, self.axis.size) if self.layout == "dual_chunk" else x
-
-    def _leaving(self, x: Float[Array, "B S n H"]) -> Float[Array, "P B T n H"]:
-        x = to_dual_order(x, self.axis.size) if self.layout == "dual_chunk" else x
-        return jnp.moveaxis(x.reshape(x.shape[0], self.axis.size, -1, *x.shape[2:]), 1, 0)
-
-    def _returned(self, leaving: Float[Array, "P B T n H"]) -> Float[Array, "B T P n H"]:
-        return jnp.moveaxis(self._exchange(leaving), 0, 2)
-
-    def _exchange(self, x: Array) -> Array:
-        """Sends row d to device d; row d of the result comes from device d."""
-        return lax.all_to_all(x, self.axis.name, split_axis=0, concat_axis=0, tiled=True)
-
-    def _joined(self, parts: Sequence[Float[Array, "B T P n H"]]) -> Float[Array, "B T N H"]:
-        x = jnp.stack(parts, axis=3)
-        return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
 def attend(
@@ -201,6 +68,8 @@ def attend(
     query = jnp.zeros((*whole, heads // share, dim), q.dtype)
     value = jnp.zeros((*whole, kv_share, v.shape[-1]), v.dtype)
     name = choose(implementation, spec, query, value)
+    if not overlaps_messages(name):
+        exchange = exchange.at_once()
     bounds = whole_bounds(axis, chunk, cu_seqlens, segment_ids, ends=spec.lookahead > 0)
     q, k, v, sink_logits, bounds = same_varying(axis, q, k, v, sink_logits, bounds)
     return attend_heads(spec, exchange, name, q, k, v, sink_logits, *bounds)
@@ -240,9 +109,9 @@ def attend_heads(
 def _attend_heads_fwd(spec, exchange, implementation, query, key, value, sink_logits, start, end):
     repeated = [jnp.repeat(x, exchange.repeats, axis=2) for x in (key, value)]
     learned = _learned(exchange, sink_logits)
-    shares, sums = [], []
+    shares = []
 
-    def compute(launch, arrived, start):
+    def compute(launch, arrived, _, start):
         share = _Share(*arrived)
         shares.append(share)
         keys = KeyRun(share.key, share.value, 0)
@@ -250,12 +119,10 @@ def _attend_heads_fwd(spec, exchange, implementation, query, key, value, sink_lo
             spec, implementation, share.query, keys, learned[launch], start, end, None, query.dtype
         )
         _, state = same_varying(exchange.axis, query, state)
-        sums.append(state.lse)
-        return [state.out]
+        return [state.out], [state.lse]
 
-    (out,) = exchange.pipeline([*repeated, query], compute, start)
-    out = checkpoint_name(out, "context")
-    lse = checkpoint_name(exchange.sums_to_chunks(sums), "context")
+    (out,), (lse,) = exchange.run([*repeated, query], [], compute, start)
+    out, lse = (checkpoint_name(x, "context") for x in (out, lse))
     return out, (shares, sink_logits, start, end, out, lse)
 
 
@@ -264,22 +131,21 @@ def _attend_heads_bwd(spec, exchange, implementation, residuals, dout):
     # Parts of a head's gradient keep the accumulator's precision until they are added.
     travel = lse.dtype if exchange.repeats > 1 else dout.dtype
     learned = _learned(exchange, sink_logits)
-    sums = exchange.sums_to_heads(lse, delta_of(out, dout, lse.dtype))
     dlearned: list[Any] = []
 
-    def compute(launch, arrived, start):
-        share, (dout,) = shares[launch], arrived
+    def compute(launch, arrived, sums, start):
+        share, (dout,), (lse, delta) = shares[launch], arrived, sums
         keys = KeyRun(share.key, share.value, 0)
-        lse, delta = sums[launch]
         dquery, *dkeys, delta = attend_keys_backward(
             spec, implementation, share.query, keys, start, end,
             lse, delta, dout, None, dout.dtype, travel,
         )  # fmt: skip
         if learned[launch] is not None:
             dlearned.append(sink_logits_gradient(learned[launch], lse, delta))
-        return [*dkeys, dquery]
+        return [*dkeys, dquery], []
 
-    *dkeys, dquery = exchange.pipeline([dout], compute, start)
+    sums = [lse, delta_of(out, dout, lse.dtype)]
+    (*dkeys, dquery), _ = exchange.run([dout], sums, compute, start)
     dkey, dvalue = (exchange.sum_of_parts(x, dout.dtype) for x in dkeys)
     dsink_logits = None
     if sink_logits is not None:
