@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import einops
 import jax.numpy as jnp
-from jax import Array
-from jaxtyping import Bool, Float
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
 
 from pallas_kernels._masks import is_real
 from pallas_kernels._spec import Ends, KeyRun, Spec, Starts
@@ -92,3 +92,19 @@ def heads_first(x: Float[Array, "B Q K G H"]) -> Float[Array, "B K GQ H"]:
 def rows_first(x: Float[Array, "B K GQ H"], groups: int) -> Float[Array, "B Q K G H"]:
     """The inverse of `heads_first`."""
     return einops.rearrange(x, "b k (g q) h -> b q k g h", g=groups)
+
+
+def take_rows(
+    x: Float[Array, "..."], begin: Int[Array, ""] | int, size: int, axis: int
+) -> Float[Array, "..."]:
+    """``size`` rows of an array, from a row on that is not negative."""
+    return lax.dynamic_slice_in_dim(x, begin, size, axis, allow_negative_indices=False)
+
+
+def put_rows(
+    x: Float[Array, "*whole"], new: Float[Array, "*part"], begin: Int[Array, ""] | int, axis: int
+) -> Float[Array, "*whole"]:
+    """An array with new rows from a row on that is not negative."""
+    starts = [0] * x.ndim
+    starts[axis] = begin
+    return lax.dynamic_update_slice(x, new, starts, allow_negative_indices=False)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels._kernels import BackwardInputs, Gradients
@@ -19,15 +19,17 @@ from pallas_kernels._xla.arrays import (
     group_rows,
     heads_first,
     joined,
+    put_rows,
     rows_first,
     split_by_runs,
+    take_rows,
     without_padding,
 )
 from pallas_kernels._xla.products import dot, scaled_logits
-from pallas_kernels._xla.tiles import KeyTile, TileLoop, by_rows
+from pallas_kernels._xla.tiles import KeyTile, QueryTile, TileLoop, by_rows
 
-# Gradients of a tile of queries, and of all keys and values of a run.
-_Sums = tuple[Float[Array, "B Q K G H"], Float[Array, "B run K H"], Float[Array, "B run K Hv"]]
+# Gradients of all queries, and of all keys and values of a run.
+_Sums = tuple[Float[Array, "B R K G H"], Float[Array, "B run K H"], Float[Array, "B run K Hv"]]
 
 
 # The jit is for eager calls, and for the passes of one program that are traced more than once.
@@ -80,43 +82,38 @@ def _gradients(
     query, dout = group(query, num_kv), group(dout, num_kv)
     lse, delta = group_rows(lse, num_kv), group_rows(delta, num_kv)
 
-    def query_tile(tile, carry):
-        dquery, dkey, dvalue, dsinks = carry
-        rows_of_query = tile.rows_of(query)
+    def query_tile(tile, sums):
         queries = _Queries(
-            heads_first(rows_of_query),
+            heads_first(tile.rows_of(query)),
             heads_first(tile.rows_of(dout)),
             tile.rows_of(lse, axis=3),
             tile.rows_of(delta, axis=3),
         )
-        step = partial(_add_gradients, spec, queries)
-        if initial_dquery is None:
-            new = full_like_varying(query, rows_of_query.shape, 0, dtype)
-        else:
-            new = tile.rows_of(dquery)
-        new, dkey, dvalue = loop.over_keys(tile, step, (new, dkey, dvalue))
+        step = partial(_add_gradients, spec, tile, queries)
+        dquery, dkey, dvalue, dsinks = sums
+        dquery, dkey, dvalue = loop.over_keys(tile, step, (dquery, dkey, dvalue))
         if sinks is not None:
-            new, *dsinks = step(loop.fetched_sinks(sinks, tile), (new, *dsinks))
+            dquery, *dsinks = step(loop.fetched_sinks(sinks, tile), (dquery, *dsinks))
             dsinks = SinkRun(*dsinks)
-        return tile.put(dquery, new), dkey, dvalue, dsinks
+        return dquery, dkey, dvalue, dsinks
 
     if initial_dquery is None:
         dquery = full_like_varying(query, (*query.shape[:1], rows, *query.shape[2:]), 0, dtype)
     else:
         dquery = group(initial_dquery, num_kv)
-    dsinks = None if sinks is None else SinkRun(*(_zeros(x, dtype) for x in sinks))
-    initial = (dquery, _zeros(key, dtype), _zeros(value, dtype), dsinks)
+    dsinks = None if sinks is None else SinkRun(*_zeros(sinks, dtype))
+    initial = (dquery, *_zeros((key, value), dtype), dsinks)
     dquery, dkey, dvalue, dsinks = loop.over_queries(query_tile, initial)
     return dquery.reshape(*dquery.shape[:2], -1, dquery.shape[-1]), dkey, dvalue, dsinks
 
 
-def _zeros(x: Float[Array, "..."], dtype) -> Float[Array, "..."]:
-    """Zeros that wait for x.
+def _zeros(arrays: tuple[Array, ...], dtype) -> list[Array]:
+    """Zeros like the arrays, which wait for the first one.
 
     Else those of all hops of a halo may be made, and kept, at the start of the program.
     """
-    zero = jnp.where(exists(x.reshape(-1)[0]), 0, 1)
-    return jnp.broadcast_to(zero.astype(dtype), x.shape)
+    zero = jnp.where(exists(arrays[0].reshape(-1)[0]), 0, 1).astype(dtype)
+    return [jnp.broadcast_to(zero, x.shape) for x in arrays]
 
 
 class _Queries(NamedTuple):
@@ -128,14 +125,16 @@ class _Queries(NamedTuple):
     delta: Float[Array, "B K G Q"]
 
 
-def _add_gradients(spec: Spec, queries: _Queries, keys: KeyTile, sums: _Sums) -> _Sums:
+def _add_gradients(
+    spec: Spec, tile: QueryTile, queries: _Queries, keys: KeyTile, sums: _Sums
+) -> _Sums:
     """Adds what flows through one pair of tiles."""
     dquery, dkey, dvalue = sums
     query, dout, lse, delta = queries
     groups, dtype = lse.shape[2], lse.dtype
     logits, dcap = scaled_logits(spec, query, keys.key, groups, dtype)
-    finite_lse = jnp.where(lse == -jnp.inf, 0, lse)[..., None]
-    weights = jnp.exp(jnp.where(keys.seen, logits - finite_lse, -jnp.inf))
+    # Where a query's log-sum-exp is -inf, it sees no key.
+    weights = jnp.exp(jnp.where(keys.seen, logits - lse[..., None], -jnp.inf))
     dweights = dot(spec, "bkqv,bskv->bkqs", dout, keys.value, dtype).reshape(logits.shape)
     dlogits = weights * (dweights - delta[..., None]) * spec.scale
     dlogits = dlogits if dcap is None else dlogits * dcap
@@ -146,14 +145,13 @@ def _add_gradients(spec: Spec, queries: _Queries, keys: KeyTile, sums: _Sums) ->
     dlogits, weights = matrix(dlogits, keys.key), matrix(weights, keys.value)
     dquery_part = dot(spec, "bkqs,bskh->bkqh", dlogits, keys.key, dtype)
     return (
-        dquery + rows_first(dquery_part, groups),
+        _add_rows(dquery, rows_first(dquery_part, groups), tile.begin),
         _add_rows(dkey, dot(spec, "bkqs,bkqh->bskh", dlogits, query, dtype), keys.begin),
         _add_rows(dvalue, dot(spec, "bkqs,bkqv->bskv", weights, dout, dtype), keys.begin),
     )
 
 
 def _add_rows(
-    total: Float[Array, "B S K H"], part: Float[Array, "B s K H"], begin: Int[Array, ""] | int
-) -> Float[Array, "B S K H"]:
-    rows = lax.dynamic_slice_in_dim(total, begin, part.shape[1], 1) + part
-    return lax.dynamic_update_slice_in_dim(total, rows, begin, 1)
+    total: Float[Array, "B S *heads"], part: Float[Array, "B s *heads"], begin: Int[Array, ""] | int
+) -> Float[Array, "B S *heads"]:
+    return put_rows(total, take_rows(total, begin, part.shape[1], 1) + part, begin, 1)

@@ -130,5 +130,5 @@ def _out_and_lse(sums: _Sums) -> tuple[Float[Array, "B Q K G Hv"], Float[Array, 
     acc, row_max, row_sum = sums
     has_keys = row_sum > 0
     row_sum = jnp.where(has_keys, row_sum, 1)
-    out = jnp.moveaxis(jnp.where(has_keys, 1 / row_sum, 0)[..., None] * acc, 3, 1)
+    out = jnp.moveaxis(acc / row_sum[..., None], 3, 1)  # 0 / 1 without keys
     return out, jnp.where(has_keys, row_max + jnp.log(row_sum), -jnp.inf)

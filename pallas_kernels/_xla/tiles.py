@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from pallas_kernels._masks import sees, sees_fetched_sink, sees_without_fetched_sinks
 from pallas_kernels._spec import KeyRun, SinkRun, Spec
-from pallas_kernels._tile_ranges import key_plan
+from pallas_kernels._tile_ranges import key_plan, key_span
 from pallas_kernels._tiles import Tiles
-from pallas_kernels._xla.arrays import Bounds
+from pallas_kernels._xla.arrays import Bounds, put_rows, take_rows
 
 MAX_WINDOW = 255
 """The longest window whose keys are one slice for each tile of queries.
@@ -35,30 +35,41 @@ class QueryTile(NamedTuple):
 
     Attributes:
         number: of the tile.
-        begin: of the slice.
-        positions: of its queries.
+        begin: position of its first query.
+        size: how many queries.
         bounds: of their sequences.
-        own: which of them are not the tile's before; None: all.
+        first_own: the first one that is not the tile's before; None: ``begin``.
     """
 
     number: Int[Array, ""] | int
     begin: Int[Array, ""] | int
-    positions: Int[Array, "Q"]
+    size: int
     bounds: Bounds
-    own: Bool[Array, "Q"] | None
+    first_own: Int[Array, ""] | None
+
+    @property
+    def positions(self) -> Int[Array, "Q"]:
+        """Positions of the queries, computed where they are used: a loop's body has no arrays then."""
+        return self.begin + jnp.arange(self.size, dtype=jnp.int32)
+
+    @property
+    def own(self) -> Bool[Array, "Q"] | None:
+        """Which queries are not the tile's before; None: all."""
+        return None if self.first_own is None else self.positions >= self.first_own
 
     def rows_of(self, x: Float[Array, "..."], axis: int = 1) -> Float[Array, "..."]:
         """The tile's rows of an array of all queries."""
-        return lax.dynamic_slice_in_dim(x, self.begin, self.positions.size, axis)
+        return take_rows(x, self.begin, self.size, axis)
 
     def put(
         self, x: Float[Array, "*whole"], new: Float[Array, "*tile"], axis: int = 1
     ) -> Float[Array, "*whole"]:
         """The array of all queries with new rows of this tile, where they are its own."""
-        if self.own is not None:
-            own = self.own.reshape(-1, *[1] * (x.ndim - axis - 1))
+        own = self.own
+        if own is not None:
+            own = own.reshape(-1, *[1] * (x.ndim - axis - 1))
             new = jnp.where(own, new, self.rows_of(x, axis))
-        return lax.dynamic_update_slice_in_dim(x, new, self.begin, axis)
+        return put_rows(x, new, self.begin, axis)
 
 
 class KeyTile(NamedTuple):
@@ -78,7 +89,7 @@ class TileLoop(NamedTuple):
         rows: half-open range of queries.
         bounds: of the queries' sequences; those of several rows only with one slice of keys.
         run: all keys but fetched sinks.
-        plan: the `key_plan`; None where the keys of a tile of queries are one slice.
+        plan: the `key_plan` where there are sinks, else None.
     """
 
     spec: Spec
@@ -91,7 +102,7 @@ class TileLoop(NamedTuple):
     def of(cls, spec: Spec, rows: tuple[int, int], bounds: Bounds, run: KeyRun) -> "TileLoop":
         """With its plan, where one is wanted."""
         loop = cls(spec, rows, bounds, run, None)
-        return loop if one_slice(spec) else loop._replace(plan=loop._key_plan())
+        return loop._replace(plan=loop._key_plan()) if loop.num_sinks else loop
 
     @property
     def query_rows(self) -> int:
@@ -125,24 +136,21 @@ class TileLoop(NamedTuple):
         divided = (end_row - first_row) % size == 0
         if not divided:
             begin = jnp.minimum(first, end_row - size)
-        positions = begin + jnp.arange(size, dtype=jnp.int32)
         bounds = self.bounds
         if bounds.packed:
-            rows = partial(lax.dynamic_slice_in_dim, start_index=begin, slice_size=size, axis=1)
-            bounds = Bounds(rows(bounds.start), None if bounds.end is None else rows(bounds.end))
-        return QueryTile(number, begin, positions, bounds, None if divided else positions >= first)
+            bounds = Bounds(*(None if x is None else take_rows(x, begin, size, 1) for x in bounds))
+        return QueryTile(number, begin, size, bounds, None if divided else first)
 
     def over_keys(self, tile: QueryTile, visit: Callable, carry: Any) -> Any:
         """Folds ``carry = visit(key tile, carry)`` over what a tile of queries sees of the run."""
-        if self.plan is None:
+        if one_slice(self.spec):
             return visit(self._window_of(tile), carry)
         length, size = self.run.key.shape[1], self.key_rows
-        sink_begin, sink_end, begin, _, _, stop = self.plan[tile.number]
-        skipped = begin - sink_end if self.num_sinks else 0
+        first, stop, after_sinks, skipped = self._key_tiles(tile)
 
         def body(index, carry):
             if self.num_sinks:
-                index = jnp.where(index < sink_end, index, index + skipped)
+                index = jnp.where(index < after_sinks, index, index + skipped)
             first_key = slice_begin = index * size
             if length % size:
                 slice_begin = jnp.minimum(first_key, length - size)
@@ -152,8 +160,31 @@ class TileLoop(NamedTuple):
                 keys = keys._replace(seen=keys.seen & is_new)
             return visit(keys, carry)
 
-        first = sink_begin if self.num_sinks else begin
-        return lax.fori_loop(first, stop - skipped, body, carry)
+        return lax.fori_loop(first, stop, body, carry)
+
+    def _key_tiles(self, tile: QueryTile) -> tuple[Array, Array, Array | int, Array | int]:
+        """The tiles of keys that a tile of queries visits.
+
+        Returns:
+            First index and the one behind the last; and from which index on how many tiles between
+            the sinks and the windows are skipped.
+        """
+        if self.num_sinks:
+            sink_begin, sink_end, begin, _, _, stop = self.plan[tile.number]
+            skipped = begin - sink_end
+            return sink_begin, stop - skipped, sink_end, skipped
+        start, end = tile.bounds
+        size = self.key_rows
+        low, high = key_span(
+            tile.begin,
+            tile.begin + tile.size - 1,
+            start[0, 0] if start.ndim else start,
+            self.spec.window,
+            offset=self.run.offset,
+            length=self.run.key.shape[1],
+            last_end=end[0, -1] if end is not None and end.ndim else end,
+        )
+        return lax.div(low, jnp.int32(size)), lax.div(high + size, jnp.int32(size)), 0, 0
 
     def _key_plan(self) -> Int[Array, "tiles 6"]:
         plan = key_plan(
@@ -192,10 +223,10 @@ class TileLoop(NamedTuple):
             start,
             spec.window,
             self.num_sinks,
-            packed=tile.bounds.packed or joined or self.plan is None,
+            packed=tile.bounds.packed or joined or one_slice(spec),
             end=end,
         )
-        key, value = (lax.dynamic_slice_in_dim(x, begin, size, 1) for x in (run.key, run.value))
+        key, value = (take_rows(x, begin, size, 1) for x in (run.key, run.value))
         return KeyTile(key, value, _of_heads(seen, tile), begin)
 
     def fetched_sinks(self, sinks: SinkRun, tile: QueryTile) -> KeyTile:
@@ -240,6 +271,7 @@ def by_rows(spec: Spec, compute: Callable, bounds: Bounds, *arrays: Any) -> Any:
 
 def _of_heads(seen: Shaped[Array, "..."], tile: QueryTile) -> Bool[Array, "#B 1 1 Q S"]:
     """A mask of queries and keys that all heads share, without rows that other tiles have."""
-    if tile.own is not None:
-        seen = seen & tile.own[:, None]
+    own = tile.own
+    if own is not None:
+        seen = seen & own[:, None]
     return seen.reshape(-1, 1, 1, *seen.shape[-2:])
