@@ -19,6 +19,7 @@ from benchmarks._ring_shapes import RingShape
 from ring_swa_jax import _all_to_all
 from ring_swa_jax._attend_chunk import attend_chunk
 from ring_swa_jax._axis import SequenceAxis, same_varying
+from ring_swa_jax._head_exchange import HeadExchange
 from ring_swa_jax._segments import whole_bounds
 
 OURS, ONE_GPU = "ours", "one GPU"
@@ -46,7 +47,7 @@ def _launches(most: int) -> Build:
 
     def build(shape: RingShape, devices: int, implementation: str | None) -> Attend:
         spec, axis = spec_of(shape), SequenceAxis(AXIS, devices)
-        exchange = _all_to_all.HeadExchange.of_heads(axis, "contiguous", shape.kv_heads, most)
+        exchange = HeadExchange.of_heads(axis, "contiguous", shape.kv_heads, most)
         if exchange.launches != most:
             raise NotImplementedError(f"{shape.kv_heads} key/value heads over {devices} devices")
 

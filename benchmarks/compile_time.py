@@ -2,7 +2,7 @@
 
 Of one layer and of four unrolled ones, float32, their sequence cut over four CPU devices, ours
 beside `jax.nn.dot_product_attention`, which XLA distributes. Each figure is the median of fresh
-processes, and counts the CPU time of all threads.
+processes, in which the contenders take turns, and counts the CPU time of all threads.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 
 from ring_swa_jax import ring_attention
 
-DEVICES, LENGTH, WINDOWS = 4, 4096, (255, None)
+DEVICES, LENGTH, WINDOWS = 4, 4096, (255, 1023, None)
 HEADS, KV_HEADS, DIM, FEATURES = 8, 2, 32, 256
 STEPS = ("trace", "lower", "compile")
 
@@ -73,18 +73,31 @@ def seconds_of(name: str, window: int | None, layers: int) -> dict[str, float]:
     return dict(zip(STEPS, (b - a for a, b in itertools.pairwise(marks)), strict=True))
 
 
-def medians(name: str, window: int | None, layers: int, repeats: int) -> dict[str, Any]:
-    """Median CPU seconds of processes that each measure once."""
+def in_own_process(name: str, window: int | None, layers: int) -> dict[str, float]:
+    """`seconds_of` in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.compile_time"]
     command += ["--only", name, json.dumps(window), str(layers)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    found = [
-        json.loads(subprocess.run(command, capture_output=True, check=True, env=environment).stdout)
-        for _ in range(repeats)
+    done = subprocess.run(command, capture_output=True, check=True, env=environment)
+    return json.loads(done.stdout)
+
+
+def rows_of(window: int | None, layers: int, repeats: int) -> list[dict[str, Any]]:
+    """Median CPU seconds of each contender, and the median of its ratios to dense, turn by turn."""
+    turns = [
+        {name: in_own_process(name, window, layers) for name in CONTENDERS} for _ in range(repeats)
     ]
-    row = {step: round(statistics.median(each[step] for each in found), 2) for step in STEPS}
-    total = round(statistics.median(sum(each.values()) for each in found), 2)
-    return {"name": name, "window": window, "layers": layers, **row, "total": total}
+    rows = []
+    for name in CONTENDERS:
+        totals = [sum(turn[name].values()) for turn in turns]
+        ratios = [x / sum(turn["dense"].values()) for x, turn in zip(totals, turns, strict=True)]
+        row = {
+            step: round(statistics.median(turn[name][step] for turn in turns), 2) for step in STEPS
+        }
+        row |= {"total": round(statistics.median(totals), 2)}
+        row |= {"times_dense": round(statistics.median(ratios), 2)}
+        rows.append({"name": name, "window": window, "layers": layers, **row})
+    return rows
 
 
 def main() -> None:
@@ -102,9 +115,10 @@ def main() -> None:
         print(json.dumps(seconds_of(name, json.loads(window), int(layers))))
         return
     rows = []
-    for window, layers, name in itertools.product(WINDOWS, arguments.layers, CONTENDERS):
-        rows.append(medians(name, window, layers, arguments.repeats))
-        print(*(f"{key} {value}" for key, value in rows[-1].items()), sep=", ", flush=True)
+    for window, layers in itertools.product(WINDOWS, arguments.layers):
+        for row in rows_of(window, layers, arguments.repeats):
+            rows.append(row)
+            print(*(f"{key} {value}" for key, value in row.items()), sep=", ", flush=True)
     machine = {
         "device": f"{os.cpu_count()} cores of {platform.machine()}",
         "jax": jax.__version__,

@@ -3,8 +3,8 @@
 Before, a device has one chunk of all heads. It sends each other device that device's heads, and
 receives the other chunks of its own heads. It attends, and sends the results back
 (DeepSpeed-Ulysses, arXiv:2309.14509). Without a window, where the number of key/value heads on a
-device is even, there are two launches of half of the heads each. The inputs of the second launch
-arrive during the first launch; the results of the first launch leave during the second one.
+device is even, kernels of GPUs have two launches of half of the heads each. The inputs of the
+second launch arrive during the first launch; the results of the first one leave during the second.
 """
 
 from functools import partial
@@ -31,9 +31,9 @@ from ring_swa_jax._head_exchange import HeadExchange
 from ring_swa_jax._segments import whole_bounds
 
 MOST_LAUNCHES = 2
-"""Most launches without a window. With a window there is one, because the forward kernel for Hopper
-takes every multiprocessor from its beginning: with an exchange at the same time, two launches took
-15 to 22% longer than one on four H100 (65536 tokens, windows of 8191 to 32767)."""
+"""Most launches of kernels without a window. With a window there is one, because the forward kernel
+for Hopper takes every multiprocessor from its beginning: with an exchange at the same time, two
+launches took 15 to 22% longer than one on four H100 (65536 tokens, windows of 8191 to 32767)."""
 
 
 class _Share(NamedTuple):
@@ -68,7 +68,7 @@ def attend(
     query = jnp.zeros((*whole, heads // share, dim), q.dtype)
     value = jnp.zeros((*whole, kv_share, v.shape[-1]), v.dtype)
     name = choose(implementation, spec, query, value)
-    if not overlaps_messages(name):
+    if not overlaps_messages(name):  # it attends any shapes, so also those of one launch
         exchange = exchange.at_once()
     bounds = whole_bounds(axis, chunk, cu_seqlens, segment_ids, ends=spec.lookahead > 0)
     q, k, v, sink_logits, bounds = same_varying(axis, q, k, v, sink_logits, bounds)

@@ -1,8 +1,6 @@
 """Chunks of all heads for whole sequences of some heads, and back: the messages of "all_to_all".
 
-`HeadExchange` is for kernels, beside which messages travel. `ExchangeAtOnce` is for plain JAX, where
-nothing overlaps: one launch, and as few messages as there are dtypes. On a CPU XLA compiles a
-message as a copy for each device and one that joins what arrives.
+`HeadExchange` is for kernels, which run while messages travel; `ExchangeAtOnce` is for plain JAX.
 """
 
 import dataclasses
@@ -163,7 +161,11 @@ class HeadExchange:
 
 
 class ExchangeAtOnce(HeadExchange):
-    """The same exchange around one launch: all arrays of a dtype travel in one message."""
+    """The same exchange around one launch, with one message for all arrays of a dtype.
+
+    On a CPU XLA compiles a message as a copy for each device and one that joins what arrives. So
+    programs with fewer messages compile faster, and beside plain JAX none would overlap.
+    """
 
     def run(
         self, inputs: list[Array], sums: list[Array], compute: Compute, start: Array
@@ -179,8 +181,8 @@ class ExchangeAtOnce(HeadExchange):
 
 
 def _in_messages(
-    parts: list[Float[Array, "P B T n _"]], send: Callable[[Array], Array]
-) -> list[Float[Array, "B _ heads _"]]:
+    parts: list[Float[Array, "P B T _ _"]], send: Callable[[Array], Array]
+) -> list[Float[Array, "B _ _ _"]]:
     """What is received of several arrays, those of a dtype in one message."""
     received = {}
     for dtype in dict.fromkeys(x.dtype for x in parts):

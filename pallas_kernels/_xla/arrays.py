@@ -5,7 +5,7 @@ from typing import NamedTuple
 import einops
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from pallas_kernels._masks import is_real
 from pallas_kernels._spec import Ends, KeyRun, Spec, Starts
@@ -95,16 +95,16 @@ def rows_first(x: Float[Array, "B K GQ H"], groups: int) -> Float[Array, "B Q K 
 
 
 def take_rows(
-    x: Float[Array, "..."], begin: Int[Array, ""] | int, size: int, axis: int
-) -> Float[Array, "..."]:
+    x: Shaped[Array, "..."], begin: Int[Array, ""] | int, size: int, axis: int
+) -> Shaped[Array, "..."]:
     """``size`` rows of an array, from a row on that is not negative."""
     return lax.dynamic_slice_in_dim(x, begin, size, axis, allow_negative_indices=False)
 
 
 def put_rows(
-    x: Float[Array, "*whole"], new: Float[Array, "*part"], begin: Int[Array, ""] | int, axis: int
-) -> Float[Array, "*whole"]:
+    x: Shaped[Array, "*whole"], new: Shaped[Array, "*part"], begin: Int[Array, ""] | int, axis: int
+) -> Shaped[Array, "*whole"]:
     """An array with new rows from a row on that is not negative."""
-    starts = [0] * x.ndim
+    starts: list[Array | int] = [0] * x.ndim
     starts[axis] = begin
     return lax.dynamic_update_slice(x, new, starts, allow_negative_indices=False)

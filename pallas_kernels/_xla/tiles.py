@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from pallas_kernels._masks import sees, sees_fetched_sink, sees_without_fetched_sinks
 from pallas_kernels._spec import KeyRun, SinkRun, Spec
+from pallas_kernels._tile_positions import tiles_of
 from pallas_kernels._tile_ranges import key_plan, key_span
 from pallas_kernels._tiles import Tiles
 from pallas_kernels._xla.arrays import Bounds, put_rows, take_rows
@@ -35,39 +36,28 @@ class QueryTile(NamedTuple):
 
     Attributes:
         number: of the tile.
-        begin: position of its first query.
-        size: how many queries.
+        begin: of the slice.
+        positions: of its queries.
         bounds: of their sequences.
-        first_own: the first one that is not the tile's before; None: ``begin``.
+        own: which of them are not the tile's before; None: all.
     """
 
     number: Int[Array, ""] | int
     begin: Int[Array, ""] | int
-    size: int
+    positions: Int[Array, "Q"]
     bounds: Bounds
-    first_own: Int[Array, ""] | None
-
-    @property
-    def positions(self) -> Int[Array, "Q"]:
-        """Positions of the queries, computed where they are used: a loop's body has no arrays then."""
-        return self.begin + jnp.arange(self.size, dtype=jnp.int32)
-
-    @property
-    def own(self) -> Bool[Array, "Q"] | None:
-        """Which queries are not the tile's before; None: all."""
-        return None if self.first_own is None else self.positions >= self.first_own
+    own: Bool[Array, "Q"] | None
 
     def rows_of(self, x: Float[Array, "..."], axis: int = 1) -> Float[Array, "..."]:
         """The tile's rows of an array of all queries."""
-        return take_rows(x, self.begin, self.size, axis)
+        return take_rows(x, self.begin, self.positions.size, axis)
 
     def put(
         self, x: Float[Array, "*whole"], new: Float[Array, "*tile"], axis: int = 1
     ) -> Float[Array, "*whole"]:
         """The array of all queries with new rows of this tile, where they are its own."""
-        own = self.own
-        if own is not None:
-            own = own.reshape(-1, *[1] * (x.ndim - axis - 1))
+        if self.own is not None:
+            own = self.own.reshape(-1, *[1] * (x.ndim - axis - 1))
             new = jnp.where(own, new, self.rows_of(x, axis))
         return put_rows(x, new, self.begin, axis)
 
@@ -136,10 +126,12 @@ class TileLoop(NamedTuple):
         divided = (end_row - first_row) % size == 0
         if not divided:
             begin = jnp.minimum(first, end_row - size)
+        positions = begin + jnp.arange(size, dtype=jnp.int32)
         bounds = self.bounds
         if bounds.packed:
-            bounds = Bounds(*(None if x is None else take_rows(x, begin, size, 1) for x in bounds))
-        return QueryTile(number, begin, size, bounds, None if divided else first)
+            rows = partial(take_rows, begin=begin, size=size, axis=1)
+            bounds = Bounds(rows(bounds.start), None if bounds.end is None else rows(bounds.end))
+        return QueryTile(number, begin, positions, bounds, None if divided else positions >= first)
 
     def over_keys(self, tile: QueryTile, visit: Callable, carry: Any) -> Any:
         """Folds ``carry = visit(key tile, carry)`` over what a tile of queries sees of the run."""
@@ -149,7 +141,7 @@ class TileLoop(NamedTuple):
         first, stop, after_sinks, skipped = self._key_tiles(tile)
 
         def body(index, carry):
-            if self.num_sinks:
+            if self.plan is not None:
                 index = jnp.where(index < after_sinks, index, index + skipped)
             first_key = slice_begin = index * size
             if length % size:
@@ -163,28 +155,27 @@ class TileLoop(NamedTuple):
         return lax.fori_loop(first, stop, body, carry)
 
     def _key_tiles(self, tile: QueryTile) -> tuple[Array, Array, Array | int, Array | int]:
-        """The tiles of keys that a tile of queries visits.
+        """The tiles of keys that a tile of queries visits, by running numbers.
 
         Returns:
-            First index and the one behind the last; and from which index on how many tiles between
-            the sinks and the windows are skipped.
+            The first number and the one behind the last; from which number on tiles are further
+            on, because those between sinks and windows are left out, and by how many.
         """
-        if self.num_sinks:
+        if self.plan is not None:
             sink_begin, sink_end, begin, _, _, stop = self.plan[tile.number]
             skipped = begin - sink_end
             return sink_begin, stop - skipped, sink_end, skipped
         start, end = tile.bounds
-        size = self.key_rows
         low, high = key_span(
-            tile.begin,
-            tile.begin + tile.size - 1,
+            tile.positions[0],
+            tile.positions[-1],
             start[0, 0] if start.ndim else start,
             self.spec.window,
             offset=self.run.offset,
             length=self.run.key.shape[1],
             last_end=end[0, -1] if end is not None and end.ndim else end,
         )
-        return lax.div(low, jnp.int32(size)), lax.div(high + size, jnp.int32(size)), 0, 0
+        return *tiles_of(low, high, self.key_rows), 0, 0
 
     def _key_plan(self) -> Int[Array, "tiles 6"]:
         plan = key_plan(
@@ -271,7 +262,6 @@ def by_rows(spec: Spec, compute: Callable, bounds: Bounds, *arrays: Any) -> Any:
 
 def _of_heads(seen: Shaped[Array, "..."], tile: QueryTile) -> Bool[Array, "#B 1 1 Q S"]:
     """A mask of queries and keys that all heads share, without rows that other tiles have."""
-    own = tile.own
-    if own is not None:
-        seen = seen & own[:, None]
+    if tile.own is not None:
+        seen = seen & tile.own[:, None]
     return seen.reshape(-1, 1, 1, *seen.shape[-2:])

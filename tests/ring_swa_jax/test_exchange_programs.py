@@ -46,6 +46,21 @@ def test_all_to_all_moves_what_the_formula_says(kv_heads):
     assert moved(backward, "all-to-all") == query + keys + out + 2 * sums
 
 
+@pytest.mark.parametrize(
+    ("dtype", "messages"),
+    [
+        ("float32", (2, 2)),
+        # The log-sum-exp and rowsum(out * dout) are in float32.
+        ("bfloat16", (3, 3)),
+    ],
+)
+def test_beside_plain_jax_the_arrays_of_a_dtype_are_one_message(dtype, messages):
+    """With two key/value heads on a device, where kernels of a GPU have two launches."""
+    case = Case(T, P, None, heads=(8, 8), dtype=dtype)
+    found = programs(case, per_shard("all_to_all", check_vma=False), "xla")
+    assert tuple(map(len, found)) == messages
+
+
 def test_a_ring_moves_what_the_formula_says():
     case = Case(T, P, None, batch=2, heads=(4, 2), dims=(16, 32))
     found = programs(case, per_shard("ring", check_vma=False), "xla")
