@@ -81,7 +81,7 @@ class HeadExchange:
             if launch + 1 < self.launches:
                 arrived, message = self._fetch(inputs, launch + 1, here[-1])
                 begin = after(begin, message)
-            results, new_sums = compute(launch, here, sums_there[launch], begin)
+            results, new_sums = compute(launch, here, list(sums_there[launch]), begin)
             leaving = [self._leaving(x) for x in results]
             returned.append([self._returned(x) for x in leaving])
             sums_found.append(new_sums)
@@ -140,16 +140,18 @@ class HeadExchange:
         x = jnp.moveaxis(self._exchange(chunks), 0, 1)
         return x.reshape(x.shape[0], -1, x.shape[-1])
 
-    def _sums_to_heads(self, sums: list[Float[Array, "B N T"]]) -> list[list[Array]]:
-        """For each launch its heads' numbers, [B, n, S] each; all travel in one message."""
+    def _sums_to_heads(
+        self, sums: list[Float[Array, "B N T"]]
+    ) -> Sequence[Float[Array, "sums B n S"] | tuple[()]]:
+        """For each launch its heads' numbers; all travel in one message."""
         if not sums:
-            return [[]] * self.launches
+            return [()] * self.launches
         x = jnp.stack(sums)
         x = x.reshape(*x.shape[:2], self.axis.size, self.launches, -1, x.shape[-1])
         x = jnp.moveaxis(self._exchange(jnp.moveaxis(x, 2, 0)), 0, 4)
         x = x.reshape(*x.shape[:4], -1)
         x = from_dual_order(x, self.axis.size, 4) if self.layout == "dual_chunk" else x
-        return [list(x[:, :, launch]) for launch in range(self.launches)]
+        return [x[:, :, launch] for launch in range(self.launches)]
 
     def _exchange(self, x: Array) -> Array:
         """Sends row d to device d; row d of the result comes from device d."""
