@@ -51,19 +51,19 @@ REASONS = {
 
 
 def tables(rows: list[Entry]) -> list[str]:
-    """Each of `TABLES`, that of `SINKS`, and where a peer is faster than ours."""
+    """Each of `TABLES`, that of `SINKS`, and where a peer is faster than ours: what has lines."""
     found: Found = {}
     for row in rows:
         found.setdefault(row["shape"], {})[row["name"]] = row
     several = [_beside(found, shapes, names) for shapes, names in TABLES]
-    return [*several, _with_sinks(found), _behind(found)]
+    return [table for table in (*several, _with_sinks(found), _behind(found)) if table]
 
 
 def _beside(found: Found, shapes: tuple[str, ...], names: tuple[str, ...]) -> str:
     """Milliseconds, the fastest in bold."""
     head = ["tokens, heads, head size, window_size", *(TITLES.get(name, name) for name in names)]
     lines = []
-    for shape in shapes:
+    for shape in (x for x in shapes if x in found):
         entries = [found[shape].get(name, {}) for name in names]
         least = {
             kind: min(entry[f"{kind}_ms"] for entry in entries if f"{kind}_ms" in entry)
@@ -78,7 +78,9 @@ def _with_sinks(found: Found) -> str:
     head = ["tokens, heads, head size, window_size", "without sinks", "with sinks", "ratio"]
     lines = []
     for name, plain in SINKS.items():
-        entry, base = found[name][OURS], found[plain][OURS] if plain else {}
+        if name not in found:
+            continue
+        entry, base = found[name][OURS], found.get(plain or "", {}).get(OURS, {})
         ratios = (f"{entry[f'{x}_ms'] / base[f'{x}_ms']:.2f}" for x in KINDS) if base else "-"
         lines.append([label(ALL[name]), _cell(base), _cell(entry), " / ".join(ratios)])
     return _markdown.table(head, lines)
@@ -100,7 +102,7 @@ def _ahead(entries: dict[str, Entry], kind: str) -> str:
     """The peers that take less time than ours in a pass."""
     faster = []
     for name in PEERS[1:]:
-        times, base = (entries[x]["rounds"].get(kind, []) for x in (name, OURS))
+        times, base = (entries.get(x, {}).get("rounds", {}).get(kind, []) for x in (name, OURS))
         ratio = ratio_quartiles(times, base)
         if ratio is not None and 1 - ratio[1] >= LEVEL:
             faster.append(f"{TITLES[name]}, {1 - ratio[1]:.0%}")
