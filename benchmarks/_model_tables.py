@@ -13,8 +13,9 @@ Group = dict[str, Row]
 
 
 def tables(rows: list[Row]) -> list[str]:
-    """Tokens a second, MFU of all GPUs beside that of one, memory: those that have lines."""
-    return [table for table in (_speed(rows), _utilisation(rows), _memory(rows)) if table]
+    """Tokens a second, MFU of all GPUs beside that of one, profiles, memory: if they have lines."""
+    found = (_speed(rows), _utilisation(rows), _profiles(rows), _memory(rows))
+    return [table for table in found if table]
 
 
 def _groups(rows: list[Row]) -> list[tuple[list[str], Group]]:
@@ -75,6 +76,30 @@ def _utilisation(rows: list[Row]) -> str:
         if set(cells) != {"-"}:
             lines.append([*names, *cells])
     return _markdown.table([*NAMES, *CONTENDERS], lines)
+
+
+PROFILED = {
+    "whole step": ("wall",),
+    "matrix products": ("matrix products",),
+    "attention kernels": ("attention, ours", "attention, cuDNN"),
+    "other elementwise": ("other elementwise",),
+    "copies": ("copies",),
+    "collectives": ("collectives",),
+    "collectives alone": ("collectives, exposed",),
+    "idle": ("idle",),
+}
+"""Columns, and what each sums of a profile."""
+
+
+def _profiles(rows: list[Row]) -> str:
+    """Milliseconds of a device, the mean of all, where a step was taken apart."""
+    lines = []
+    for names, group in _groups([row for row in rows if "mean" in row.get("profile", {})]):
+        for contender, row in group.items():
+            mean = row["profile"]["mean"]
+            sums = (sum(mean[kind] for kind in kinds) for kinds in PROFILED.values())
+            lines.append([*names, contender, *(f"{x:.1f}" for x in sums)])
+    return _markdown.table([*NAMES, "contender", *PROFILED], lines)
 
 
 def _memory(rows: list[Row]) -> str:

@@ -135,7 +135,8 @@ def chart(path: Path) -> None:
     names = list(dict.fromkeys(row["name"] for row in rows if row["forward"] or row["both"]))
     rates = {(row["shape"], row["name"]): row for row in rows}
     width = 0.8 / max(len(names), 1)
-    figure, axes = plt.subplots(2, 1, figsize=(max(13, len(shapes)), 8), sharex=True)
+    size = max(13, len(shapes)), 8
+    figure, axes = plt.subplots(2, 1, figsize=size, sharex=True, layout="constrained")
     for axis, kind in zip(axes, KINDS, strict=True):
         for n, name in enumerate(names):
             heights = [rates.get((s, name), {}).get(f"{kind}_tflops", 0) for s in shapes]
@@ -144,8 +145,7 @@ def chart(path: Path) -> None:
         axis.set_ylabel(f"{TITLES[kind]}, useful TFLOP/s")
         axis.grid(axis="y", alpha=0.3)
     axes[0].set_title(f"{machine['device']}, jax {machine['jax']}, bfloat16")
-    axes[0].legend(ncols=4, fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     axes[1].set_xticks(range(len(shapes)), [s.replace("-", "\n", 1) for s in shapes], fontsize=8)
-    figure.tight_layout()
     figure.savefig(path.with_suffix(".png"), dpi=120)
     plt.close(figure)

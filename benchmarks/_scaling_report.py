@@ -143,23 +143,30 @@ def chart(path: Path) -> None:
 
     document = json.loads(path.read_text())
     where, points = document["machine"], document["points"]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout="constrained")
     panels = {
         "as many tokens a GPU, forward": ("weak", "efficiency_forward"),
         "as many tokens a GPU, forward + backward": ("weak", "efficiency"),
         "as many tokens in all, forward + backward": ("strong", "efficiency"),
     }
-    for axis, (title, (kind, name)) in zip(axes, panels.items(), strict=True):
-        own = [x for x in points if x["kind"] == kind and x.get(name)]
+    found = {
+        title: (name, own)
+        for title, (kind, name) in panels.items()
+        if (own := [x for x in points if x["kind"] == kind and x.get(name)])
+    }
+    count = max(len(found), 1)
+    size = 1.2 + 4 * count, 4
+    figure, (axes,) = plt.subplots(
+        1, count, figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, (title, (name, own)) in zip(axes, found.items(), strict=False):
         for window in dict.fromkeys(x["window"] for x in own):
-            found = [(x["devices"], x[name]) for x in own if x["window"] == window]
-            axis.plot(*zip(*found, strict=True), "o-", label=window)
+            places = [(x["devices"], x[name]) for x in own if x["window"] == window]
+            axis.plot(*zip(*places, strict=True), "o-", label=window)
         axis.axhline(0.95, color="0.7", linewidth=0.8)
         axis.set(title=title, xlabel="GPUs", ylim=(0, 1.1))
         axis.title.set_fontsize("medium")
         axis.set_xticks(sorted({x["devices"] for x in points}))
-        if own:
-            axis.legend(fontsize="small", loc="lower left")
+        axis.legend(fontsize="small", loc="lower left")
     axes[0].set_ylabel("efficiency")
     figure.suptitle(f"{where['device']}, jax {where['jax']}, bfloat16", fontsize="medium")
     figure.savefig(path.with_suffix(".png"), dpi=120)

@@ -23,11 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import _report
+from benchmarks import _attention_tables, _report
 from benchmarks._gpus import clocks, hold, share_machine
 from benchmarks._peers import CONTENDERS, Contender
 from benchmarks._report import KINDS, Row
-from benchmarks._results import RESULTS, path_in, write
+from benchmarks._results import RESULTS, path_in, read, write
 from benchmarks._shapes import ALL, Shape
 from benchmarks._timing import in_turns, median_of, median_seconds
 
@@ -241,9 +241,13 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, help="JSON to write; default, for a whole run: benchmarks/results/"
     )
+    parser.add_argument("--table", type=Path, help="only print an earlier JSON as Markdown")
     parser.add_argument("--lock", type=Path, help="folder of locks, one for each GPU")
     parser.add_argument("--compare", type=Path, help="an earlier JSON on the same device")
     arguments = parser.parse_args()
+    if arguments.table:
+        print("\n\n".join(_attention_tables.tables(read(arguments.table)["rows"])))
+        return
     usual = [
         name
         for name, x in CONTENDERS.items()

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 
 import ring_swa_jax
+from benchmarks import _markdown
 from benchmarks._gpus import hold, share_machine
-from benchmarks._results import write
+from benchmarks._results import Document, read, write
 from benchmarks._timing import in_turns
 from benchmarks.attention import machine, reason_of
 
@@ -46,6 +47,12 @@ class Step:
     def bytes(self) -> float:
         """Of the keys and values that one step reads."""
         return 4.0 * self.batch * (self.window + 1 + self.sinks) * self.kv_heads * self.dim
+
+    def rate(self, microseconds: float) -> str:
+        """What a time means: of one token keys and values read, of many useful FLOPs."""
+        if self.tokens > 1:
+            return f"{self.flops() / microseconds / 1e6:.0f} TFLOP/s"
+        return f"{self.bytes() / microseconds / 1e6:.2f} TB/s"
 
 
 STEPS = (
@@ -148,10 +155,24 @@ def line(step: Step, found: dict[str, float | str]) -> str:
         if isinstance(time, str):
             cells.append(f"{name}: {time[:60]}")
             continue
-        rate = f"{step.flops() / time / 1e6:4.0f} TFLOP/s" if step.tokens > 1 else ""
-        rate = rate or f"{step.bytes() / time / 1e6:4.2f} TB/s"
-        cells.append(f"{name} {time:8.1f} us {rate}")
+        cells.append(f"{name} {time:8.1f} us {step.rate(time)}")
     return "  ".join(cells)
+
+
+def table(document: Document) -> str:
+    """For a page, in Markdown; the fastest in bold."""
+    head = ["batch, new tokens, heads, head size, window_size", "ours", '"xla"', "cuDNN"]
+    lines = []
+    found = document["microseconds"]
+    for step in (x for x in STEPS if x.name in found):
+        times = [found[step.name][name] for name in ("ours", "xla", "cudnn")]
+        cells = [x if isinstance(x, str) else f"{x:.1f}; {step.rate(x)}" for x in times]
+        least = min((x for x in times if not isinstance(x, str)), default=None)
+        cells = [f"**{x}**" if t == least else x for x, t in zip(cells, times, strict=True)]
+        label = f"{step.batch}, {step.tokens}, {step.heads}/{step.kv_heads}, {step.dim}, "
+        label += str(step.window) + (f"; {step.sinks} sink tokens" if step.sinks else "")
+        lines.append([label + ("; learned sinks" if step.learned else ""), *cells])
+    return _markdown.table(head, lines)
 
 
 def main() -> None:
@@ -162,8 +183,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="few steps: a smoke test")
     parser.add_argument("--output", type=Path, help="JSON to write")
+    parser.add_argument("--table", type=Path, help="only print an earlier JSON as Markdown")
     parser.add_argument("--lock", type=Path, help="folder of locks, one for each GPU")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table(read(arguments.table)))
+        return
     share_machine()
     count, rounds = (2, 1) if arguments.quick else (arguments.count, arguments.repeats)
     steps = [x for x in STEPS if arguments.steps is None or x.name in arguments.steps]
