@@ -105,6 +105,7 @@ def put_rows(
     x: Shaped[Array, "*whole"], new: Shaped[Array, "*part"], begin: Int[Array, ""] | int, axis: int
 ) -> Shaped[Array, "*whole"]:
     """An array with new rows from a row on that is not negative."""
-    starts: list[Array | int] = [0] * x.ndim
+    begin = jnp.asarray(begin)
+    starts = [jnp.zeros_like(begin)] * x.ndim  # of one dtype, also under x64
     starts[axis] = begin
     return lax.dynamic_update_slice(x, new, starts, allow_negative_indices=False)
