@@ -92,9 +92,9 @@ class ForwardConfig:
         """Barriers, one for each stage.
 
         TMA arrives at "query", "key", "value", "sinks" and "state" when a copy is over, and
-        consumers wait; at "query" the producer arrives too, when it has stored a tile's numbers.
-        Each consumer warpgroup arrives at a "..._free" barrier when it no longer
-        reads a stage, and the producer waits before it fills the stage again.
+        consumers wait. At "query" the producer arrives too, when it has stored a tile's numbers.
+        Each consumer warpgroup arrives at a "..._free" barrier when it no longer reads a stage, and
+        the producer waits before it fills the stage again.
         """
         tiles, consumers = self.tiles, self.tiles.warpgroups
         copies = consumers * (tiles.heads + self.scheduler.packed)

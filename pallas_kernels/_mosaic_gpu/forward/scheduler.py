@@ -44,8 +44,8 @@ class TileScheduler:
         num_fetched_sinks: how many there are.
         sink_tile: rows of a tile of sinks; 0 where none is taken apart from the windows' keys.
         longest_first: whether tiles are taken in the order ``operands["order"]``.
-        has_less_and_less_work: whether no tile sees many more keys than an earlier one. Then the
-            order of the programs turns round with each tile that they take. Else the first program
+        sorted_by_work: whether tiles come in the order of how many keys they see. Then the order of
+            the programs turns round with each tile that they take. Else one end of the programs
             would have the most work of each round: 6% more than the mean in all, for 16384 queries
             of 16 heads that see all keys before them.
         operands: the arrays that the scheduler reads, keys and values among them.
@@ -99,7 +99,7 @@ class TileScheduler:
         if self.zeroes_padding:
             self.operands |= padding_operands(start, spec.first_key, tiles)
         self.longest_first = self.packed and (spec.window is None or spec.window >= LONG_WINDOW)
-        self.has_less_and_less_work = self.longest_first or (batch == 1 and not self.packed)
+        self.sorted_by_work = self.longest_first or (batch == 1 and not self.packed)
         if self.longest_first:
             self.operands["order"] = self._longest_first(start, end)
         if sinks is not None:
@@ -158,6 +158,6 @@ class TileScheduler:
     def _place_in_round(self, number: Array) -> Array:
         """Which of the tiles that the programs take at a time is this program's."""
         program = lax.axis_index("program")
-        if not self.has_less_and_less_work:
+        if not self.sorted_by_work:
             return program
         return jnp.where(lax.rem(number, jnp.int32(2)) == 1, self.grid - 1 - program, program)

@@ -184,7 +184,7 @@ def test_programs_share_all_tiles(name, monkeypatch):
 
 def test_programs_have_equal_work(monkeypatch):
     scheduler = schedule_of(Shard(1024, None, MosaicTiles(32, 2, heads=8)))
-    assert scheduler.has_less_and_less_work
+    assert scheduler.sorted_by_work
     finder = TileFinder(scheduler, scheduler.operands)
     work = [
         sum(int(finder.find(jnp.int32(index)).num_key_tiles) for index in tiles)
