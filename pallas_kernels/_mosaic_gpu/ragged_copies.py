@@ -6,10 +6,6 @@ number of blocks, so it would also copy the rows behind the last one, which belo
 of the batch. Described by rows, TMA leaves out what is behind the array; but then a copy is one
 block, or as many as lie one behind the other in shared memory. So most tiles are copied by whole
 blocks, and a tile that reaches beyond the last whole block is copied block by block.
-
-Numbers that lie one behind the other, as a head's log-sum-exp, Pallas stores by a plain copy of
-bytes. That knows no rows: behind the end of a row it writes into the next one. So these are
-described to TMA as an array too.
 """
 
 import dataclasses
@@ -19,7 +15,7 @@ from typing import Any, NamedTuple
 
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
-from jax.experimental.mosaic.gpu.launch_context import OOBFillMode, Rounding
+from jax.experimental.mosaic.gpu.launch_context import Rounding
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, nvvm, scf
@@ -60,8 +56,6 @@ def _async_copy(
     to_smem = utils.is_smem_ref(dst_ref)
     gmem_ref, smem_ref = (src_ref, dst_ref) if to_smem else (dst_ref, src_ref)
     array = _Slice.of(gmem_ref, gmem_slice)
-    if array.is_vector and not to_smem:
-        options["oob_mode"] = OOBFillMode.ZEROS  # not a plain copy
     if not gmem_transform or array.length % BLOCK == 0:
         refs = {"src_ref": src_ref, "dst_ref": dst_ref}
         slices = {"gmem_slice": gmem_slice, "gmem_transform": gmem_transform}
@@ -154,11 +148,6 @@ class _Slice(NamedTuple):
         kept = [axis for axis, is_squeezed in enumerate(parsed[2]) if not is_squeezed]
         axis = kept[-2:][0]
         return cls(*parsed, axis, shape[axis])
-
-    @property
-    def is_vector(self) -> bool:
-        """Whether it has one axis."""
-        return self.squeezed.count(False) == 1
 
     @property
     def begin(self) -> ir.Value:

@@ -249,8 +249,14 @@ def copy_gmem_to_smem(src, dst, barrier):
 
 
 def copy_smem_to_gmem(src, dst, *, commit_group=True, reduction_op=None):
-    """As ``plgpu.copy_smem_to_gmem``: what is outside an array is left out."""
+    """As ``plgpu.copy_smem_to_gmem``: what is outside an array is left out.
+
+    But not of a vector, which Pallas stores by a plain copy of bytes: behind the end of a row that
+    writes into the next row.
+    """
     del commit_group
+    if dst.array.ndim == 1 and reduction_op is None:
+        assert dst.shape == src.shape, "a plain copy writes behind the end of a row"
     values = src.array[tuple(slice(n) for n in dst.shape)]
     if reduction_op is None:
         dst.array[...] = values

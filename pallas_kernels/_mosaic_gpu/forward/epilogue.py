@@ -1,6 +1,7 @@
 """The end of a tile of queries in the forward kernel: results are scaled, rounded and stored."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -81,8 +82,21 @@ class Epilogue:
             plgpu.commit_smem()
             self._copy(out_smem, self.out, tile, rows, columns)
             if not first:
-                self._copy(lse_smem, self.lse, tile, rows)
+                self._store_lse(lse_smem, tile, rows)
             plgpu.commit_smem_to_gmem_group()
+
+    def _store_lse(self, smem: Any, tile: WorkTile, rows: Any) -> None:
+        """Stores the log-sum-exp of a warpgroup's rows, if it is not wholly behind the last query.
+
+        Numbers that lie one behind the other Pallas stores by a plain copy of bytes. Unlike the
+        copies of matrices that would not stop at the end of a head's numbers.
+        """
+        store = partial(self._copy, smem, self.lse, tile, rows)
+        stored = self.lse.shape[-1]
+        if stored % self.config.scheduler.positions_per_tile == 0:
+            store()
+        else:
+            pl.when(rows.start < stored)(store)
 
     def _copy(self, smem: Any, ref: Any, tile: WorkTile, rows: Any, *columns: Any) -> None:
         """Copies a warpgroup's rows of a tile, of all heads, to global memory."""

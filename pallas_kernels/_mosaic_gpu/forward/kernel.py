@@ -59,8 +59,8 @@ def forward(
     operands: dict[str, Any] = {**scheduler.operands, "query": query}
     if inputs.sink_logits is not None:
         operands["sink_logits"] = _sink_logits_by_rows(inputs.sink_logits, tiles)
-    # TMA needs rows of a multiple of 16 bytes. Of a tile that reaches beyond them it stores a part.
-    padded = length + -length % 4
+    # A warpgroup's part of a tile is stored as a whole (`Epilogue`).
+    padded = length + -length % scheduler.positions_per_warpgroup
     if state is None:
         out_types = (
             jax.ShapeDtypeStruct((batch, length, heads, config.value_dim), out_dtype),
