@@ -1,6 +1,5 @@
 """The dq accumulator of `fused`: whole tiles, and results where its program adds last."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -27,6 +26,10 @@ SLOTS = 2
 
 _State = tuple[Index, Index]
 """Where a program's schedule is: `ProgramSchedule`."""
+
+
+_Added = tuple[Index, ...]
+"""Head and tile of queries of a step, and its `signals_others`."""
 
 
 def accumulate_tiles(
@@ -66,6 +69,11 @@ class _TileAccumulator:
         self.pipeline, self.refs, self.barriers = pipeline, refs, barriers
         self.buffers, self.results = buffers, results
         self.epilogue: DqEpilogue | None = pipeline.epilogue
+        # Else one step later, when the copy has usually been written. At once the next program of
+        # the same queries can follow as closely as that lets it. On an H100, forward and backward,
+        # that took 2 to 4% off layers without a window and 2% off a window of 1000, but added 16%
+        # to the latter with 23 documents.
+        self.signals_at_once = not pipeline.packed
         self.program = pipeline.program_schedule(refs)
         self.adders = refs["adders"].at[self.program.row]
 
@@ -76,21 +84,23 @@ class _TileAccumulator:
         second = program.next_state(*first)
         self._release(zero, first)
         self._release(zero + 1, second)
-        self._wait_turn(zero, first, (zero, zero), zero)
+        self._signal_and_wait((zero, zero, zero), zero, first)
         self._release_with_sums(zero, first)
         *_, head, query_block, signals = fori(
             0, program.steps, self._step, (*first, zero, zero, zero)
         )
-        signal_last_step(self.adders.at[head, query_block], signals)
+        if self.signals_at_once:
+            plgpu.wait_smem_to_gmem(0)
+        else:
+            signal_last_step(self.adders.at[head, query_block], signals)
 
     def _step(self, number: Index, state: tuple[Index, ...]) -> tuple[Index, ...]:
         """Adds a tile; then prepares the next two steps.
 
-        The state: that of the program's steps, then head, tile of queries and `signals_others` of
-        the step before this one.
+        The state: that of the program's steps, then `_Added` of the step before this one.
         """
         program = self.program
-        member, n, *previous_tile, signals = state
+        member, n, *previous = state
         head, query_block = program.coordinates(member, n)
         before = adders_to_wait_for(self.pipeline, program, query_block)
         slot = slot_of(number, SLOTS)
@@ -106,9 +116,11 @@ class _TileAccumulator:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         following = program.next_state(member, n)
         self._release(number + 2, program.next_state(*following))
-        self._wait_turn(number + 1, following, previous_tile, signals)
+        added = head, query_block, signals_others(self.pipeline, before)
+        signalled = added if self.signals_at_once else tuple(previous)
+        self._signal_and_wait(signalled, number + 1, following)
         self._release_with_sums(number + 1, following)
-        return *following, head, query_block, signals_others(self.pipeline, before)
+        return *following, *added
 
     def _add(
         self,
@@ -165,26 +177,18 @@ class _TileAccumulator:
             free = self.barriers["dquery_free"].at[slot]
             plgpu.copy_gmem_to_smem(src, self.buffers.at[slot], free)
 
-    def _wait_turn(
-        self,
-        number: Index,
-        state: _State,
-        signal_tile: Sequence[Index],
-        signals: Index,
-    ) -> None:
-        """Waits until a step, if it exists, may add; signals the step two before it.
-
-        A step's semaphore is incremented one step later, when its copy has usually finished.
-        """
+    def _signal_and_wait(self, added: _Added, number: Index, state: _State) -> None:
+        """Signals what has been added, and waits until the step ``number``, if it exists, may."""
         head, query_block = self.program.coordinates(*state)
         exists = number < self.program.steps
         head, query_block = jnp.where(exists, head, 0), jnp.where(exists, query_block, 0)
         before = adders_to_wait_for(self.pipeline, self.program, query_block)
         before = jnp.where(exists, before, 0)
+        *tile, signals = added
         semaphore_signal_and_wait(
-            self.adders.at[*signal_tile],
+            self.adders.at[*tile],
             signals,
             self.adders.at[head, query_block],
             before,
-            behind=1,
+            behind=0 if self.signals_at_once else 1,
         )
