@@ -71,7 +71,7 @@ class MosaicKernels:
             resume=resume,
             out_dtype=out_dtype,
             tiles=tiles,
-            programs=_device.multiprocessors(),
+            programs=_programs(spec),
         )
 
     @property
@@ -130,6 +130,16 @@ def _kernels(name: str, *, deterministic: bool) -> MosaicKernels:
 
 KERNELS: Kernels = _kernels("mosaic_gpu", deterministic=True)
 KERNELS_NONDETERMINISTIC: Kernels = _kernels("mosaic_gpu_nondeterministic", deterministic=False)
+
+
+def _programs(spec: Spec) -> int:
+    """The most programs of a forward launch, which share the tiles of queries.
+
+    Under a window all tiles take about as long, so one program on each multiprocessor takes an
+    equal share of them. Without one they differ, so each tile has a program of its own and the GPU
+    starts the next program wherever one has ended.
+    """
+    return _device.multiprocessors() if spec.window is not None else 2**31 - 1
 
 
 def _tiles_for(

@@ -1,9 +1,5 @@
 """Which tiles of queries each program of the forward kernel takes.
 
-There is a program for each multiprocessor. While it ends a tile, it fetches what the next one
-needs. On an H100 packed documents and short sequences without a window took 6 to 12% less time that
-way than with a program for each tile; long sequences took as long.
-
 `work_tile` says what such a tile is, and `tile_finder` which keys it sees.
 """
 
@@ -27,7 +23,7 @@ LONG_WINDOW = 2048
 
 
 class TileScheduler:
-    """A launch over the queries ``rows``, whose tiles at most so many ``programs`` share.
+    """A launch over the queries ``rows``, whose tiles so many ``programs`` share.
 
     A warpgroup has `ROWS` rows of a tile: ``positions_per_warpgroup`` positions of each of
     ``tiles.heads`` heads of a group, one head after the other.
@@ -47,9 +43,6 @@ class TileScheduler:
         num_sinks: sinks to look for in that run.
         num_fetched_sinks: how many there are.
         sink_tile: rows of a tile of sinks; 0 where none is taken apart from the windows' keys.
-        batch: rows of the batch.
-        rows_alternate: whether the tiles at one place of all rows of the batch come before those at
-            the next place. Without a window tiles see the fewer keys, the earlier they are.
         longest_first: whether tiles are taken in the order ``operands["order"]``.
         sorted_by_work: whether tiles come in the order of how many keys they see. Then the order of
             the programs turns round with each tile that they take. Else one end of the programs
@@ -69,7 +62,7 @@ class TileScheduler:
         query, runs, sinks = inputs.query, inputs.runs, inputs.sinks
         start, end = inputs.start, inputs.end
         batch, length, heads, _ = query.shape
-        self.spec, self.rows, self.tiles, self.batch = spec, rows, tiles, batch
+        self.spec, self.rows, self.tiles = spec, rows, tiles
         self.runs = tuple((run.offset, run.key.shape[1]) for run in runs)
         self.positions_per_warpgroup = ROWS // tiles.heads
         self.positions_per_tile = tiles.positions
@@ -106,8 +99,7 @@ class TileScheduler:
         if self.zeroes_padding:
             self.operands |= padding_operands(start, spec.first_key, tiles)
         self.longest_first = self.packed and (spec.window is None or spec.window >= LONG_WINDOW)
-        self.rows_alternate = not self.packed and (spec.window is None or batch == 1)
-        self.sorted_by_work = self.longest_first or self.rows_alternate
+        self.sorted_by_work = self.longest_first or (batch == 1 and not self.packed)
         if self.longest_first:
             self.operands["order"] = self._longest_first(start, end)
         if sinks is not None:

@@ -17,10 +17,9 @@ from pallas_kernels._tile_ranges import key_span
 class TileFinder:
     """Finds the tiles of a launch by their numbers.
 
-    Tiles of heads come one after the other, then tiles of queries, then rows of the batch; where
-    ``rows_alternate``, rows of the batch, then tiles of queries. The last queries, which see most
-    under a causal mask, come first; where ``longest_first``, the tiles of all rows that see most.
-    Where all queries see all keys, tiles of queries come first, so that
+    Tiles of heads come one after the other, then tiles of queries, then rows of the batch. The
+    last queries, which see most under a causal mask, come first; where ``longest_first``, the tiles
+    of all rows that see most. Where all queries see all keys, tiles of queries come first, so that
     the keys of few heads are in use, which the L2 cache holds; and the last tile of keys comes
     first, so that no later one has rows beyond the last key.
 
@@ -65,13 +64,10 @@ class TileFinder:
         head_tile, index = lax.rem(index, heads), lax.div(index, heads)
         if scheduler.longest_first:
             index = self.refs["order"][index]
-            return lax.div(index, queries), head_tile, lax.rem(index, queries)
-        if scheduler.rows_alternate:
-            batch = jnp.int32(scheduler.batch)
-            batch_row, query_tile = lax.rem(index, batch), lax.div(index, batch)
-        else:
-            batch_row, query_tile = lax.div(index, queries), lax.rem(index, queries)
-        return batch_row, head_tile, queries - 1 - query_tile
+        query_tile = lax.rem(index, queries)
+        if not scheduler.longest_first:
+            query_tile = scheduler.query_tiles - 1 - query_tile
+        return lax.div(index, queries), head_tile, query_tile
 
     def _bounds(self, batch_row: Array, query_tile: Array) -> tuple[Array, Array | None]:
         """Where the first query's sequence starts, and the last query's ends."""
