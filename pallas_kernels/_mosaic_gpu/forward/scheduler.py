@@ -46,8 +46,8 @@ class TileScheduler:
         longest_first: whether tiles are taken in the order ``operands["order"]``.
         sorted_by_work: whether tiles come in the order of how many keys they see. Then the order of
             the programs turns round with each tile that they take. Else one end of the programs
-            would have the most work of each round: 6% more than the mean in all, for 16384 queries
-            of 16 heads that see all keys before them.
+            would have the most work of each round: 6% more than the mean in all, for one document
+            of 16384 tokens and 16 heads without a window.
         operands: the arrays that the scheduler reads, keys and values among them.
     """
 
