@@ -46,11 +46,12 @@ def prepared(request, threads):
 
 @contextlib.contextmanager
 def turn_on_gpus():
-    """Holds the GPUs of this machine while no other process of these tests does."""
+    """Holds the GPUs that JAX sees, while no other process of these tests that sees them does."""
     if not _is_one_of_several():
         yield
         return
-    with Path(tempfile.gettempdir(), "ring_swa_jax_tests_on_gpus.lock").open("w") as file:
+    name = f"ring_swa_jax_tests_on_gpus_{os.environ.get('CUDA_VISIBLE_DEVICES', 'all')}.lock"
+    with Path(tempfile.gettempdir(), name).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
