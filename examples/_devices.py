@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 # As many as a CPU plays where nobody says how many.
-CPU_DEVICES = 4
+CPU_DEVICES = 8
 # After so long without a sign of life a process counts as dead, and the others end.
 HEARTBEAT_SECONDS = 30
 Model = TypeVar("Model", bound=nnx.Module)

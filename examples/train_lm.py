@@ -4,7 +4,7 @@
 
 The text is the source code of Python's own standard library: documents packed one after the other
 into long sequences. The model's layers look at a sliding window plus the first tokens ("sinks") of
-the same document. The sequence is cut over 4 CPU devices that this script sets up, or over the GPUs
+the same document. The sequence is cut over 8 CPU devices that this script sets up, or over the GPUs
 where there are some; with --data 2, two halves of the batch are cut over half of the devices each.
 
 Ctrl-C ends a run as its last step would: with a checkpoint, the loss curve and a sample. Go on,
