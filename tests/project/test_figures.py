@@ -28,6 +28,7 @@ def tables(page: str) -> list[str]:
 [RING] = [x for x in tables("performance.md") if "the original" in x]
 *_, FULL_FOUR, FULL_TWO, LONG_WINDOWS = tables("performance.md")
 _, CHOICE, FULL_EXCHANGES, _ = tables("how_it_works.md")
+[CHANGES] = [x for x in tables("measuring.md") if "the version before" in x]
 *_, RING_H200 = tables("measuring.md")
 
 PLAIN_HEADS = ("plain + our kernel", "plain + cuDNN", "plain + FA3")
@@ -165,6 +166,20 @@ def test_long_windows():
         times = (found[n].get(shape.name) for n in (4, 2))
         over = [x and ratios(x["all_to_all"], x["halo"]) for x in times]
         same(row, [str(round(shape.window**2 / 2 / shape.length)), *over])
+
+
+def test_changes_since_the_tables():
+    file = RESULTS / "changes-nvidia-h100-80gb-hbm3.json"
+    expected = []
+    for row in json.loads(file.read_text())["rows"]:
+        times, over_peer = row["seconds"], "-"
+        for peer, name in ("fa3", "FlashAttention-3"), ("cudnn", "cuDNN"):
+            if peer in times:
+                before, now = (ratio_quartiles(times[x], times[peer])[1] for x in ("before", "now"))
+                over_peer = f"{name}: {before:.2f}, {now:.2f}"
+        over_before = ratio_quartiles(times["now"], times["before"])[1]
+        expected.append([f"{over_before:.2f}", over_peer])
+    assert cells(CHANGES) == expected
 
 
 def test_exchanges_without_a_window():
