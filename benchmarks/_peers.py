@@ -6,6 +6,7 @@ A builder takes a shape and returns ``attend(query, key, value, cu_seqlens)`` on
 
 import dataclasses
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -39,7 +40,11 @@ class Contender:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def _ours(implementation: str) -> Callable[[Shape], Attend]:
+def ours(
+    implementation: str | None, package: ModuleType = ring_swa_jax
+) -> Callable[[Shape], Attend]:
+    """The builder of one of this library's implementations, None for the best one."""
+
     def build(shape: Shape) -> Attend:
         options: dict[str, Any] = {
             "window_size": shape.window_size,
@@ -50,9 +55,9 @@ def _ours(implementation: str) -> Callable[[Shape], Attend]:
 
         def attend(query, key, value, cu_seqlens):
             if cu_seqlens is None:
-                return ring_swa_jax.ring_streaming_llm_attn(query, key, value, **options)
+                return package.ring_streaming_llm_attn(query, key, value, **options)
             packed = (query[0], key[0], value[0])
-            return ring_swa_jax.ring_streaming_llm_attn_varlen(
+            return package.ring_streaming_llm_attn_varlen(
                 *packed, cu_seqlens=cu_seqlens, **options
             )[None]
 
@@ -171,9 +176,9 @@ def _tokamax(shape: Shape) -> Attend:
 
 
 CONTENDERS = {
-    **{name: Contender(_ours(name), ours=True) for name in pallas_kernels.IMPLEMENTATIONS[1:]},
+    **{name: Contender(ours(name), ours=True) for name in pallas_kernels.IMPLEMENTATIONS[1:]},
     # What differs between these two is noise.
-    "mosaic_gpu again": Contender(_ours("mosaic_gpu"), ours=True),
+    "mosaic_gpu again": Contender(ours("mosaic_gpu"), ours=True),
     "cudnn": Contender(_cudnn),
     "fa3": Contender(_flash_attention_3),
     "tokamax": Contender(_tokamax),
@@ -181,5 +186,5 @@ CONTENDERS = {
         _cudnn, deterministic=True, options={"xla_gpu_exclude_nondeterministic_ops": True}
     ),
     "fa3-deterministic": Contender(_flash_attention_3_deterministic, deterministic=True),
-    "xla": Contender(_ours("xla"), ours=True, special=True),
+    "xla": Contender(ours("xla"), ours=True, special=True),
 }

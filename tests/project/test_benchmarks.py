@@ -25,7 +25,7 @@ from benchmarks._ring_report import ONE_RANK, RING
 from benchmarks._ring_shapes import RingShape
 from benchmarks._timing import in_turns
 from tests.helpers.hlo import collectives
-from tests.helpers.processes import CPU, start, succeed
+from tests.helpers.processes import CPU, ROOT, start, succeed
 
 MACHINE = {"device": "NVIDIA H100 80GB HBM3", "jax": "0.0"}
 
@@ -296,6 +296,21 @@ def test_compile_time(tmp_path):
     found = [(row["window"], row["name"]) for row in rows]
     assert found == list(itertools.product((255, 1023, None), ("dense", "ours")))
     assert all(row["total"] > row["compile"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_versions(tmp_path):
+    output = tmp_path / "found.json"
+    flags = ("--quick", "--rounds=2", "--implementation=xla", f"--output={output}")
+    shapes = ("--shapes", "gptoss", "mistral-packed")
+    succeed([start("-m", "benchmarks.versions", str(ROOT), *flags, *shapes, **CPU)])
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["shape"] for row in rows] == ["gptoss", "mistral-packed"]
+    for row in rows:
+        assert {(x["name"], x["kind"]) for x in row["rounds"]} == set(
+            itertools.product(("before", "now", "now again"), ("forward", "both"))
+        )
+        assert all(len(x["seconds"]) == 2 for x in row["rounds"])
 
 
 @pytest.mark.slow
