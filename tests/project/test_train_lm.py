@@ -128,7 +128,7 @@ def interrupt_after(process, folder, step):
 @pytest.mark.parametrize(
     ("model", "flags"),
     [
-        ("gpt-oss-like", ["--layers=2", "--devices=2"]),
+        ("gpt-oss-like", ["--layers=2", "--devices=2", "--steps=6"]),
         ("gemma-like", ["--layers=6", "--devices=2"]),
         ("sliding-window", ["--preset=gpu", "--dtype=float16", "--devices=2"]),
     ],
