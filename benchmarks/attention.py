@@ -118,10 +118,10 @@ def check(built: dict[str, Any], inputs: tuple[Any, ...]) -> Iterator[tuple[str,
             yield name, reason_of(error)
 
 
-def measure(
-    shape: Shape, built: dict[str, Any], inputs: tuple[Any, ...], rounds: int, seconds: float
-) -> list[Row]:
-    """Times what was compiled, in turns: a row for each name."""
+def checked_times(
+    built: dict[str, Any], inputs: tuple[Any, ...], rounds: int, seconds: float
+) -> tuple[dict[tuple[str, str], list[float]], dict[str, str]]:
+    """Times what was compiled, in turns: {(name, kind): seconds}, {name: why there are none}."""
     reasons = dict(check(built, inputs))
     programs = {
         (name, kind): (program, args)
@@ -130,7 +130,14 @@ def measure(
         for kind, program, args in zip(KINDS, built[name], (inputs[:-1], inputs), strict=True)
     }
     times, raised = in_turns(programs, rounds=rounds, seconds=seconds)
-    reasons |= {name: reason_of(error) for (name, _), error in raised.items()}
+    return times, reasons | {name: reason_of(error) for (name, _), error in raised.items()}
+
+
+def measure(
+    shape: Shape, built: dict[str, Any], inputs: tuple[Any, ...], rounds: int, seconds: float
+) -> list[Row]:
+    """A row for each name of what was compiled."""
+    times, reasons = checked_times(built, inputs, rounds, seconds)
 
     def row(name):
         found = {kind: times[name, kind] for kind in KINDS if (name, kind) in times}

@@ -1,15 +1,14 @@
 """Times these kernels beside those of another checkout: ``python -m benchmarks.versions FOLDER``.
 
-Both versions, this one a second time, and the peers that are installed take turns in one process.
-So they see the same clocks, which figures of two processes do not. Prints medians, and the
-quartiles of the ratios to the other version and to each peer, round by round; writes JSON.
+Both versions, this one a second time, and the peers that are installed take turns in one process,
+as a GPU's clock differs between processes. Prints medians, and the quartiles of the ratios to the
+other version and to each peer, round by round; writes JSON.
 
 A checkout of another commit: ``git worktree add FOLDER COMMIT``.
 """
 
 import argparse
 import importlib
-import json
 import re
 import sys
 import tempfile
@@ -26,9 +25,10 @@ from benchmarks import _markdown
 from benchmarks._gpus import hold, share_machine
 from benchmarks._peers import CONTENDERS, Contender, ours
 from benchmarks._report import KINDS, TITLES
+from benchmarks._results import write
 from benchmarks._shapes import ALL, Shape
-from benchmarks._timing import in_turns, median_of, ratio_quartiles
-from benchmarks.attention import arrays, build, check, machine
+from benchmarks._timing import median_of, ratio_quartiles
+from benchmarks.attention import arrays, build, checked_times, machine
 
 PACKAGES = ("pallas_kernels", "ring_swa_jax")
 BEFORE, NOW, AGAIN = "before", "now", "now again"
@@ -47,21 +47,11 @@ def package_of(checkout: Path, folder: Path) -> ModuleType:
     return importlib.import_module("ring_swa_jax_before")
 
 
-def programs_of(
-    shape: Shape, contenders: dict[str, Contender], inputs: tuple[Any, ...]
-) -> dict[tuple[str, str], tuple[Any, tuple[Any, ...]]]:
-    """{(contender, kind): (program, arguments)} of those that compute what the first one does."""
+def compiled(shape: Shape, contenders: dict[str, Contender]) -> dict[str, Any]:
+    """By contender what `build` returns."""
     with ThreadPoolExecutor(len(contenders)) as pool:
         found = pool.map(partial(build, shape), contenders.values())
-    built = dict(zip(contenders, found, strict=True))
-    for name, reason in dict(check(built, inputs)).items():
-        print(f"{shape.name}, {name}: {reason}")
-        del built[name]
-    return {
-        (name, kind): (program, args)
-        for name, programs in built.items()
-        for kind, program, args in zip(KINDS, programs, (inputs[:-1], inputs), strict=True)
-    }
+        return dict(zip(contenders, found, strict=True))
 
 
 def table(shape: Shape, times: dict[tuple[str, str], list[float]]) -> str:
@@ -104,16 +94,17 @@ def main() -> None:
         contenders |= {name: CONTENDERS[name] for name in PEERS}
         for name in arguments.shapes:
             shape = ALL[name].tiny() if arguments.quick else ALL[name]
-            inputs = jax.jit(partial(arrays, shape))()
-            programs = programs_of(shape, contenders, inputs)
-            hold(arguments.lock, range(1))
+            built = compiled(shape, contenders)
+            inputs = jax.jit(partial(arrays, shape)).lower().compile()
+            hold(arguments.lock, range(1))  # nothing has run on the GPU yet
             seconds = 0.001 if arguments.quick else 0.05
-            times, raised = in_turns(programs, rounds=arguments.rounds, seconds=seconds)
-            print(*(f"{key}: {error}" for key, error in raised.items()), table(shape, times))
+            times, reasons = checked_times(built, inputs(), arguments.rounds, seconds)
+            lines = [f"{shape.name}, {x}: {reason}" for x, reason in reasons.items()]
+            print(*lines, table(shape, times), sep="\n", flush=True)
             rounds = [{"name": n, "kind": kind, "seconds": t} for (n, kind), t in times.items()]
             found["rows"].append({"shape": shape.name, "rounds": rounds})
             if arguments.output is not None:  # after each, so that a run that is cut off leaves it
-                arguments.output.write_text(json.dumps(found, indent=1))
+                write(arguments.output, found)
 
 
 if __name__ == "__main__":

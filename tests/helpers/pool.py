@@ -46,7 +46,7 @@ def prepared(request, threads):
 
 @contextlib.contextmanager
 def turn_on_gpus():
-    """Holds the GPUs that JAX sees, while no other process of these tests that sees them does."""
+    """Holds the GPUs that JAX sees, while no other test process that sees the same ones does."""
     if not _is_one_of_several():
         yield
         return

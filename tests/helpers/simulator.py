@@ -251,8 +251,8 @@ def copy_gmem_to_smem(src, dst, barrier):
 def copy_smem_to_gmem(src, dst, *, commit_group=True, reduction_op=None):
     """As ``plgpu.copy_smem_to_gmem``: what is outside an array is left out.
 
-    But not of a vector, which Pallas stores by a plain copy of bytes: behind the end of a row that
-    writes into the next row.
+    Vectors are refused there: Pallas stores them by a plain copy of bytes, which would go on into
+    the next row.
     """
     del commit_group
     if dst.array.ndim == 1 and reduction_op is None:

@@ -5,6 +5,7 @@ import dataclasses
 import fcntl
 import itertools
 import json
+import sys
 
 import jax
 import pytest
@@ -19,6 +20,7 @@ from benchmarks import (
     _stack,
     lengths,
     ring,
+    versions,
 )
 from benchmarks import all as every
 from benchmarks._ring_report import ONE_RANK, RING
@@ -296,6 +298,17 @@ def test_compile_time(tmp_path):
     found = [(row["window"], row["name"]) for row in rows]
     assert found == list(itertools.product((255, 1023, None), ("dense", "ours")))
     assert all(row["total"] > row["compile"] > 0 for row in rows)
+
+
+def test_another_version_is_imported_from_its_checkout(tmp_path, monkeypatch):
+    checkout, copy = tmp_path / "checkout", tmp_path / "copy"
+    texts = {"ring_swa_jax": "from pallas_kernels import number", "pallas_kernels": "number = 7"}
+    for package, text in texts.items():
+        (checkout / package).mkdir(parents=True)
+        (checkout / package / "__init__.py").write_text(text)
+        monkeypatch.delitem(sys.modules, f"{package}_before", raising=False)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert versions.package_of(checkout, copy).number == 7
 
 
 @pytest.mark.slow

@@ -45,11 +45,12 @@ QUERY_TILE = ROWS
 
 
 MAX_HEADS_SIDE_BY_SIDE, TILES_SIDE_BY_SIDE = 16, 1024
-"""Without a window the tiles of keys of some heads alternate: of so many query heads at most, that
-have about so many tiles. Few, so that several programs read the same queries from the L2 cache; but
-enough that programs which start together seldom wait for each other. On an H100, forward and
-backward: 32768 tokens took 3% less with 4 heads of 128 than with 16, and 8192 tokens 3% less with
-16 than with 8; 2048 tokens took 9% more with 64 than with 16."""
+"""Without a window the tiles of keys of several heads alternate: of at most so many query heads,
+and of fewer where their tiles, counted for each query head, would be more than that. Few heads, so
+that several programs read the same queries from the L2 cache; but enough that programs which start
+together seldom wait for each other. On an H100, forward and backward, heads of 128: 32768 tokens
+took 3% less time with 4 heads than with 16, 8192 tokens 3% less with 16 than with 8, and 2048
+tokens 9% more with 64 than with 16."""
 
 
 class TaskPart(NamedTuple):

@@ -86,10 +86,10 @@ class Epilogue:
             plgpu.commit_smem_to_gmem_group()
 
     def _store_lse(self, smem: Any, tile: WorkTile, rows: Any) -> None:
-        """Stores the log-sum-exp of a warpgroup's rows, if it is not wholly behind the last query.
+        """Stores the log-sum-exp of a warpgroup's rows, unless all are behind the last query.
 
-        Numbers that lie one behind the other Pallas stores by a plain copy of bytes. Unlike the
-        copies of matrices that would not stop at the end of a head's numbers.
+        Pallas stores a vector by a plain copy of bytes. Such a copy does not stop at the end of a
+        head's row, as the copies of matrices do: it would go on into the next head's row.
         """
         store = partial(self._copy, smem, self.lse, tile, rows)
         stored = self.lse.shape[-1]

@@ -59,7 +59,7 @@ def forward(
     operands: dict[str, Any] = {**scheduler.operands, "query": query}
     if inputs.sink_logits is not None:
         operands["sink_logits"] = _sink_logits_by_rows(inputs.sink_logits, tiles)
-    # A warpgroup's part of a tile is stored as a whole (`Epilogue`).
+    # A warpgroup stores the log-sum-exp of all its rows of a tile, or of none (`Epilogue`).
     padded = length + -length % scheduler.positions_per_warpgroup
     if state is None:
         out_types = (

@@ -184,6 +184,16 @@ def test_programs_wait_for_earlier_ones_only(key_tiles, kv_heads, side):
         assert tiles == sorted(tiles, reverse=side is None)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "heads", "kv_heads", "side"),
+    [(32768, 32, 8, 1), (16384, 16, 16, 8), (8192, 32, 8, 4), (2048, 32, 8, 4), (2**20, 8, 8, 1)],
+)
+def test_heads_side_by_side_without_a_window(tokens, heads, kv_heads, side):
+    shard = jnp.int32(0), None, tokens, 0, tokens
+    launch = schedule_of(shard, KEY_TILE, num_kv_heads=kv_heads, group_size=heads // kv_heads)
+    assert launch.kv_heads_side_by_side == side
+
+
 @functools.cache
 def states(group, count, diagonal):
     """(head, tile of queries) of all steps of a schedule."""
